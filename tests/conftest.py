@@ -1,0 +1,51 @@
+"""What all tests share: run-time type checks, the Hypothesis profile, seeds, and which tests need a GPU."""
+
+from __future__ import annotations
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+from tests import typechecking
+
+typechecking.install()
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+class _TorchRandom:
+    """Lets Hypothesis seed torch before each example, so that a failure shown once is shown again."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+torch_random = _TorchRandom()  # Hypothesis keeps only a weak reference
+hypothesis.register_random(torch_random)
+hypothesis.settings.register_profile(
+    "default", deadline=None, max_examples=25, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.register_profile("ci", hypothesis.settings.get_profile("default"), derandomize=True, database=None)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Every test starts from the same random state, whatever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A source of random numbers of the test's own."""
+    return torch.Generator().manual_seed(0)

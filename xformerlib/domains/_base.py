@@ -1,0 +1,280 @@
+"""What every domain can be asked: which tokens exist, where they are, and how two of them are related.
+
+Masks and positions never look inside a domain. They ask it, for broadcastable tensors of batch and token indices:
+
+    coordinate(axis, b, i)           where token i is on one axis
+    rank(b, i)                       its place in its item, counted from the front, prefix tokens included
+    is_prefix(b, i)                  whether it is a class, register or virtual token
+    precedes(keys, b, q, k)          whether key k is not later than query q
+    offset(axis, keys, b, q, k)      coordinate of q minus coordinate of k
+    distance(keys, b, q, k)          the domain's own metric
+    within(keys, radius, b, q, k)    whether the distance is at most a radius
+    together(keys, b, q, k)          same item, and both tokens exist
+
+The answers are elementwise in the indices (arithmetic, or one gather), so that the same code serves a tile of a kernel, a dense picture,
+and a scalar under ``vmap`` in FlexAttention.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Sequence as SequenceOf
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from jaxtyping import Bool, Int, Shaped
+from torch import Tensor
+
+Fact = TypeVar("Fact")
+
+
+class Domain(ABC):
+    """Where tokens live. Immutable; expensive facts are computed when first asked for, and kept.
+
+    Attributes:
+        num_tokens: tokens of one row of the batch (dense, padded) or of all items together (packed), prefix tokens included.
+        prefix: number of prefix tokens (class, register, virtual node) at the front of each item; they have no position.
+        offsets: ``(items + 1,)`` boundaries of packed items, or None where a domain is not packed.
+        valid: ``(batch, tokens)``, True where a token exists, or None where all do.
+        ndim: number of coordinate axes.
+    """
+
+    kind: ClassVar[str]  # the name used in messages
+    # Whether coordinates are real numbers (time, space) or whole steps.
+    continuous: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *,
+        num_tokens: int,
+        ndim: int,
+        prefix: int = 0,
+        offsets: Int[Tensor, " bounds"] | None = None,
+        valid: Bool[Tensor, "batch tokens"] | None = None,
+        batch_size: int | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self.num_tokens = num_tokens
+        self.ndim = ndim
+        self.prefix = prefix
+        self.offsets = offsets
+        self.valid = valid
+        self._batch_size = batch_size
+        self._device = device
+        self._facts: dict[Hashable, Any] = {}
+
+    # -- which tokens ------------------------------------------------------------------------------------------
+
+    @property
+    def batch_size(self) -> int | None:
+        """The number of rows where each row of the batch has its own facts (lengths, times); None where all rows share them."""
+        return self._batch_size
+
+    @property
+    def num_items(self) -> int:
+        """Packed items, or 1."""
+        return 1 if self.offsets is None else self.offsets.numel() - 1
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the domain's tensors are; None if it holds none and so fits every device."""
+        return self._device
+
+    @property
+    def items(self) -> Int[Tensor, " tokens"] | None:
+        """The packed item of each token, or None where the domain has only one item."""
+        if self.num_items == 1:
+            return None
+        return self.fact("items", self._make_items)
+
+    def _make_items(self) -> Tensor:
+        assert self.offsets is not None
+        sizes = self.offsets.diff()
+        return torch.repeat_interleave(torch.arange(sizes.numel(), device=sizes.device), sizes, output_size=self.num_tokens)
+
+    def fact(self, key: Hashable, make: Callable[[], Fact]) -> Fact:
+        """A value that depends on the domain alone: made at the first call, kept for the next ones."""
+        if key not in self._facts:
+            self._facts[key] = make()
+        return self._facts[key]
+
+    @abstractmethod
+    def to(self, device: torch.device | str) -> Domain:
+        """The same domain with its tensors, and the facts already computed, on ``device``."""
+
+    def _moved(self, device: torch.device | str, make: Callable[[torch.device], Domain]) -> Any:
+        """What ``to`` returns: self where nothing moves, otherwise one copy per device with the known facts moved along."""
+        target = torch.empty(0, device=device).device  # "cuda" means "cuda:0" here as it does for tensors
+        if self.device is None or self.device == target:
+            return self
+
+        def move() -> Domain:
+            moved = make(target)
+            moved._facts = {
+                k: v for k, v in _to_device(self._facts, target).items() if not (isinstance(k, tuple) and k[0] in ("to", "plan"))
+            }
+            return moved
+
+        return self.fact(("to", target), move)
+
+    # -- where each token is -----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def coordinate(self, axis: int, b: Tensor, i: Tensor) -> Tensor:
+        """Coordinate of token ``i`` of row ``b`` on one axis; of no meaning for a prefix token."""
+
+    @property
+    def coordinates(self) -> Shaped[Tensor, "*batch tokens ndim"]:
+        """Coordinates of all tokens, ``(tokens, ndim)`` or ``(batch, tokens, ndim)``; prefix tokens hold 0."""
+        return self.fact("coordinates", self._make_coordinates)
+
+    def _make_coordinates(self) -> Tensor:
+        i = torch.arange(self.num_tokens, device=self.device)
+        b = torch.arange(self.batch_size or 1, device=self.device)[:, None]
+        axes = [self.coordinate(axis, b, i).expand(b.numel(), i.numel()) for axis in range(self.ndim)]
+        table = torch.stack(axes, -1)
+        prefix = self.is_prefix(b, i)
+        if prefix is not None:
+            table = table.masked_fill(prefix[..., None], 0)
+        return table if self.batch_size is not None else table[0]
+
+    def place(self, i: Tensor) -> Tensor:
+        """Place of token ``i`` among the tokens of its item that are here, from 0, prefix tokens included."""
+        if self.items is None:
+            return i
+        assert self.offsets is not None
+        return i - self.offsets[self.items[i]]
+
+    def rank(self, b: Tensor, i: Tensor) -> Tensor:
+        """Place of token ``i`` in its whole item, from 0 at the front, prefix tokens included."""
+        return self.place(i)
+
+    def is_prefix(self, b: Tensor, i: Tensor) -> Tensor | None:
+        """Whether token ``i`` is a prefix token; None where the domain has none."""
+        return self.place(i) < self.prefix if self.prefix else None
+
+    # -- how two tokens are related ------------------------------------------------------------------------------
+
+    def check_related(self, keys: Domain, what: str) -> None:
+        """Raise unless positions on this domain and on ``keys`` can be compared."""
+        if type(self) is not type(keys) or self.ndim != keys.ndim:
+            raise ValueError(
+                f"{what} compares positions of queries and keys, so both must live on the same kind of domain; got queries on "
+                f"{self!r} and keys on {keys!r}. Use Full(), Keys(valid), Prefix(n) or Where(fn) between different kinds."
+            )
+
+    def precedes(self, keys: Domain, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """Whether key ``k`` is not later than query ``q`` (itself included), both ordinary tokens."""
+        return keys.coordinate(0, b, k) <= self.coordinate(0, b, q)
+
+    def offset(self, axis: int, keys: Domain, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """Coordinate of query ``q`` minus coordinate of key ``k`` on one axis."""
+        return self.coordinate(axis, b, q) - keys.coordinate(axis, b, k)
+
+    def distance(self, keys: Domain, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """The domain's metric; on one axis |q - k|."""
+        return self.offset(0, keys, b, q, k).abs()
+
+    def within(self, keys: Domain, radius: tuple[float, ...], b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """Whether the distance is at most ``radius``: one number, or (on a grid) one for each axis."""
+        return self.distance(keys, b, q, k) <= radius[0]
+
+    def extent(self, axis: int, b: Tensor, i: Tensor) -> tuple[Tensor | int, Tensor | int]:
+        """First and last coordinate on one axis of the item that token ``i`` is in; only domains of whole steps have one."""
+        raise ValueError(f"{self.kind} has no rim")
+
+    def touches_prefix(self, keys: Domain, b: Tensor, q: Tensor, k: Tensor) -> Tensor | None:
+        """Whether query or key is a prefix token; None where neither domain has any."""
+        return either(self.is_prefix(b, q), keys.is_prefix(b, k))
+
+    def together(self, keys: Domain, b: Tensor, q: Tensor, k: Tensor) -> Tensor | None:
+        """Whether both tokens exist and are in the same item; None where that is always so."""
+        result = None
+        if self.items is not None and keys.items is not None:
+            result = self.items[q] == keys.items[k]
+        if self.valid is not None:
+            result = both(result, self.valid[b, q])
+        if keys.valid is not None:
+            result = both(result, keys.valid[b, k])
+        return result
+
+    def check_pairable(self, keys: Domain) -> None:
+        """Raise unless a query on this domain may meet a key on ``keys`` at all: same number of items, same number of rows."""
+        if self.num_items != keys.num_items:
+            raise ValueError(
+                f"queries and keys must be packed from the same number of items; got {self.num_items} items of queries and "
+                f"{keys.num_items} of keys. Item i of the queries meets item i of the keys."
+            )
+        sizes = {size for size in (self.batch_size, keys.batch_size) if size is not None}
+        if len(sizes) > 1:
+            raise ValueError(f"query and key domains must have the same number of rows; got {self.batch_size} and {keys.batch_size}")
+
+    def zero_padding(self, x: Shaped[Tensor, "*batch tokens dim"]) -> Shaped[Tensor, "*batch tokens dim"]:
+        """``x`` with 0 at tokens that do not exist, whatever stood there (NaN included)."""
+        return x if self.valid is None else x.masked_fill(~self.valid[..., None], 0)
+
+    # -- identity ------------------------------------------------------------------------------------------------
+
+    def _value(self) -> Hashable:
+        """What makes two domains equal; None where only the same object is."""
+        return None
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        value = self._value()
+        return value is not None and type(self) is type(other) and value == other._value()  # type: ignore[attr-defined]
+
+    def __hash__(self) -> int:
+        value = self._value()
+        return id(self) if value is None else hash((type(self), value))
+
+
+def both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Logical and, where None stands for True."""
+    return b if a is None else a if b is None else a & b
+
+
+def either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Logical or, where None stands for False."""
+    return b if a is None else a if b is None else a | b
+
+
+def check_count(name: str, value: object, *, least: int = 0) -> int:
+    """``value`` as an int, or an error that names the argument."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer; got {name}={value!r}")
+    number = int(value.__index__())
+    if number < least:
+        raise ValueError(f"{name} must be >= {least}; got {name}={number}")
+    return number
+
+
+def as_lengths(name: str, lengths: SequenceOf[int] | Tensor) -> Int[Tensor, " items"]:
+    """Lengths of items as an int64 vector, checked."""
+    tensor = torch.as_tensor(lengths)
+    if tensor.numel() == 0:
+        tensor = tensor.reshape(0).long()
+    if tensor.ndim != 1 or tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"{name} must be a vector of integers; got shape {tuple(tensor.shape)} of {tensor.dtype}")
+    if tensor.numel() and int(tensor.min()) < 0:
+        raise ValueError(f"{name} must be >= 0; got {int(tensor.min())}")
+    return tensor.long()
+
+
+def offsets_of(sizes: Int[Tensor, " items"]) -> Int[Tensor, " bounds"]:
+    """Boundaries of packed items from their sizes: ``[0, n0, n0 + n1, ...]``."""
+    return torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    """``value`` with every tensor inside it on ``device``."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {k: _to_device(v, device) for k, v in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a NamedTuple
+        return type(value)(*(_to_device(v, device) for v in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(_to_device(v, device) for v in value)
+    return value

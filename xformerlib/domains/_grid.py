@@ -1,0 +1,109 @@
+"""Tokens on a regular grid of one, two or three axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence as SequenceOf
+
+import torch
+from torch import Tensor
+
+from ._base import Domain, as_lengths, check_count, offsets_of
+
+
+class Grid(Domain):
+    """Tokens on a regular grid, in row-major order, after ``prefix`` tokens that have no position.
+
+    Token ``prefix + (r * W + c)`` of ``Grid(H, W)`` is at row ``r``, column ``c``. The distance of two tokens is Chebyshev's, the
+    largest difference on any axis: a radius of 1 is the 3 x 3 neighbourhood.
+
+    Args:
+        *sizes: one to three sizes: ``Grid(length)``, ``Grid(height, width)``, ``Grid(depth, height, width)``.
+        prefix: number of class or register tokens in front.
+
+    Raises:
+        ValueError, TypeError: no size, more than three, or one that is negative or not an integer.
+
+    Example:
+        >>> Grid(14, 14, prefix=1).num_tokens
+        197
+        >>> Grid(2, 2).coordinates.tolist()
+        [[0, 0], [0, 1], [1, 0], [1, 1]]
+    """
+
+    kind = "Grid"
+
+    def __init__(self, *sizes: int, prefix: int = 0) -> None:
+        if not 1 <= len(sizes) <= 3:
+            raise ValueError(f"Grid takes 1 to 3 sizes; got {len(sizes)}: {sizes}")
+        self.sizes: tuple[int, ...] = tuple(check_count("sizes", size) for size in sizes)
+        self.item_sizes: Tensor | None = None
+        prefix = check_count("prefix", prefix)
+        super().__init__(num_tokens=prefix + math.prod(self.sizes), ndim=len(sizes), prefix=prefix)
+
+    @classmethod
+    def packed(cls, sizes: SequenceOf[SequenceOf[int]] | Tensor, *, prefix: int = 0) -> Grid:
+        """Grids of different sizes, one after the other without padding: ``Grid.packed([(4, 6), (8, 2)], prefix=1)``.
+
+        ``item_sizes`` holds the sizes, ``(items, ndim)``; ``sizes`` the largest on each axis.
+        """
+        table = torch.as_tensor(sizes)
+        if table.ndim != 2 or not 1 <= table.shape[1] <= 3:
+            raise ValueError(f"sizes must be a list of (height, width) or of 1 to 3 sizes each; got shape {tuple(table.shape)}")
+        as_lengths("sizes", table.reshape(-1))
+        table = table.long()
+        domain = cls(*(int(size) for size in (table.amax(0) if len(table) else torch.zeros(table.shape[1]))), prefix=prefix)
+        domain.item_sizes = table
+        domain.offsets = offsets_of(table.prod(1) + prefix)
+        domain.num_tokens = int(domain.offsets[-1])
+        domain._device = table.device
+        return domain
+
+    def coordinate(self, axis: int, b: Tensor, i: Tensor) -> Tensor:
+        place = self.place(i) - self.prefix
+        if self.item_sizes is None:
+            stride, size = math.prod(self.sizes[axis + 1 :]), self.sizes[axis]
+            return place // max(stride, 1) % max(size, 1) if axis else place // max(stride, 1)
+        sizes = self.item_sizes[0] if self.items is None else self.item_sizes[self.items[i]]
+        stride = sizes[..., axis + 1 :].prod(-1)
+        return torch.div(place, stride.clamp(min=1), rounding_mode="floor") % sizes[..., axis].clamp(min=1)
+
+    def precedes(self, keys: Domain, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """Row-major order."""
+        return keys.place(k) - keys.prefix <= self.place(q) - self.prefix
+
+    def distance(self, keys: Domain, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """Chebyshev: the largest difference on any axis."""
+        result = self.offset(0, keys, b, q, k).abs()
+        for axis in range(1, self.ndim):
+            result = torch.maximum(result, self.offset(axis, keys, b, q, k).abs())
+        return result
+
+    def within(self, keys: Domain, radius: tuple[float, ...], b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        radii = radius * self.ndim if len(radius) == 1 else radius
+        result = self.offset(0, keys, b, q, k).abs() <= radii[0]
+        for axis in range(1, self.ndim):
+            result = result & (self.offset(axis, keys, b, q, k).abs() <= radii[axis])
+        return result
+
+    def extent(self, axis: int, b: Tensor, i: Tensor) -> tuple[Tensor | int, Tensor | int]:
+        if self.item_sizes is None:
+            return 0, self.sizes[axis] - 1
+        sizes = self.item_sizes[0] if self.items is None else self.item_sizes[self.items[i]]
+        return 0, sizes[..., axis] - 1
+
+    def to(self, device: torch.device | str) -> Grid:
+        def make(target: torch.device) -> Grid:
+            assert self.item_sizes is not None
+            return Grid.packed(self.item_sizes.to(target), prefix=self.prefix)
+
+        return self._moved(device, make)
+
+    def _value(self) -> Hashable:
+        return (self.sizes, self.prefix) if self.item_sizes is None else None
+
+    def __repr__(self) -> str:
+        options = f", prefix={self.prefix}" if self.prefix else ""
+        if self.item_sizes is None:
+            return f"Grid({', '.join(map(str, self.sizes))}{options})"
+        return f"Grid.packed(<{self.num_items} sizes up to {' x '.join(map(str, self.sizes))}>{options})"

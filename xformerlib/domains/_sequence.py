@@ -1,0 +1,204 @@
+"""Tokens in order: at whole steps (``Sequence``) or at real times (``Timeline``)."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence as SequenceOf
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Shaped
+from torch import Tensor
+
+from ._base import Domain, as_lengths, check_count, offsets_of
+
+
+class Sequence(Domain):
+    """Tokens at positions ``start, start + 1, ..., start + length - 1``, after ``prefix`` tokens that have no position.
+
+    Positions are absolute: ``Sequence(1, start=41)`` is one token at position 41, so that causality between one new query and 42 keys
+    is a fact. ``num_tokens`` is ``prefix + length``.
+
+    Args:
+        length: number of ordinary tokens, >= 0.
+        start: position of the first one.
+        prefix: number of class or register tokens in front.
+
+    Raises:
+        ValueError, TypeError: a count that is negative or not an integer.
+
+    Example:
+        >>> Sequence(1, start=41).coordinates
+        tensor([[41]])
+        >>> Sequence.packed([2, 3], prefix=1).offsets
+        tensor([0, 3, 7])
+    """
+
+    kind = "Sequence"
+
+    def __init__(self, length: int, *, start: int = 0, prefix: int = 0) -> None:
+        self.length = check_count("length", length)
+        self.start = check_count("start", start)
+        prefix = check_count("prefix", prefix)
+        self.lengths: Tensor | None = None
+        super().__init__(num_tokens=prefix + self.length, ndim=1, prefix=prefix)
+
+    @classmethod
+    def padded(
+        cls, lengths: SequenceOf[int] | Tensor, length: int | None = None, *, start: int = 0, prefix: int = 0
+    ) -> Sequence:
+        """A batch of rows of unequal length, padded at the end to ``length`` (default: the longest).
+
+        Row ``b`` has its ``prefix`` tokens and then ``lengths[b]`` ordinary ones; the rest of the row does not exist.
+        """
+        sizes = as_lengths("lengths", lengths)
+        longest = int(sizes.max()) if sizes.numel() else 0
+        length = longest if length is None else check_count("length", length)
+        if longest > length:
+            raise ValueError(f"lengths must be <= length; got a row of {longest} tokens and length={length}. Raise length.")
+        domain = cls(length, start=start, prefix=prefix)
+        domain.lengths = sizes
+        domain.valid = torch.arange(domain.num_tokens, device=sizes.device) < prefix + sizes[:, None]
+        domain._batch_size, domain._device = sizes.numel(), sizes.device
+        return domain
+
+    @classmethod
+    def packed(cls, lengths: SequenceOf[int] | Tensor, *, start: int = 0, prefix: int = 0) -> Sequence:
+        """Sequences of unequal length, one after the other without padding; each has its own ``prefix`` tokens in front."""
+        sizes = as_lengths("lengths", lengths)
+        domain = cls(int(sizes.sum()), start=start, prefix=prefix)
+        domain.lengths = sizes
+        domain.offsets = offsets_of(sizes + prefix)
+        domain.num_tokens = domain.length + prefix * sizes.numel()
+        domain._device = sizes.device
+        return domain
+
+    def coordinate(self, axis: int, b: Tensor, i: Tensor) -> Tensor:
+        return self.place(i) + (self.start - self.prefix)
+
+    def rank(self, b: Tensor, i: Tensor) -> Tensor:
+        # A chunk that starts at 41 continues an item: its first token is not the item's front.
+        place = self.place(i)
+        if self.start == 0:
+            return place
+        return torch.where(place < self.prefix, place, place + self.start) if self.prefix else place + self.start
+
+    def extent(self, axis: int, b: Tensor, i: Tensor) -> tuple[Tensor | int, Tensor | int]:
+        if self.lengths is None:
+            return self.start, self.start + self.length - 1
+        if self.valid is not None:
+            return self.start, self.start - 1 + self.lengths[b]
+        lengths = self.lengths[0] if self.items is None else self.lengths[self.items[i]]
+        return self.start, self.start - 1 + lengths
+
+    def to(self, device: torch.device | str) -> Sequence:
+        def make(target: torch.device) -> Sequence:
+            assert self.lengths is not None
+            lengths = self.lengths.to(target)
+            if self.valid is not None:
+                return Sequence.padded(lengths, self.length, start=self.start, prefix=self.prefix)
+            return Sequence.packed(lengths, start=self.start, prefix=self.prefix)
+
+        return self._moved(device, make)
+
+    def _value(self) -> Hashable:
+        return (self.length, self.start, self.prefix) if self.lengths is None else None
+
+    def __repr__(self) -> str:
+        options = "".join(f", {name}={value}" for name, value in (("start", self.start), ("prefix", self.prefix)) if value)
+        if self.lengths is None:
+            return f"Sequence({self.length}{options})"
+        how = "packed" if self.valid is None else "padded"
+        length = "" if self.valid is None else f", length={self.length}"
+        return f"Sequence.{how}(<{self.lengths.numel()} lengths>{length}{options})"
+
+
+class Timeline(Domain):
+    """Tokens at real times, which need not be regular, distinct or sorted.
+
+    Args:
+        times: ``(tokens,)`` shared by the batch, or ``(batch, tokens)``; in any unit, which is then the unit of every radius.
+        valid: ``(batch, tokens)`` or ``(tokens,)``, True where a token exists; the times of the others are never read.
+        prefix: number of class or register tokens in front of the times.
+
+    Raises:
+        ValueError: a time of an existing token that is NaN or infinite, or shapes that do not match.
+
+    Example:
+        >>> Timeline(torch.tensor([0.0, 0.5, 7.25])).num_tokens
+        3
+    """
+
+    kind = "Timeline"
+    continuous = True
+
+    def __init__(
+        self, times: Shaped[Tensor, "*batch tokens"] | SequenceOf[float], *, valid: Bool[Tensor, "*batch tokens"] | None = None,
+        prefix: int = 0,
+    ) -> None:  # fmt: skip
+        times = torch.as_tensor(times)
+        if times.ndim not in (1, 2) or times.dtype == torch.bool or times.is_complex():
+            raise ValueError(f"times must be (tokens,) or (batch, tokens) of real numbers; got {tuple(times.shape)} of {times.dtype}")
+        prefix = check_count("prefix", prefix)
+        times = times if times.is_floating_point() else times.double()
+        if valid is not None:
+            times, valid = _check_valid(times, valid)
+        if not times.isfinite().all():
+            raise ValueError(
+                "times must be finite; got NaN or infinity. Drop those tokens, or mark them as missing with valid=times.isfinite()."
+            )
+        rows = times.shape[0] if times.ndim == 2 else None
+        self.times = times
+        super().__init__(
+            num_tokens=prefix + times.shape[-1], ndim=1, prefix=prefix, batch_size=rows, device=times.device,
+            valid=valid if valid is None or prefix == 0 else torch.cat([valid.new_ones(valid.shape[0], prefix), valid], 1),
+        )  # fmt: skip
+
+    @classmethod
+    def packed(cls, times: Shaped[Tensor, " tokens"], lengths: SequenceOf[int] | Tensor) -> Timeline:
+        """Timelines of unequal length, one after the other: ``times`` of all their tokens, and how many each has."""
+        domain = cls(times)
+        sizes = as_lengths("lengths", lengths).to(domain.times.device)
+        if domain.times.ndim != 1 or int(sizes.sum()) != domain.num_tokens:
+            raise ValueError(f"lengths must add up to the number of times; got {int(sizes.sum())} and times of {tuple(domain.times.shape)}")
+        domain.offsets = offsets_of(sizes)
+        return domain
+
+    def coordinate(self, axis: int, b: Tensor, i: Tensor) -> Tensor:
+        place = (i - self.prefix).clamp(min=0) if self.prefix else i
+        return self.times[place] if self.times.ndim == 1 else self.times[b, place]
+
+    def _make_coordinates(self) -> Tensor:
+        if self.times.shape[-1] == 0:  # nothing to gather from
+            shape = (self.num_tokens, 1) if self.batch_size is None else (self.batch_size, self.num_tokens, 1)
+            return self.times.new_zeros(shape)
+        return super()._make_coordinates()
+
+    def to(self, device: torch.device | str) -> Timeline:
+        def make(target: torch.device) -> Timeline:
+            if self.offsets is not None:
+                return Timeline.packed(self.times.to(target), self.offsets.diff().to(target))
+            valid = None if self.valid is None else self.valid[:, self.prefix :].to(target)
+            return Timeline(self.times.to(target), valid=valid, prefix=self.prefix)
+
+        return self._moved(device, make)
+
+    def __repr__(self) -> str:
+        if self.offsets is not None:
+            return f"Timeline.packed(<{self.num_tokens} times>, <{self.num_items} lengths>)"
+        options = (", valid=..." if self.valid is not None else "") + (f", prefix={self.prefix}" if self.prefix else "")
+        return f"Timeline(<{' x '.join(map(str, self.times.shape))} times>{options})"
+
+
+def _check_valid(places: Tensor, valid: Any, axes: int = 0) -> tuple[Tensor, Tensor]:
+    """Times (``axes=0``) or coordinates (``axes=1``) with one row per row of ``valid`` and 0 where no token exists, and ``valid``."""
+    shape = places.shape[: places.ndim - axes]
+    if not isinstance(valid, Tensor) or valid.dtype != torch.bool:
+        raise TypeError(f"valid must be a bool tensor, True where a token exists; got {getattr(valid, 'dtype', type(valid).__name__)}")
+    valid = valid[None] if valid.ndim == 1 else valid
+    if valid.ndim != 2 or valid.shape[-1] != shape[-1] or (len(shape) == 2 and valid.shape[0] != shape[0]):
+        raise ValueError(f"valid must be (batch, tokens) like the tokens; got {tuple(valid.shape)} for {tuple(shape)}")
+    if valid.device != places.device:
+        raise ValueError(f"valid must be on the device of the tokens; got {valid.device} and {places.device}")
+    places = places.expand(*valid.shape, *places.shape[len(shape) :])
+    exists = valid if axes == 0 else valid[..., None]
+    return places.masked_fill(~exists, 0), valid

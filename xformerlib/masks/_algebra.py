@@ -1,0 +1,310 @@
+"""Masks as frozen expressions: leaves, and their combinations by ``&``, ``|`` and ``~``."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from ..domains import Domain
+from ..domains._base import both
+
+Predicate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+class Extent(NamedTuple):
+    """Over how many rows of the batch and heads a mask varies; None where it does not."""
+
+    batch: int | None = None
+    heads: int | None = None
+
+
+class Mask:
+    """Which query may attend to which key: True = may attend.
+
+    A mask is a value. It is written once, without reference to any length, printed, compared, hashed and pickled, and gets its meaning
+    from the domain that it is bound to. Masks combine with ``&``, ``|`` and ``~``.
+
+    Example:
+        >>> window = Causal() & Local(2)
+        >>> window
+        Causal() & Local(2)
+        >>> window.dense(Sequence(4)).int()
+        tensor([[1, 0, 0, 0],
+                [1, 1, 0, 0],
+                [1, 1, 1, 0],
+                [0, 1, 1, 1]], dtype=torch.int32)
+    """
+
+    # Whether the mask relates places of queries to places of keys, which without domains exist only for Tq = Tk.
+    relates_places: bool = False
+
+    def __and__(self, other: Mask) -> Mask:
+        return And.of(self, other) if isinstance(other, Mask) else NotImplemented
+
+    def __or__(self, other: Mask) -> Mask:
+        return Or.of(self, other) if isinstance(other, Mask) else NotImplemented
+
+    def __invert__(self) -> Mask:
+        return Not(self)
+
+    def __bool__(self) -> bool:
+        raise TypeError(f"a mask has no truth value, so 'and', 'or' and 'not' cannot combine masks: use & | ~ instead; got {self!r}")
+
+    # -- the meaning ---------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def check(self, domain: Domain, keys: Domain) -> None:
+        """Raise unless the mask is defined for queries on ``domain`` and keys on ``keys``."""
+
+    @abstractmethod
+    def allows(self, domain: Domain, keys: Domain) -> Predicate:
+        """The bare predicate ``(b, h, q, k) -> bool``, without the domain's own facts; elementwise in broadcastable indices."""
+
+    @abstractmethod
+    def is_reflexive(self, domain: Domain) -> bool:
+        """Whether every token may surely attend to itself, so that no key is masked for everybody."""
+
+    def extent(self) -> Extent:
+        """Over how many rows of the batch and heads the mask itself varies."""
+        return Extent()
+
+    def lookback(self) -> float | None:
+        """How far back, in steps of a sequence, a query can reach at most; None if there is no bound."""
+        return None
+
+    def bind(self, domain: Domain, key_domain: Domain | None = None) -> Predicate:
+        """The mask over a domain as a function ``(b, h, q_index, k_index) -> bool``: a FlexAttention ``mask_mod`` as it is.
+
+        Includes the domain's own facts: tokens of different packed items, and tokens that do not exist, are kept apart.
+
+        Raises:
+            ValueError: the mask is not defined on the domain.
+        """
+        keys = domain if key_domain is None else key_domain
+        for name, value in (("domain", domain), ("key_domain", keys)):
+            if not isinstance(value, Domain):
+                raise TypeError(f"{name} must be a domain such as Sequence(length); got {type(value).__name__}")
+        domain.check_pairable(keys)
+        self.check(domain, keys)
+        allows = self.allows(domain, keys)
+
+        def mask_mod(b: Tensor, h: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
+            allowed = both(allows(b, h, q_index, k_index), domain.together(keys, b, q_index, k_index))
+            assert allowed is not None
+            return allowed
+
+        return mask_mod
+
+    def dense(
+        self, domain: Domain, key_domain: Domain | None = None, *, batch_size: int | None = None, heads: int | None = None
+    ) -> Bool[Tensor, "*batch_heads queries keys"]:
+        """The whole mask as a bool tensor ``(Tq, Tk)``, with leading ``(B, H)`` only where it varies over rows or heads.
+
+        Memory is Tq x Tk: for pictures, tests and small inputs. ``batch_size`` and ``heads`` say over how many rows and heads to
+        evaluate a ``Where``, which cannot know.
+        """
+        keys = domain if key_domain is None else key_domain
+        predicate = self.bind(domain, keys)
+        extent = self.extent()
+        rows = batch_size or extent.batch or domain.batch_size or keys.batch_size
+        heads = heads or extent.heads
+        device = domain.device or keys.device or getattr(self, "device", None)
+        b = torch.arange(1 if rows is None else rows, device=device)[:, None, None, None]
+        h = torch.arange(1 if heads is None else heads, device=device)[:, None, None]
+        q = torch.arange(domain.num_tokens, device=device)[:, None]
+        k = torch.arange(keys.num_tokens, device=device)
+        allowed = predicate(b, h, q, k)
+        allowed = allowed.expand(b.shape[0], h.shape[0], q.shape[0], k.shape[0])
+        return (allowed if rows is not None or heads is not None else allowed[0, 0]).contiguous()
+
+
+class Leaf(Mask):
+    """A mask that is not made of others. ``kinds`` names the domains that it is defined on, ``instead`` what to use elsewhere."""
+
+    kinds: ClassVar[tuple[str, ...]] = ("Sequence", "Timeline", "Grid", "Graph", "Points")
+    instead: ClassVar[str] = "Where(fn)"
+
+    def check(self, domain: Domain, keys: Domain) -> None:
+        for where in (domain, keys):
+            if where.kind not in self.kinds:
+                raise ValueError(
+                    f"{type(self).__name__} is defined on {', '.join(self.kinds)}; got {where!r}. Use {self.instead} there instead."
+                )
+        if self.relates_places:
+            domain.check_related(keys, repr(self))
+
+    def is_reflexive(self, domain: Domain) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class Full(Leaf):
+    """Every query may attend to every key of its item that exists.
+
+    Example:
+        >>> Full().dense(Sequence.packed([1, 2])).int()
+        tensor([[1, 0, 0],
+                [0, 1, 1],
+                [0, 1, 1]], dtype=torch.int32)
+    """
+
+    def allows(self, domain: Domain, keys: Domain) -> Predicate:
+        def everywhere(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return q >= 0
+
+        return everywhere
+
+    def is_reflexive(self, domain: Domain) -> bool:
+        return True
+
+
+class _Combination(Mask):
+    """Parts in the order written; equal whatever the order."""
+
+    parts: tuple[Mask, ...]
+    symbol: ClassVar[str]
+
+    @classmethod
+    def _flat(cls, masks: tuple[Mask, ...]) -> tuple[Mask, ...]:
+        flat: list[Mask] = []
+        for mask in masks:
+            flat += [part for part in (mask.parts if isinstance(mask, cls) else (mask,)) if part not in flat]
+        return tuple(flat)
+
+    @property
+    def relates_places(self) -> bool:  # type: ignore[override]
+        return any(part.relates_places for part in self.parts)
+
+    @property
+    def device(self) -> torch.device | None:
+        return next((device for part in self.parts if (device := getattr(part, "device", None)) is not None), None)
+
+    def __iter__(self) -> Iterator[Mask]:
+        return iter(self.parts)
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and set(self.parts) == set(other.parts)  # type: ignore[attr-defined]
+
+    def __hash__(self) -> int:
+        return hash((type(self), frozenset(self.parts)))
+
+    def check(self, domain: Domain, keys: Domain) -> None:
+        for part in self.parts:
+            part.check(domain, keys)
+
+    def extent(self) -> Extent:
+        batch, heads = (
+            {n for part in self.parts if (n := part.extent()[axis]) is not None and n != 1} for axis in (0, 1)
+        )
+        if len(batch) > 1 or len(heads) > 1:
+            raise ValueError(f"the parts of a mask must agree on batch and heads; got {batch or None} rows and {heads or None} heads in {self!r}")
+        varies = [any(part.extent()[axis] is not None for part in self.parts) for axis in (0, 1)]
+        return Extent(next(iter(batch), 1 if varies[0] else None), next(iter(heads), 1 if varies[1] else None))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class And(_Combination):
+    """What all parts allow. Made by ``&``."""
+
+    parts: tuple[Mask, ...]
+
+    @staticmethod
+    def of(*masks: Mask) -> Mask:
+        """The conjunction in its shortest form: nested ones flattened, repeated parts and ``Full()`` dropped."""
+        parts = tuple(part for part in And._flat(masks) if not isinstance(part, Full))
+        return And(parts) if len(parts) > 1 else parts[0] if parts else Full()
+
+    def allows(self, domain: Domain, keys: Domain) -> Predicate:
+        predicates = [part.allows(domain, keys) for part in self.parts]
+
+        def all_of(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            result = predicates[0](b, h, q, k)
+            for predicate in predicates[1:]:
+                result = result & predicate(b, h, q, k)
+            return result
+
+        return all_of
+
+    def is_reflexive(self, domain: Domain) -> bool:
+        return all(part.is_reflexive(domain) for part in self.parts)
+
+    def lookback(self) -> float | None:
+        bounds = [bound for part in self.parts if (bound := part.lookback()) is not None]
+        return min(bounds) if bounds else None
+
+    def __repr__(self) -> str:
+        return " & ".join(f"({part!r})" if isinstance(part, Or) else repr(part) for part in self.parts)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Or(_Combination):
+    """What any part allows. Made by ``|``."""
+
+    parts: tuple[Mask, ...]
+
+    @staticmethod
+    def of(*masks: Mask) -> Mask:
+        """The disjunction in its shortest form: nested ones flattened, repeated parts dropped."""
+        parts = Or._flat(masks)
+        return Or(parts) if len(parts) > 1 else parts[0]
+
+    def allows(self, domain: Domain, keys: Domain) -> Predicate:
+        predicates = [part.allows(domain, keys) for part in self.parts]
+
+        def any_of(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            result = predicates[0](b, h, q, k)
+            for predicate in predicates[1:]:
+                result = result | predicate(b, h, q, k)
+            return result
+
+        return any_of
+
+    def is_reflexive(self, domain: Domain) -> bool:
+        return any(part.is_reflexive(domain) for part in self.parts)
+
+    def lookback(self) -> float | None:
+        bounds = [part.lookback() for part in self.parts]
+        return None if None in bounds else max(bound for bound in bounds if bound is not None)
+
+    def __repr__(self) -> str:
+        return " | ".join(f"({part!r})" if isinstance(part, And) else repr(part) for part in self.parts)
+
+
+@dataclass(frozen=True, repr=False)
+class Not(Mask):
+    """What ``part`` forbids, among the pairs that the domain allows at all. Made by ``~``."""
+
+    part: Mask
+
+    def __invert__(self) -> Mask:
+        return self.part
+
+    @property
+    def relates_places(self) -> bool:  # type: ignore[override]
+        return self.part.relates_places
+
+    @property
+    def device(self) -> torch.device | None:
+        return getattr(self.part, "device", None)
+
+    def check(self, domain: Domain, keys: Domain) -> None:
+        self.part.check(domain, keys)
+
+    def allows(self, domain: Domain, keys: Domain) -> Predicate:
+        predicate = self.part.allows(domain, keys)
+        return lambda b, h, q, k: ~predicate(b, h, q, k)
+
+    def extent(self) -> Extent:
+        return self.part.extent()
+
+    def is_reflexive(self, domain: Domain) -> bool:
+        return False
+
+    def __repr__(self) -> str:
+        return f"~({self.part!r})" if isinstance(self.part, _Combination) else f"~{self.part!r}"

@@ -1,0 +1,295 @@
+"""Masks by order and distance, which every domain with coordinates (or hops) understands."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..domains import Domain
+from ..domains._base import either
+from ._algebra import Leaf, Predicate
+
+Sizes = int | float | tuple[int | float, ...]
+
+
+class SpatialLeaf(Leaf):
+    """A leaf that relates places. It does not constrain a pair that has a prefix token, since those have no place."""
+
+    relates_places = True
+
+    def allows(self, domain: Domain, keys: Domain) -> Predicate:
+        related = self.relates(domain, keys)
+
+        def unless_prefix(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            result = either(related(b, q, k), domain.touches_prefix(keys, b, q, k))
+            assert result is not None
+            return result
+
+        return unless_prefix
+
+    def relates(self, domain: Domain, keys: Domain):  # type: ignore[no-untyped-def]
+        """The relation ``(b, q, k) -> bool`` of ordinary tokens."""
+        raise AssertionError("each spatial leaf has its own relation")
+
+
+@dataclass(frozen=True)
+class Causal(Leaf):
+    """A query may attend to what is not later than itself.
+
+    ``j <= i`` on a sequence, ``t_j <= t_i`` on a timeline, row-major order on a grid, a directed path from j to i on an acyclic graph.
+    Prefix tokens count as earliest, in their own order. The decoder mask of Vaswani et al. 2017 (arXiv:1706.03762).
+
+    Raises (when bound):
+        ValueError: on points, which have no order, and on a graph with a cycle.
+
+    Example:
+        >>> Causal().dense(Sequence(1, start=2), Sequence(4)).int()
+        tensor([[1, 1, 1, 0]], dtype=torch.int32)
+    """
+
+    kinds = ("Sequence", "Timeline", "Grid", "Graph")
+    instead = "Where(fn) with an order of your own"
+    relates_places = True
+
+    def check(self, domain: Domain, keys: Domain) -> None:
+        super().check(domain, keys)
+        if domain.kind == "Grid" and domain.sizes[1:] != keys.sizes[1:]:  # type: ignore[attr-defined]
+            raise ValueError(f"Causal needs grids with the same rows, to have one row-major order; got {domain!r} and {keys!r}")
+
+    def allows(self, domain: Domain, keys: Domain) -> Predicate:
+        def not_later(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            result = domain.precedes(keys, b, q, k)
+            query_prefix, key_prefix = domain.is_prefix(b, q), keys.is_prefix(b, k)
+            if query_prefix is not None:
+                earlier = keys.place(k) <= domain.place(q)
+                result = torch.where(query_prefix, earlier if key_prefix is not None else torch.zeros_like(earlier), result)
+            if key_prefix is not None:
+                result = result | (key_prefix if query_prefix is None else key_prefix & ~query_prefix)
+            return result
+
+        return not_later
+
+    def is_reflexive(self, domain: Domain) -> bool:
+        return True
+
+
+@dataclass(frozen=True, repr=False)
+class Local(SpatialLeaf):
+    """A query may attend to keys at distance at most ``radius``, in both directions: ``d(i, j) <= radius``.
+
+    ``d`` is |i - j| on a sequence, |t_i - t_j| on a timeline, Chebyshev's distance on a grid (one radius, or one per axis), Euclidean on
+    points, and the fewest edges on a directed path from j to i on a graph. A causal window of W keys is ``Causal() & Local(W - 1)``.
+
+    Args:
+        radius: >= 0; in steps, time units, cells, hops or units of length.
+        border: at the rim of a grid or sequence, ``"cut"`` leaves the window smaller, ``"clamp"`` moves it inside so that it keeps its
+            full size, as in neighbourhood attention (Hassani et al. 2023, arXiv:2204.07143).
+
+    Literature: Longformer's sliding window (Beltagy et al. 2020, arXiv:2004.05150); NATTEN; k-hop graph attention.
+
+    Example:
+        >>> Local(1, border="clamp").dense(Sequence(4)).int()
+        tensor([[1, 1, 1, 0],
+                [1, 1, 1, 0],
+                [0, 1, 1, 1],
+                [0, 1, 1, 1]], dtype=torch.int32)
+    """
+
+    radius: Sizes
+    border: Literal["cut", "clamp"] = "cut"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "radius", check_sizes("radius", self.radius, least=0))
+        if self.border not in ("cut", "clamp"):
+            raise ValueError(f"border must be 'cut' or 'clamp'; got border={self.border!r}")
+
+    def check(self, domain: Domain, keys: Domain) -> None:
+        super().check(domain, keys)
+        radii = per_axis("radius", self.radius, domain)
+        if domain.kind == "Graph" and not isinstance(radii[0], int):
+            raise TypeError(f"radius on a graph is a number of hops, an integer; got radius={self.radius!r}")
+        if self.border == "clamp":
+            if domain.kind not in ("Sequence", "Grid"):
+                raise ValueError(f'border="clamp" is defined on Sequence and Grid, which have a rim; got {domain!r}. Use border="cut".')
+            if not all(isinstance(radius, int) for radius in radii):
+                raise TypeError(f'border="clamp" needs whole radii; got radius={self.radius!r}')
+
+    def relates(self, domain: Domain, keys: Domain):  # type: ignore[no-untyped-def]
+        radii = per_axis("radius", self.radius, domain)
+        if self.border == "cut":
+            return lambda b, q, k: domain.within(keys, radii, b, q, k)
+
+        def in_clamped_window(b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            inside = None
+            for axis, radius in enumerate(radii):
+                first, last = keys.extent(axis, b, k)
+                centre, key = domain.coordinate(axis, b, q), keys.coordinate(axis, b, k)
+                # The window starts radius before the query, but no later than leaves room for all of it, and not before the rim.
+                start = torch.maximum(torch.minimum(centre - radius, _like(last - 2 * radius, centre)), _like(first, centre))
+                here = (key >= start) & (key <= start + 2 * radius)
+                inside = here if inside is None else inside & here
+            assert inside is not None
+            return inside
+
+        return in_clamped_window
+
+    def is_reflexive(self, domain: Domain) -> bool:
+        return True
+
+    def lookback(self) -> float | None:
+        return None if isinstance(self.radius, tuple) or self.border == "clamp" else self.radius
+
+    def __repr__(self) -> str:
+        return f"Local({self.radius!r})" if self.border == "cut" else f"Local({self.radius!r}, border='clamp')"
+
+
+@dataclass(frozen=True)
+class Dilated(SpatialLeaf):
+    """A query may attend to every ``step``-th key out to ``radius`` steps: ``i - j = m * step`` with ``|m| <= radius``, on every axis.
+
+    Args:
+        radius: >= 0, the number of steps to each side; one, or one per axis of a grid.
+        step: >= 1; one, or one per axis.
+
+    Literature: Longformer's dilated window (arXiv:2004.05150); dilated neighbourhood attention (Hassani and Shi 2022,
+    arXiv:2209.15001).
+
+    Example:
+        >>> Dilated(1, step=2).dense(Sequence(5))[2].int()
+        tensor([1, 0, 1, 0, 1], dtype=torch.int32)
+    """
+
+    radius: int | tuple[int, ...]
+    step: int | tuple[int, ...]
+
+    kinds = ("Sequence", "Grid")
+    instead = "Local(radius)"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "radius", check_sizes("radius", self.radius, least=0, whole=True))
+        object.__setattr__(self, "step", check_sizes("step", self.step, least=1, whole=True))
+
+    def check(self, domain: Domain, keys: Domain) -> None:
+        super().check(domain, keys)
+        per_axis("radius", self.radius, domain)
+        per_axis("step", self.step, domain)
+
+    def relates(self, domain: Domain, keys: Domain):  # type: ignore[no-untyped-def]
+        radii, steps = (
+            tuple(n) if len(n) == domain.ndim else tuple(n) * domain.ndim
+            for n in (per_axis("radius", self.radius, domain), per_axis("step", self.step, domain))
+        )
+
+        def on_lattice(b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            result = None
+            for axis, (radius, step) in enumerate(zip(radii, steps, strict=True)):
+                offset = domain.offset(axis, keys, b, q, k)
+                here = (offset % step == 0) & (offset.abs() <= radius * step)
+                result = here if result is None else result & here
+            assert result is not None
+            return result
+
+        return on_lattice
+
+    def is_reflexive(self, domain: Domain) -> bool:
+        return True
+
+    def lookback(self) -> float | None:
+        if isinstance(self.radius, tuple) or isinstance(self.step, tuple):
+            return None
+        return self.radius * self.step
+
+
+@dataclass(frozen=True)
+class Windows(SpatialLeaf):
+    """A query may attend to the keys of its own window: ``floor((coordinate - shift) / size)`` equal on every axis.
+
+    Chunks of a sequence, bins of time, Swin's windows on a grid of any size (tokens before the shift form windows of their own), voxels.
+
+    Args:
+        size: > 0; one, or one per axis.
+        shift: where the windows begin; one, or one per axis.
+
+    Literature: Swin (Liu et al. 2021, arXiv:2103.14030).
+
+    Example:
+        >>> Windows(2, shift=1).dense(Sequence(4)).int()
+        tensor([[1, 0, 0, 0],
+                [0, 1, 1, 0],
+                [0, 1, 1, 0],
+                [0, 0, 0, 1]], dtype=torch.int32)
+    """
+
+    size: Sizes
+    shift: Sizes = 0
+
+    kinds = ("Sequence", "Timeline", "Grid", "Points")
+    instead = "Segments(ids)"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", check_sizes("size", self.size, least=0, above=True))
+        object.__setattr__(self, "shift", check_sizes("shift", self.shift))
+
+    def check(self, domain: Domain, keys: Domain) -> None:
+        super().check(domain, keys)
+        per_axis("size", self.size, domain)
+        per_axis("shift", self.shift, domain)
+
+    def relates(self, domain: Domain, keys: Domain):  # type: ignore[no-untyped-def]
+        sizes, shifts = (
+            tuple(n) if len(n) == domain.ndim else tuple(n) * domain.ndim
+            for n in (per_axis("size", self.size, domain), per_axis("shift", self.shift, domain))
+        )
+
+        def same_window(b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            result = None
+            for axis, (size, shift) in enumerate(zip(sizes, shifts, strict=True)):
+                a = torch.div(domain.coordinate(axis, b, q) - shift, size, rounding_mode="floor")
+                here = a == torch.div(keys.coordinate(axis, b, k) - shift, size, rounding_mode="floor")
+                result = here if result is None else result & here
+            assert result is not None
+            return result
+
+        return same_window
+
+    def is_reflexive(self, domain: Domain) -> bool:
+        return True
+
+    def lookback(self) -> float | None:
+        return None if isinstance(self.size, tuple) else self.size
+
+
+def check_sizes(name: str, value: object, *, least: float | None = None, above: bool = False, whole: bool = False):  # type: ignore[no-untyped-def]
+    """A number, or a tuple of one per axis, checked; whole numbers come back as int, so that equal masks are equal."""
+    if isinstance(value, (tuple, list)):
+        if not 1 <= len(value):
+            raise ValueError(f"{name} must be a number or one per axis; got {name}={value!r}")
+        return tuple(check_sizes(name, part, least=least, above=above, whole=whole) for part in value)
+    if isinstance(value, bool) or not (hasattr(value, "__index__") or isinstance(value, float)):
+        raise TypeError(f"{name} must be a number, or a tuple of one per axis; got {name}={value!r}")
+    number = value.__index__() if hasattr(value, "__index__") else float(value)  # type: ignore[arg-type]
+    if math.isnan(number) or (least is not None and (number <= least if above else number < least)):
+        raise ValueError(f"{name} must be {'>' if above else '>='} {least}; got {name}={value!r}")
+    if isinstance(number, float) and number.is_integer():
+        number = int(number)
+    if whole and not isinstance(number, int):
+        raise TypeError(f"{name} must be an integer; got {name}={value!r}")
+    return number
+
+
+def per_axis(name: str, value: Sizes, domain: Domain) -> tuple[int | float, ...]:
+    """``value`` as a tuple of one number, or of one for each axis of the domain."""
+    if not isinstance(value, tuple):
+        return (value,) if domain.kind != "Grid" else (value,) * domain.ndim
+    if domain.kind == "Graph" or len(value) != domain.ndim:
+        axes = 1 if domain.kind == "Graph" else domain.ndim
+        raise ValueError(f"{name} must be one number or one per axis of the domain; got {name}={value!r} on {domain!r} of {axes} axes")
+    return value
+
+
+def _like(value: Tensor | int, other: Tensor) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.full_like(other, value)
