@@ -213,6 +213,26 @@ class Domain(ABC):
         """``x`` with 0 at tokens that do not exist, whatever stood there (NaN included)."""
         return x if self.valid is None else x.masked_fill(~self.valid[..., None], 0)
 
+    # -- growing, for caches ---------------------------------------------------------------------------------------
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether the tokens stand at successive whole steps and all have a place, so that a distance is a number of tokens."""
+        return False
+
+    def check_extendable(self) -> None:
+        """Raise unless later tokens can be appended to this domain."""
+        raise ValueError(f"a cache holds the earlier tokens of a Sequence or Timeline shared by the whole batch; got {self!r}")
+
+    def extended(self, later: Domain) -> Domain:
+        """This domain with the tokens of ``later`` appended, for caches."""
+        self.check_extendable()
+        raise AssertionError(f"{self.kind} says it can be extended, but not how")
+
+    def last(self, count: int) -> Domain:
+        """The last ``count`` tokens of a domain that counts steps."""
+        raise AssertionError(f"{self.kind} does not count steps")
+
     # -- identity ------------------------------------------------------------------------------------------------
 
     def _value(self) -> Hashable:

@@ -100,6 +100,24 @@ class Sequence(Domain):
 
         return self._moved(device, make)
 
+    @property
+    def counts_steps(self) -> bool:
+        return self.lengths is None and self.prefix == 0
+
+    def check_extendable(self) -> None:
+        if self.lengths is not None:
+            super().check_extendable()
+
+    def extended(self, later: Domain) -> Sequence:
+        self.check_extendable()
+        end = self.start + self.length
+        if not isinstance(later, Sequence) or later.lengths is not None or later.prefix or later.start != end:
+            raise ValueError(f"the next tokens of a cached sequence start where the last ones ended: Sequence(n, start={end}); got {later!r}")
+        return Sequence(self.length + later.length, start=self.start, prefix=self.prefix)
+
+    def last(self, count: int) -> Sequence:
+        return Sequence(count, start=self.start + self.length - count)
+
     def _value(self) -> Hashable:
         return (self.length, self.start, self.prefix) if self.lengths is None else None
 
@@ -172,6 +190,16 @@ class Timeline(Domain):
             shape = (self.num_tokens, 1) if self.batch_size is None else (self.batch_size, self.num_tokens, 1)
             return self.times.new_zeros(shape)
         return super()._make_coordinates()
+
+    def check_extendable(self) -> None:
+        if self.offsets is not None or self.valid is not None:
+            super().check_extendable()
+
+    def extended(self, later: Domain) -> Timeline:
+        self.check_extendable()
+        if not isinstance(later, Timeline) or later.prefix or later.times.shape[:-1] != self.times.shape[:-1]:
+            raise ValueError(f"the next tokens of a cached timeline are a Timeline of as many rows, without a prefix; got {later!r} after {self!r}")
+        return Timeline(torch.cat([self.times, later.times], -1), prefix=self.prefix)
 
     def to(self, device: torch.device | str) -> Timeline:
         def make(target: torch.device) -> Timeline:

@@ -1,0 +1,495 @@
+"""The operation, ``attention``, and the layer around it, ``Attention``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence as SequenceOf
+from functools import lru_cache
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from . import kernels
+from ._cache import Cache
+from .domains import Domain, Sequence
+from .kernels import Plan, Problem, Scores
+from .kernels._chunked import rows_per_block
+from .kernels._scores import hide_unseen, probabilities
+from .masks import Full, Mask
+from .positions import Bias, Embedding, Position, Rotation
+
+BiasLike = Tensor | Bias
+
+
+def attention(
+    query: Float[Tensor, "batch heads queries dim"],
+    key: Float[Tensor, "batch kv_heads keys dim"],
+    value: Float[Tensor, "batch kv_heads keys value_dim"],
+    *,
+    mask: Mask | None = None,
+    bias: BiasLike | SequenceOf[BiasLike] | None = None,
+    domain: Domain | None = None,
+    key_domain: Domain | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    softcap: float | None = None,
+    sinks: Float[Tensor, " heads"] | None = None,
+    kernel: str = "auto",
+) -> Float[Tensor, "batch heads queries value_dim"]:
+    """Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762) under a mask and biases, over a domain.
+
+        s_ij = c tanh(scale q_i . k_j / c) + bias_ij          (the soft cap c only if given: Gemma 2, arXiv:2408.00118)
+        o_i  = sum_j exp(s_ij) v_j / (exp(sink) + sum_j exp(s_ij)),   j over the keys that i may attend to
+
+    A query that may see nothing gets exactly 0 and no gradient. Keys and values that nobody may see do not reach the output, even if
+    they are NaN.
+
+    Args:
+        query, key, value: query head h uses key head ``h // (heads // kv_heads)`` (grouped queries: Ainslie et al. 2023,
+            arXiv:2305.13245).
+        mask: who may attend to whom; everybody to everybody if not given.
+        bias: added to the scores: a ``positions.Bias``, a tensor that broadcasts to ``(B, H, Tq, Tk)``, or several of these.
+        domain, key_domain: where queries and keys live; ``Sequence(T)`` if not given, and the keys where the queries do.
+        scale: factor of the dot products; ``1 / sqrt(dim)`` if not given.
+        dropout_p: probability with which each attention weight is dropped.
+        softcap: c above, > 0.
+        sinks: one logit per head that takes a share of each softmax without having a value (arXiv:2309.17453).
+        kernel: ``"auto"``, or the name of a kernel, which is then used or refused, never replaced.
+
+    Raises:
+        ValueError, TypeError: inputs that do not fit each other, the domains or the kernel; a mask or bias that relates places where
+            Tq != Tk and no domains say which places those are.
+
+    Example:
+        >>> q = torch.randn(1, 4, 10, 8)
+        >>> kv = torch.randn(1, 2, 10, 8)
+        >>> attention(q, kv, kv, mask=masks.Causal() & masks.Local(3)).shape
+        torch.Size([1, 4, 10, 8])
+    """
+    _check_inputs(query, key, value, sinks, dropout_p, softcap)
+    mask = Full() if mask is None else _check_mask(mask)
+    terms = _bias_terms(bias)
+    domain, key_domain = _resolve_domains(query, key, mask, terms, domain, key_domain)
+    problem = Problem(
+        mask=mask, domain=domain, keys=key_domain, batch=query.shape[0], heads=query.shape[1], kv_heads=key.shape[1],
+        head_dim=query.shape[-1], value_dim=value.shape[-1], dtype=query.dtype, device=query.device.type, bias=_bias_kind(terms),
+        dropout_p=dropout_p, softcap=softcap is not None, sinks=sinks is not None,
+    )  # fmt: skip
+    plan = _plan(problem, kernel)
+    scores = _scores(problem, terms, query, 1 / math.sqrt(query.shape[-1]) if scale is None else scale, softcap, sinks)
+    query, key, value = _without_hidden(problem, scores, query, key, value)
+    with torch.autocast(query.device.type, enabled=False):
+        return kernels.KERNELS[plan.kernel].run(problem, scores, query, key, value)
+
+
+def plan(
+    mask: Mask | None,
+    domain: Domain,
+    key_domain: Domain | None = None,
+    *,
+    batch: int = 1,
+    heads: int = 1,
+    kv_heads: int | None = None,
+    head_dim: int = 64,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    bias: BiasLike | SequenceOf[BiasLike] | None = None,
+    dropout_p: float = 0.0,
+    softcap: float | None = None,
+    sinks: bool = False,
+    kernel: str = "auto",
+) -> Plan:
+    """How ``attention`` would compute a mask over a domain, without computing it: the kernel, why each faster one was refused, the cost.
+
+    Example:
+        >>> print(plan(masks.Causal(), Sequence(4096), heads=8))  # doctest: +ELLIPSIS
+        kernel     sdpa
+        ...
+    """
+    mask = Full() if mask is None else _check_mask(mask)
+    key_domain = domain if key_domain is None else key_domain
+    mask.bind(domain, key_domain)  # says what is not defined
+    problem = Problem(
+        mask=mask, domain=domain, keys=key_domain, batch=domain.batch_size or batch, heads=heads, kv_heads=kv_heads or heads,
+        head_dim=head_dim, value_dim=head_dim, dtype=dtype, device=torch.device(device).type, bias=_bias_kind(_bias_terms(bias)),
+        dropout_p=dropout_p, softcap=softcap is not None, sinks=sinks,
+    )  # fmt: skip
+    return _plan(problem, kernel)
+
+
+class Attention(nn.Module):
+    """Multi-head attention over a domain, as a layer.
+
+        q, k, v = split(x W_qkv + b);  o = attention(q, k, v);  y = (o * sigmoid(x W_g)) W_o + b   (the gate only with ``gate=True``)
+
+    Args:
+        dim: channels of input and output.
+        heads: query heads; ``dim`` must be divisible by it unless ``head_dim`` is given.
+        kv_heads: key and value heads, a divisor of ``heads``; ``heads`` if not given.
+        head_dim: channels of one head; ``dim // heads`` if not given.
+        mask: who may attend to whom; everybody to everybody if not given.
+        position: rotations and score biases, combined with ``+``. Embeddings are added once, by the model.
+        qk_norm: ``"rms"`` or ``"layer"`` normalises queries and keys per head (arXiv:2010.04245, arXiv:2302.05442); or a callable that
+            makes a module from ``head_dim``.
+        qkv_bias, out_bias: biases of the projections.
+        gate: scales each channel of the heads by a sigmoid of the input (gated attention, arXiv:2505.06708).
+        sinks: one learned logit per head that takes a share of each softmax (arXiv:2309.17453, as in gpt-oss).
+        softcap: soft cap of the scores.
+        dropout: of attention weights, in training.
+        kernel: as in ``attention``.
+
+    Example:
+        >>> layer = Attention(64, 4, kv_heads=2, mask=masks.Local(2), position=positions.Rotary(16))
+        >>> layer(torch.randn(2, 49, 64), Grid(7, 7)).shape
+        torch.Size([2, 49, 64])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        mask: Mask | None = None,
+        position: Position | None = None,
+        qk_norm: str | Callable[[int], nn.Module] | None = None,
+        qkv_bias: bool = True,
+        out_bias: bool = True,
+        gate: bool = False,
+        sinks: bool = False,
+        softcap: float | None = None,
+        dropout: float = 0.0,
+        kernel: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.dim, self.heads, self.kv_heads = dim, heads, heads if kv_heads is None else kv_heads
+        _check_heads(dim, heads, self.kv_heads, head_dim)
+        self.head_dim = dim // heads if head_dim is None else head_dim
+        self.mask = None if mask is None else _check_mask(mask)
+        _check_position(position, self.heads)
+        self.position = position
+        self.qkv = nn.Linear(dim, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=qkv_bias)
+        self.query_norm, self.key_norm = (_qk_norm(qk_norm, self.head_dim) for _ in range(2))
+        self.gate = nn.Linear(dim, self.heads * self.head_dim) if gate else None
+        self.sinks = nn.Parameter(torch.zeros(self.heads)) if sinks else None
+        self.out = nn.Linear(self.heads * self.head_dim, dim, bias=out_bias)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1); got dropout={dropout}")
+        if kernel != "auto" and kernel not in kernels.KERNELS:
+            raise ValueError(f"kernel must be 'auto' or one of {', '.join(map(repr, kernels.KERNELS))}; got kernel={kernel!r}")
+        self.softcap, self.dropout, self.kernel = softcap, dropout, kernel
+
+    def forward(
+        self,
+        x: Float[Tensor, "*batch tokens dim"],
+        domain: Domain | None = None,
+        *,
+        context: Float[Tensor, "*batch keys dim"] | None = None,
+        context_domain: Domain | None = None,
+        mask: Mask | None = None,
+        position: Position | None = None,
+        cache: Cache | None = None,
+    ) -> Float[Tensor, "*batch tokens dim"]:
+        """Attend from ``x`` to itself, or to ``context``.
+
+        Args:
+            x: ``(B, T, C)``, or ``(N, C)`` for packed domains and single items.
+            domain: where the tokens live; ``Sequence(T)`` if not given.
+            context, context_domain: other tokens to take keys and values from, and where they live.
+            mask: further restricts the layer's own mask, for this call.
+            position: adds rotations and biases to the layer's own, for this call (a model that shares one position among its layers);
+                embeddings in it are the model's to add.
+            cache: keys and values of earlier tokens of the same sequence, which this call extends; of the context in cross attention,
+                which need then be given only at the first call.
+        """
+        q, key, value, domain, keys = self._project(x, domain, context, context_domain, position, cache, mask)
+        heads = attention(
+            q, key, value, mask=self._mask(mask), bias=self._biases(position), domain=domain, key_domain=keys,
+            dropout_p=self.dropout if self.training else 0.0, softcap=self.softcap, sinks=self.sinks, kernel=self.kernel,
+        )  # fmt: skip
+        merged = heads.transpose(1, 2).flatten(2)
+        merged = merged if x.ndim == 3 else merged[0]
+        if self.gate is not None:
+            merged = merged * torch.sigmoid(self.gate(domain.zero_padding(x)))
+        return domain.zero_padding(self.out(merged))
+
+    @torch.no_grad()
+    def weights(
+        self,
+        x: Float[Tensor, "*batch tokens dim"],
+        domain: Domain | None = None,
+        rows: Int[Tensor, " rows"] | SequenceOf[int] | None = None,
+        *,
+        context: Float[Tensor, "*batch keys dim"] | None = None,
+        context_domain: Domain | None = None,
+        mask: Mask | None = None,
+        position: Position | None = None,
+    ) -> Float[Tensor, "batch heads rows keys"]:
+        """The attention weights of the queries ``rows`` (all if not given), whatever kernel computes the output.
+
+        Each row sums to 1, to less where sinks take a share, and to 0 where a query sees nothing. Computed block by block of rows, so
+        that beside the result no Tq x Tk tensor is held.
+        """
+        q, key, _, domain, keys = self._project(x, domain, context, context_domain, position, None, mask)
+        full = self._mask(mask) or Full()
+        terms = _bias_terms(self._biases(position))
+        domain, keys = _resolve_domains(q, key, full, terms, domain, keys)
+        problem = Problem(full, domain, keys, len(q), self.heads, self.kv_heads, self.head_dim, self.head_dim, q.dtype, q.device.type)
+        scores = _scores(problem, terms, q, 1 / math.sqrt(self.head_dim), self.softcap, self.sinks)
+        q, key, _ = _without_hidden(problem, scores, q, key, key)
+        index = torch.arange(q.shape[2], device=q.device) if rows is None else torch.as_tensor(rows, device=q.device)
+        if index.numel() and not (0 <= int(index.min()) and int(index.max()) < q.shape[2]):
+            raise ValueError(f"rows must index the {q.shape[2]} queries; got {index.tolist()}")
+        k_index = torch.arange(key.shape[2], device=q.device)
+        blocks = []
+        for block in index.split(rows_per_block(problem)):
+            p, kept = probabilities(q.index_select(2, block), key, scores, block, k_index)
+            blocks.append(p if kept is None else p * kept[..., None])
+        return torch.cat(blocks, 2) if blocks else q.new_zeros(*q.shape[:2], 0, key.shape[2])
+
+    def _project(
+        self,
+        x: Tensor,
+        domain: Domain | None,
+        context: Tensor | None,
+        context_domain: Domain | None,
+        position: Position | None,
+        cache: Cache | None,
+        mask: Mask | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Domain, Domain]:
+        """Queries, keys and values by head, normalised, rotated and joined with cached ones, and where they live."""
+        domain = place("x", x, self.dim, domain)
+        cross = context is not None or (cache is not None and cache.holds_context(self))
+        if context_domain is not None and context is None:
+            raise ValueError("context_domain says where context lives, but no context came; give context too")
+        own = self.heads * self.head_dim
+        if not cross:
+            parts = self._linear(domain.zero_padding(x), 0, None)
+            q, key, value = self._heads(parts[..., :own]), *(self._heads(part) for part in parts[..., own:].chunk(2, -1))
+            q, key = self.query_norm(q), self.key_norm(key)
+            for rotation in self._rotations(position):
+                q, key = rotation.rotate(q, key, domain, domain)
+            if cache is None:
+                return q, key, value, domain, domain
+            reach = self._mask(mask)
+            key, value, keys = cache.extend(self, key, value, domain, None if reach is None else reach.lookback())
+            return q, key, value, domain, keys
+        q = self.query_norm(self._heads(self._linear(domain.zero_padding(x), 0, own)))
+        if context is None:
+            assert cache is not None
+            key, value, keys = cache.context(self)
+        else:
+            keys = place("context", context, self.dim, context_domain)
+            key, value = (self._heads(part) for part in self._linear(keys.zero_padding(context), own, None).chunk(2, -1))
+            key = self.key_norm(key)
+            if cache is not None:
+                cache.keep_context(self, key, value, keys)
+        for rotation in self._rotations(position):
+            q, key = rotation.rotate(q, key, domain, keys)
+        return q, key, value, domain, keys
+
+    def _linear(self, x: Tensor, first: int, last: int | None) -> Tensor:
+        bias = None if self.qkv.bias is None else self.qkv.bias[first:last]
+        return nn.functional.linear(x, self.qkv.weight[first:last], bias)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(B, T, H * D) or (T, H * D) to (B, H, T, D)."""
+        x = x if x.ndim == 3 else x[None]
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def _mask(self, mask: Mask | None) -> Mask | None:
+        return self.mask if mask is None else _check_mask(mask) if self.mask is None else self.mask & mask
+
+    def _parts(self, position: Position | None, kind: type) -> list[Any]:
+        given = [own for own in (self.position, position) if own is not None]
+        return [part for own in given for part in own.parts if isinstance(part, kind)]
+
+    def _rotations(self, position: Position | None) -> list[Rotation]:
+        return self._parts(position, Rotation)
+
+    def _biases(self, position: Position | None) -> list[Bias]:
+        return self._parts(position, Bias)
+
+    def extra_repr(self) -> str:
+        heads = f"{self.heads}" if self.kv_heads == self.heads else f"{self.heads}, kv_heads={self.kv_heads}"
+        return f"{self.dim}, {heads}, mask={self.mask!r}, kernel={self.kernel!r}"
+
+
+def place(name: str, x: Tensor, dim: int, domain: Domain | None) -> Domain:
+    """The domain of ``x``, ``(B, T, C)`` or ``(T, C)``, checked; ``Sequence(T)`` if none is given."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor; got {getattr(x, 'dtype', type(x).__name__)}")
+    if x.ndim not in (2, 3) or x.shape[-1] != dim:
+        raise ValueError(f"{name} must be (batch, tokens, {dim}) or (tokens, {dim}); got {tuple(x.shape)}")
+    if domain is None:
+        return sequence(x.shape[-2])
+    _check_domain(name, domain, x.shape[-2], x.shape[0] if x.ndim == 3 else 1, x.device)
+    return domain
+
+
+@lru_cache(maxsize=256)
+def sequence(length: int) -> Sequence:
+    """``Sequence(length)``, one object for each length, so that what is known about it is kept between calls."""
+    return Sequence(length)
+
+
+def _check_domain(name: str, domain: Domain, tokens: int, batch: int, device: torch.device) -> None:
+    if not isinstance(domain, Domain):
+        raise TypeError(f"the domain of {name} must be a domain such as Sequence(length); got {type(domain).__name__}")
+    if tokens != domain.num_tokens:
+        raise ValueError(
+            f"{name} must have as many tokens as its domain; got {tokens} and {domain!r} of {domain.num_tokens}"
+            + (f" (prefix={domain.prefix} in front of each item included)" if domain.prefix else "")
+        )
+    if domain.batch_size is not None and batch != domain.batch_size:
+        raise ValueError(f"{name} must have one row for each of the {domain.batch_size} rows of {domain!r}; got {batch}")
+    if domain.device is not None and domain.device != device:
+        raise ValueError(f"{name} is on {device}, but its domain is on {domain.device}; use domain.to({str(device)!r}) once, beforehand")
+
+
+def _check_inputs(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, dropout_p: float, softcap: float | None) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor; got {getattr(tensor, 'dtype', type(tensor).__name__)}")
+        if tensor.ndim != 4:
+            raise ValueError(f"{name} must be (batch, heads, tokens, dim); got {tuple(tensor.shape)}")
+        if tensor.dtype != query.dtype or tensor.device != query.device:
+            raise ValueError(f"{name} must have the dtype and device of query, {query.dtype} on {query.device}; got {tensor.dtype} on {tensor.device}")
+    shapes = f"got query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    if not query.shape[0] == key.shape[0] == value.shape[0]:
+        raise ValueError(f"query, key and value must have the same batch size; {shapes}")
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(f"query and key must have the same dim; {shapes}")
+    if key.shape[1:3] != value.shape[1:3]:
+        raise ValueError(f"key and value must have the same heads and tokens; {shapes}")
+    if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
+        raise ValueError(f"the heads of query must be a multiple of the heads of key; {shapes}")
+    if sinks is not None and (sinks.shape != query.shape[1:2] or sinks.device != query.device):
+        raise ValueError(f"sinks must be one logit per query head, ({query.shape[1]},) on {query.device}; got {tuple(sinks.shape)} on {sinks.device}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1); got dropout_p={dropout_p}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be > 0; got softcap={softcap}. Leave it out for no cap.")
+
+
+def _resolve_domains(
+    query: Tensor, key: Tensor, mask: Mask, terms: tuple[BiasLike, ...], domain: Domain | None, key_domain: Domain | None
+) -> tuple[Domain, Domain]:
+    """Where queries and keys live: as given, and otherwise on sequences from 0, if that is no guess."""
+    queries, keys = query.shape[2], key.shape[2]
+    if domain is None and key_domain is not None:
+        raise ValueError("key_domain says where keys live, but queries live nowhere; give domain too")
+    if domain is None:
+        related = [mask] if mask.relates_places else [term for term in terms if isinstance(term, Bias)]
+        if queries != keys and related:
+            raise ValueError(
+                f"{related[0]!r} relates places of queries and keys, and {queries} queries beside {keys} keys do not say which places "
+                "those are. Give domain and key_domain, for example Sequence(1, start=41) and Sequence(42)."
+            )
+        domain, key_domain = sequence(queries), sequence(keys)
+    key_domain = domain if key_domain is None else key_domain
+    _check_domain("query", domain, queries, query.shape[0], query.device)
+    _check_domain("key", key_domain, keys, key.shape[0], key.device)
+    return domain, key_domain
+
+
+def _check_mask(mask: Mask) -> Mask:
+    if not isinstance(mask, Mask):
+        raise TypeError(f"mask must be a mask such as masks.Causal(); got {type(mask).__name__}. Wrap a bool tensor (True = may attend) in masks.Dense.")
+    return mask
+
+
+def _bias_terms(bias: BiasLike | SequenceOf[BiasLike] | None) -> tuple[BiasLike, ...]:
+    terms = () if bias is None else (bias,) if isinstance(bias, (Tensor, Position)) else tuple(bias)
+    flat = [part for term in terms for part in (term.parts if isinstance(term, Position) else (term,))]
+    for term in flat:
+        if not isinstance(term, (Tensor, Bias)):
+            raise TypeError(f"bias must be a positions.Bias or a tensor that broadcasts to (B, H, Tq, Tk); got {type(term).__name__}")
+    return tuple(flat)
+
+
+def _bias_kind(terms: tuple[BiasLike, ...]) -> str | None:
+    if not terms:
+        return None
+    tensors = [t for term in terms for t in ([term] if isinstance(term, Tensor) else term.parameters())]
+    return "trained" if torch.is_grad_enabled() and any(t.requires_grad for t in tensors) else "fixed"
+
+
+def _plan(problem: Problem, kernel: str) -> Plan:
+    return problem.domain.fact(("plan", problem, kernel), lambda: kernels.choose(problem, kernel))
+
+
+def _scores(
+    problem: Problem, terms: tuple[BiasLike, ...], query: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
+) -> Scores:
+    """The mask and the biases bound to the domains."""
+    shape = (problem.batch, problem.heads, problem.num_queries, problem.num_keys)
+    for term in terms:
+        if isinstance(term, Bias):
+            if term.heads not in (1, problem.heads):
+                raise ValueError(f"bias must score as many heads as query has, {problem.heads}; got {term!r} of {term.heads}")
+        elif term.ndim < 2 or term.ndim > 4 or any(n not in (1, want) for n, want in zip(term.shape[::-1], shape[::-1], strict=False)):
+            raise ValueError(f"bias must broadcast to (B, H, Tq, Tk) = {shape}; got {tuple(term.shape)}")
+        elif not term.is_floating_point() or term.device != query.device:
+            raise TypeError(f"bias must be floating-point on {query.device}; got {term.dtype} on {term.device}. Use masks.Dense for a bool mask.")
+    extent = problem.mask.extent()
+    for what, varies, size in (("rows", extent.batch, problem.batch), ("heads", extent.heads, problem.heads)):
+        if varies not in (None, 1, size):
+            raise ValueError(f"mask must have 1 or {size} {what}, as query has; got {varies} in {problem.mask!r}")
+    dense = any(isinstance(term, Tensor) for term in terms)
+    return Scores(
+        predicate=None if problem.is_full else problem.mask.bind(problem.domain, problem.keys),
+        biases=tuple(term if isinstance(term, Tensor) else term.pair(problem.domain, problem.keys) for term in terms),
+        scale=scale, softcap=softcap, sinks=sinks, reflexive=problem.is_reflexive and not dense,
+    )  # fmt: skip
+
+
+def _without_hidden(problem: Problem, scores: Scores, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The inputs with 0 for whatever must not count: tokens that do not exist, queries that see nothing, keys that nobody sees."""
+    domain, keys = problem.domain, problem.keys
+    if domain.valid is not None:
+        query = query.masked_fill(~domain.valid[:, None, :, None], 0)
+    if keys.valid is not None:
+        hidden = ~keys.valid[:, None, :, None]
+        key, value = key.masked_fill(hidden, 0), value.masked_fill(hidden, 0)
+    if scores.predicate is None and not any(isinstance(bias, Tensor) for bias in scores.biases):
+        return query, key, value
+    surely_seen = (domain == keys and problem.mask.is_reflexive(domain)) or (isinstance(problem.mask, Full) and domain.items is None)
+    if surely_seen and not any(isinstance(bias, Tensor) for bias in scores.biases):
+        return query, key, value
+    return hide_unseen(query, key, value, scores, rows_per_block(problem))
+
+
+def _check_heads(dim: int, heads: int, kv_heads: int, head_dim: int | None) -> None:
+    for name, value in (("dim", dim), ("heads", heads), ("kv_heads", kv_heads), ("head_dim", 1 if head_dim is None else head_dim)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number >= 1; got {name}={value!r}")
+    if head_dim is None and dim % heads:
+        raise ValueError(f"dim must be divisible by heads; got dim={dim} and heads={heads}. Change one, or give head_dim.")
+    if heads % kv_heads:
+        raise ValueError(f"heads must be divisible by kv_heads; got heads={heads} and kv_heads={kv_heads}")
+
+
+def _check_position(position: Position | None, heads: int) -> None:
+    if position is None:
+        return
+    if not isinstance(position, Position):
+        raise TypeError(f"position must be a position such as positions.Rotary(head_dim); got {type(position).__name__}")
+    for part in position.parts:
+        if isinstance(part, Embedding):
+            raise ValueError(f"{type(part).__name__} is added to the tokens once, by the model: give it to an Encoder, or call it on x")
+        if isinstance(part, Bias) and part.heads not in (1, heads):
+            raise ValueError(f"position must score as many heads as the layer has, {heads}; got {part!r} of {part.heads}")
+
+
+def _qk_norm(kind: str | Callable[[int], nn.Module] | None, head_dim: int) -> nn.Module:
+    if kind is None:
+        return nn.Identity()
+    if callable(kind):
+        return kind(head_dim)
+    if kind not in ("rms", "layer"):
+        raise ValueError(f"qk_norm must be None, 'rms', 'layer' or a callable that makes a module from head_dim; got qk_norm={kind!r}")
+    return nn.RMSNorm(head_dim, eps=1e-6) if kind == "rms" else nn.LayerNorm(head_dim, eps=1e-6)

@@ -1,0 +1,440 @@
+"""Transformer blocks and stacks of them: encoder, decoder, and both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence as SequenceOf
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ._cache import Cache
+from .attention import Attention, place
+from .domains import Domain
+from .masks import Causal, Mask
+from .positions import Embedding, Position
+
+NormLayer = Literal["layer", "rms"] | Callable[[int], nn.Module]
+Activation = str | nn.Module | Callable[[Tensor], Tensor]
+_GATED = {"swiglu": F.silu, "geglu": F.gelu}
+_PLAIN = {"relu": F.relu, "gelu": F.gelu}
+
+
+class FeedForward(nn.Module):
+    """Two linear maps with a nonlinearity between, on each token alone.
+
+        y = W_2 act(W_1 x + b_1) + b_2                   relu (arXiv:1706.03762), gelu (arXiv:1606.08415), or any module
+        y = W_2 (act(W_g x + b_g) * (W_1 x + b_1)) + b_2  swiglu, geglu (Shazeer 2020, arXiv:2002.05202); rows of ``up``: gate first
+
+    Args:
+        dim: channels of input and output.
+        hidden: channels between; ``4 * dim`` if not given, for gated units two thirds of that, rounded up to a multiple of 8.
+        activation: ``"relu"``, ``"gelu"``, ``"swiglu"``, ``"geglu"``, or a module or function on the hidden channels.
+        dropout: after the nonlinearity, in training.
+        bias: whether the linear maps have biases.
+
+    Example:
+        >>> FeedForward(64, activation="swiglu").hidden
+        176
+    """
+
+    def __init__(
+        self, dim: int, *, hidden: int | None = None, activation: Activation = "gelu", dropout: float = 0.0, bias: bool = True
+    ) -> None:
+        super().__init__()
+        if isinstance(activation, str) and activation not in _PLAIN | _GATED:
+            raise ValueError(f"activation must be one of {', '.join(map(repr, _PLAIN | _GATED))}, or a module; got activation={activation!r}")
+        gated = isinstance(activation, str) and activation in _GATED
+        default = -(-8 * dim // 3 // 8) * 8 if gated else 4 * dim
+        self.hidden = default if hidden is None else hidden
+        if self.hidden < 1:
+            raise ValueError(f"hidden must be >= 1; got hidden={hidden}")
+        self.gated, self.activation = gated, activation
+        self.up = nn.Linear(dim, self.hidden * (2 if gated else 1), bias=bias)
+        self.dropout = nn.Dropout(dropout)
+        self.down = nn.Linear(self.hidden, dim, bias=bias)
+
+    def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+        """Map each token."""
+        h = self.up(x)
+        if self.gated:
+            gate, h = h.chunk(2, -1)
+            h = _GATED[str(self.activation)](gate) * h
+        else:
+            h = (_PLAIN[self.activation] if isinstance(self.activation, str) else self.activation)(h)
+        return self.down(self.dropout(h))
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}"
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016, arXiv:1603.09382): in training, drops a residual branch for whole items.
+
+    Each item (row of the batch, or packed item) is dropped with probability ``p`` and otherwise scaled by ``1 / (1 - p)``.
+
+    Example:
+        >>> DropPath(0.5).eval()(torch.ones(2, 3, 1), Sequence(3)).sum()
+        tensor(6.)
+    """
+
+    def __init__(self, p: float = 0.0) -> None:
+        super().__init__()
+        if not 0 <= p < 1:
+            raise ValueError(f"drop_path must be in [0, 1); got drop_path={p}")
+        self.p = p
+
+    def forward(self, x: Float[Tensor, "*batch tokens dim"], domain: Domain) -> Float[Tensor, "*batch tokens dim"]:
+        """Drop the branch ``x`` of some items."""
+        if self.p == 0 or not self.training:
+            return x
+        items = domain.items
+        kept = x.new_empty(*x.shape[:-2], domain.num_items if items is not None else 1).bernoulli_(1 - self.p) / (1 - self.p)
+        return x * (kept if items is None else kept.index_select(-1, items))[..., None]
+
+    def extra_repr(self) -> str:
+        return f"{self.p}"
+
+
+class _Residual(nn.Module):
+    """A branch around which the input is added: norm before, after, or both, layer scale, dropout and stochastic depth."""
+
+    def __init__(self, dim: int, norm: str, make: Callable[[int], nn.Module], scale: float | None, dropout: float, drop_path: float) -> None:
+        super().__init__()
+        self.norm_after_sum = norm == "post"
+        self.norm = make(dim)
+        self.branch_norm = make(dim) if norm == "sandwich" else None
+        self.scale = None if scale is None else nn.Parameter(torch.full((dim,), float(scale)))
+        self.dropout, self.drop_path = nn.Dropout(dropout), DropPath(drop_path)
+
+    def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor], domain: Domain) -> Tensor:
+        y = branch(x if self.norm_after_sum else self.norm(x))
+        y = y if self.branch_norm is None else self.branch_norm(y)
+        y = self.dropout(y)
+        y = y if self.scale is None else y * self.scale
+        x = x + self.drop_path(y, domain)
+        return self.norm(x) if self.norm_after_sum else x
+
+
+class Block(nn.Module):
+    """A Transformer block: attention, optionally cross attention, and a feed-forward layer, each with a residual connection.
+
+        pre       x + f(norm(x))                     each branch f in turn; GPT-2, ViT
+        post      norm(x + f(x))                     Vaswani et al. 2017 (arXiv:1706.03762)
+        sandwich  x + norm(f(norm(x)))               Gemma 2 (arXiv:2408.00118), CogView (arXiv:2105.13290)
+        parallel  x + f(norm(x)) + g(norm(x))        all branches at once, one norm; GPT-J, PaLM (arXiv:2204.02311)
+
+    Args:
+        dim, heads: as in ``Attention``.
+        norm: where norms stand: ``"pre"``, ``"post"``, ``"sandwich"``, ``"parallel"``.
+        norm_layer: ``"layer"``, ``"rms"`` (arXiv:1910.07467), or a callable that makes a module from ``dim``.
+        layer_scale: initial value of a learned factor per channel on each branch (arXiv:2103.17239); none if not given.
+        drop_path: probability with which a branch is dropped for an item.
+        cross: adds attention to a context between the two branches (``cross_attention``); it has no mask or position of its own.
+        hidden, activation: of the feed-forward layer.
+        dropout: after each branch and inside the feed-forward layer, in training.
+        attention_dropout: of attention weights.
+        bias: whether the feed-forward layer has biases.
+        **attention: further arguments of ``Attention``: mask, position, kv_heads, head_dim, qk_norm, qkv_bias, out_bias, gate, sinks,
+            softcap, kernel.
+
+    Example:
+        >>> Block(32, 4, norm="post", activation="relu", mask=masks.Causal())(torch.randn(2, 5, 32)).shape
+        torch.Size([2, 5, 32])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        norm: Literal["pre", "post", "sandwich", "parallel"] = "pre",
+        norm_layer: NormLayer = "layer",
+        layer_scale: float | None = None,
+        drop_path: float = 0.0,
+        cross: bool = False,
+        hidden: int | None = None,
+        activation: Activation = "gelu",
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        bias: bool = True,
+        **attention: Any,
+    ) -> None:
+        super().__init__()
+        if norm not in ("pre", "post", "sandwich", "parallel"):
+            raise ValueError(f"norm must be 'pre', 'post', 'sandwich' or 'parallel'; got norm={norm!r}")
+        make = norm_factory(norm_layer)
+        self.parallel = norm == "parallel"
+
+        def residual() -> _Residual:
+            return _Residual(dim, norm, make, layer_scale, dropout, drop_path)
+
+        self.attention = Attention(dim, heads, dropout=attention_dropout, **attention)
+        self.attention_residual = residual()
+        own = {name: value for name, value in attention.items() if name not in ("mask", "position")}
+        self.cross_attention = Attention(dim, heads, dropout=attention_dropout, **own) if cross else None
+        self.cross_residual = residual() if cross and not self.parallel else None
+        self.feed_forward = FeedForward(dim, hidden=hidden, activation=activation, dropout=dropout, bias=bias)
+        self.feed_forward_residual = None if self.parallel else residual()
+
+    def forward(
+        self,
+        x: Float[Tensor, "*batch tokens dim"],
+        domain: Domain | None = None,
+        *,
+        context: Float[Tensor, "*batch keys dim"] | None = None,
+        context_domain: Domain | None = None,
+        mask: Mask | None = None,
+        context_mask: Mask | None = None,
+        position: Position | None = None,
+        cache: Cache | None = None,
+    ) -> Float[Tensor, "*batch tokens dim"]:
+        """Map tokens to tokens; ``context`` is what a block with ``cross=True`` attends to (arguments as in ``Attention``)."""
+        domain = place("x", x, self.attention.dim, domain)
+        self._check_context(context, context_domain, context_mask, cache)
+        x = domain.zero_padding(x)
+
+        def attend(y: Tensor) -> Tensor:
+            return self.attention(y, domain, mask=mask, position=position, cache=cache)
+
+        def attend_context(y: Tensor) -> Tensor:
+            assert self.cross_attention is not None
+            return self.cross_attention(y, domain, context=context, context_domain=context_domain, mask=context_mask, cache=cache)
+
+        if self.parallel:
+            branches = [attend] + ([attend_context] if self.cross_attention is not None else []) + [self.feed_forward]
+            x = self.attention_residual(x, lambda y: sum(branch(y) for branch in branches), domain)  # type: ignore[misc]
+        else:
+            x = self.attention_residual(x, attend, domain)
+            if self.cross_residual is not None:
+                x = self.cross_residual(x, attend_context, domain)
+            assert self.feed_forward_residual is not None
+            x = self.feed_forward_residual(x, self.feed_forward, domain)
+        return domain.zero_padding(x)
+
+    def _check_context(self, context: Tensor | None, domain: Domain | None, mask: Mask | None, cache: Cache | None) -> None:
+        if self.cross_attention is None:
+            for name, value in (("context", context), ("context_domain", domain), ("context_mask", mask)):
+                if value is not None:
+                    raise ValueError(f"{name} is for blocks with cross attention, and this one has none; build it with cross=True")
+        elif context is None and not (cache is not None and cache.holds_context(self.cross_attention)):
+            raise ValueError("context must be given to a block with cross=True, at least at the first call with a cache; got None")
+
+
+class _Stack(nn.Module):
+    """Blocks one after the other: the position's embeddings before them, a norm behind."""
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        heads: int,
+        *,
+        mask: Mask | SequenceOf[Mask | None] | None,
+        position: Position | Callable[[], Position] | None,
+        norm: str,
+        norm_layer: NormLayer,
+        final_norm: bool | None,
+        drop_path: float,
+        **block: Any,
+    ) -> None:
+        super().__init__()
+        if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
+            raise ValueError(f"depth must be a whole number >= 1; got depth={depth!r}")
+        layer_masks = [mask] * depth if mask is None or isinstance(mask, Mask) else list(mask)
+        if len(layer_masks) != depth:
+            raise ValueError(f"mask must be one mask, or one for each of the {depth} layers; got {len(layer_masks)}")
+        shared = position is None or isinstance(position, Position)
+        if not shared and not callable(position):
+            raise TypeError(f"position must be a position, or a function that makes one for each layer; got {type(position).__name__}")
+        self.dim = dim
+        self.position = position if isinstance(position, Position) else None
+        rates = [drop_path * layer / max(depth - 1, 1) for layer in range(depth)]
+        self.blocks = nn.ModuleList(
+            Block(
+                dim, heads, mask=layer_mask, position=None if shared else position(), norm=norm, norm_layer=norm_layer,  # type: ignore[arg-type, misc]
+                drop_path=rate, **block,
+            )
+            for layer_mask, rate in zip(layer_masks, rates, strict=True)
+        )  # fmt: skip
+        last = norm != "post" if final_norm is None else final_norm
+        self.norm = norm_factory(norm_layer)(dim) if last else nn.Identity()
+
+    def _run(self, x: Tensor, domain: Domain | None, mask: Mask | None, cache: Cache | None, **cross: Any) -> Tensor:
+        domain = place("x", x, self.dim, domain)
+        x = domain.zero_padding(x)
+        if self.position is not None:
+            for part in self.position.parts:
+                if isinstance(part, Embedding):
+                    x = part(x, domain)
+        for block in self.blocks:
+            x = block(x, domain, mask=mask, position=self.position, cache=cache, **cross)
+        return domain.zero_padding(self.norm(x))
+
+
+class Encoder(_Stack):
+    """A stack of blocks over a domain.
+
+    Args:
+        dim, depth, heads: channels, number of blocks, attention heads.
+        mask: one mask for all blocks, or a list of one for each (such as windows and, now and then, ``Full()``).
+        position: how tokens know where they are. A position is shared by all blocks (T5) and its embeddings are added to the input; a
+            function that makes one, such as ``lambda: positions.RelativeBias(heads)``, gives each block its own (Swin).
+        norm, norm_layer: as in ``Block``.
+        final_norm: whether a norm follows the last block; unless given, yes except after post-norm blocks, which end in one.
+        drop_path: rate of the last block; it rises linearly from 0 at the first.
+        **block: further arguments of ``Block`` and ``Attention``.
+
+    Example:
+        >>> encoder = Encoder(32, 2, 4, mask=masks.Local(3) | masks.Global(1), position=positions.Rotary(8))
+        >>> encoder(torch.randn(2, 197, 32), Grid(14, 14, prefix=1)).shape
+        torch.Size([2, 197, 32])
+        >>> encoder(torch.randn(2, 64, 32), Sequence(64)).shape
+        torch.Size([2, 64, 32])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        heads: int,
+        *,
+        mask: Mask | SequenceOf[Mask | None] | None = None,
+        position: Position | Callable[[], Position] | None = None,
+        norm: Literal["pre", "post", "sandwich", "parallel"] = "pre",
+        norm_layer: NormLayer = "layer",
+        final_norm: bool | None = None,
+        drop_path: float = 0.0,
+        **block: Any,
+    ) -> None:
+        super().__init__(
+            dim, depth, heads, mask=mask, position=position, norm=norm, norm_layer=norm_layer, final_norm=final_norm,
+            drop_path=drop_path, **block,
+        )  # fmt: skip
+
+    def forward(
+        self,
+        x: Float[Tensor, "*batch tokens dim"],
+        domain: Domain | None = None,
+        *,
+        mask: Mask | None = None,
+        cache: Cache | None = None,
+    ) -> Float[Tensor, "*batch tokens dim"]:
+        """Encode tokens; ``mask`` further restricts every block, ``cache`` continues a sequence (see ``Cache``)."""
+        return self._run(x, domain, mask, cache)
+
+
+class Decoder(_Stack):
+    """A stack of blocks that attend to what came before and, with ``cross=True``, to a context (Vaswani et al. 2017).
+
+    Args:
+        mask: of self attention; ``Causal()`` if not given.
+        cross: whether the blocks attend to a context. Without it the stack is a decoder-only model.
+        Others as in ``Encoder``.
+
+    Example:
+        >>> decoder = Decoder(32, 2, 4)
+        >>> decoder(torch.randn(2, 5, 32), context=torch.randn(2, 9, 32)).shape
+        torch.Size([2, 5, 32])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        heads: int,
+        *,
+        mask: Mask | SequenceOf[Mask | None] = Causal(),  # noqa: B008  (a frozen value)
+        cross: bool = True,
+        position: Position | Callable[[], Position] | None = None,
+        norm: Literal["pre", "post", "sandwich", "parallel"] = "pre",
+        norm_layer: NormLayer = "layer",
+        final_norm: bool | None = None,
+        drop_path: float = 0.0,
+        **block: Any,
+    ) -> None:
+        super().__init__(
+            dim, depth, heads, mask=mask, position=position, norm=norm, norm_layer=norm_layer, final_norm=final_norm,
+            drop_path=drop_path, cross=cross, **block,
+        )  # fmt: skip
+
+    def forward(
+        self,
+        x: Float[Tensor, "*batch tokens dim"],
+        domain: Domain | None = None,
+        *,
+        context: Float[Tensor, "*batch keys dim"] | None = None,
+        context_domain: Domain | None = None,
+        mask: Mask | None = None,
+        context_mask: Mask | None = None,
+        cache: Cache | None = None,
+    ) -> Float[Tensor, "*batch tokens dim"]:
+        """Decode tokens beside a context; with a cache, one piece after the other, the context at the first call."""
+        return self._run(
+            x, domain, mask, cache, context=context, context_domain=context_domain, context_mask=context_mask
+        )
+
+
+class EncoderDecoder(nn.Module):
+    """The Transformer of Vaswani et al. 2017 (arXiv:1706.03762): an encoder of the source, and a decoder of the target beside it.
+
+    Works on embedded tokens; the embedding of symbols or values and the output layer are the model's around it. The defaults are the
+    paper's: post-norm blocks, ReLU, six blocks each.
+
+    Args:
+        dim, heads: channels and heads of both.
+        encoder_depth, decoder_depth: blocks of each.
+        mask, decoder_mask: self-attention masks of encoder and decoder.
+        position: a position that both share, or a function that makes one for each block.
+        **stack: further arguments of ``Encoder`` and ``Decoder``.
+
+    Example:
+        >>> model = EncoderDecoder(32, 4, encoder_depth=2, decoder_depth=2, position=positions.Sinusoidal(32))
+        >>> model(torch.randn(2, 9, 32), torch.randn(2, 5, 32)).shape
+        torch.Size([2, 5, 32])
+    """
+
+    def __init__(
+        self,
+        dim: int = 512,
+        heads: int = 8,
+        *,
+        encoder_depth: int = 6,
+        decoder_depth: int = 6,
+        mask: Mask | None = None,
+        decoder_mask: Mask = Causal(),  # noqa: B008  (a frozen value)
+        position: Position | Callable[[], Position] | None = None,
+        norm: Literal["pre", "post", "sandwich", "parallel"] = "post",
+        activation: Activation = "relu",
+        **stack: Any,
+    ) -> None:
+        super().__init__()
+        stack = {"position": position, "norm": norm, "activation": activation, **stack}
+        self.encoder = Encoder(dim, encoder_depth, heads, mask=mask, **stack)
+        self.decoder = Decoder(dim, decoder_depth, heads, mask=decoder_mask, **stack)
+
+    def forward(
+        self,
+        source: Float[Tensor, "*batch source_tokens dim"],
+        target: Float[Tensor, "*batch tokens dim"],
+        source_domain: Domain | None = None,
+        domain: Domain | None = None,
+        *,
+        source_mask: Mask | None = None,
+        mask: Mask | None = None,
+        context_mask: Mask | None = None,
+    ) -> Float[Tensor, "*batch tokens dim"]:
+        """Teacher forcing: all targets at once. To decode step by step, call ``encoder`` once and ``decoder`` with a ``Cache``."""
+        context = self.encoder(source, source_domain, mask=source_mask)
+        return self.decoder(target, domain, context=context, context_domain=source_domain, mask=mask, context_mask=context_mask)
+
+
+def norm_factory(norm_layer: NormLayer) -> Callable[[int], nn.Module]:
+    """What makes a norm from a number of channels."""
+    if callable(norm_layer):
+        return norm_layer
+    if norm_layer not in ("layer", "rms"):
+        raise ValueError(f"norm_layer must be 'layer', 'rms' or a callable that makes a module from dim; got norm_layer={norm_layer!r}")
+    return nn.LayerNorm if norm_layer == "layer" else nn.RMSNorm

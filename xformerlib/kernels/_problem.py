@@ -1,0 +1,68 @@
+"""What there is to compute, without the tensors: all that a plan may depend on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..domains import Domain
+from ..masks import Causal, Full, Mask
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The shape of one attention: hashable, so that its plan is made once.
+
+    Attributes:
+        mask: who may attend to whom, besides the facts of the domains.
+        domain, keys: where queries and keys live.
+        bias: what kind of score bias there is: None, "fixed", or "trained" where its gradient is asked for.
+    """
+
+    mask: Mask
+    domain: Domain
+    keys: Domain
+    batch: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: str
+    bias: str | None = None
+    dropout_p: float = 0.0
+    softcap: bool = False
+    sinks: bool = False
+
+    @property
+    def num_queries(self) -> int:
+        """Tq."""
+        return self.domain.num_tokens
+
+    @property
+    def num_keys(self) -> int:
+        """Tk."""
+        return self.keys.num_tokens
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every query sees every key."""
+        facts = (self.domain.valid, self.keys.valid, self.domain.items)
+        return isinstance(self.mask, Full) and all(fact is None for fact in facts)
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether token i sees tokens 0 to i and no others, in the order of the tensors.
+
+        Padding at the end of a row changes nothing for the tokens that exist.
+        """
+        if self.mask != Causal() or self.domain != self.keys or self.domain.items is not None:
+            return False
+        return self.domain.kind == "Grid" or (self.domain.kind == "Sequence" and self.domain.offsets is None)
+
+    @property
+    def is_reflexive(self) -> bool:
+        """Whether every token attends at least to itself: no empty row, no key hidden from everybody."""
+        no_padding = self.domain.valid is None
+        return self.domain == self.keys and no_padding and self.mask.is_reflexive(self.domain)

@@ -1,0 +1,64 @@
+"""torch's fused dense attention, where nothing or only causality is masked, or where mask and bias are small."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from ._problem import Problem
+from ._scores import Scores
+
+# Up to this many query-key pairs a dense mask or bias is small: 1,024 x 1,024.
+SMALL_PAIRS = 2**20
+
+
+def refuse(problem: Problem) -> str | None:
+    """Why this kernel cannot compute the problem, or None."""
+    if problem.softcap:
+        return "it has no soft cap"
+    if problem.sinks:
+        return "it returns no log-sum-exp, which sinks need"
+    if problem.num_queries * problem.num_keys <= SMALL_PAIRS:
+        return None
+    size = f"{problem.num_queries:,} x {problem.num_keys:,}"
+    if problem.bias is not None:
+        return f"a dense bias of {size} is not small"
+    if not (problem.is_full or problem.is_causal):
+        return f"a dense mask of {size} is not small, and {problem.mask!r} on {problem.domain!r} is neither full nor plainly causal"
+    if problem.dropout_p and problem.device == "cpu":
+        return f"on the CPU it computes dropout through dense scores of {size}"
+    return None
+
+
+def run(
+    problem: Problem,
+    scores: Scores,
+    query: Float[Tensor, "batch heads queries dim"],
+    key: Float[Tensor, "batch kv_heads keys dim"],
+    value: Float[Tensor, "batch kv_heads keys value_dim"],
+) -> Float[Tensor, "batch heads queries value_dim"]:
+    """``scaled_dot_product_attention`` with ``is_causal``, a dense mask, or neither."""
+    options = {"dropout_p": problem.dropout_p, "scale": scores.scale, "enable_gqa": problem.heads != problem.kv_heads}
+    if scores.biases == () and (problem.is_full or problem.is_causal):
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=problem.is_causal and not problem.is_full, **options)
+        return out if problem.domain.valid is None else out.masked_fill(~problem.domain.valid[:, None, :, None], 0)
+    q_index = torch.arange(query.shape[2], device=query.device)
+    k_index = torch.arange(key.shape[2], device=query.device)
+    allowed = scores.allowed(query, q_index, k_index)
+    bias = scores.bias(query, q_index, k_index)
+    empty = None
+    if allowed is not None and not scores.reflexive:
+        empty = ~allowed.any(-1, keepdim=True)
+        allowed = allowed | empty  # such a row is set to 0 below, on every backend alike
+    if bias is None:
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, **options)
+    else:
+        bias = bias.to(query.dtype)
+        if empty is not None:
+            bias = bias.masked_fill(empty, 0)
+        if allowed is not None:
+            bias = bias.masked_fill(~allowed, float("-inf"))
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, **options)
+    return out if empty is None else out.masked_fill(empty, 0)

@@ -1,0 +1,295 @@
+"""What a position is: up to three hooks into a Transformer, and their sum.
+
+An ``Embedding`` is added to the tokens, a ``Rotation`` turns queries and keys, a ``Bias`` is added to the attention scores.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from ..domains import Domain, Grid, Sequence
+
+
+class Position(nn.Module):
+    """Where tokens are, told to a Transformer. The root of every position; positions combine with ``+``.
+
+    Example:
+        >>> from xformerlib import positions
+        >>> both = positions.Sinusoidal(64) + positions.DistanceDecay(4)
+        >>> len(both.embeddings), len(both.rotations), len(both.biases)
+        (1, 0, 1)
+    """
+
+    @property
+    def parts(self) -> tuple[Position, ...]:
+        """The positions that this one is the sum of; itself where it is not a sum."""
+        return (self,)
+
+    @property
+    def embeddings(self) -> tuple[Embedding, ...]:
+        """The parts that are added to the tokens."""
+        return tuple(part for part in self.parts if isinstance(part, Embedding))
+
+    @property
+    def rotations(self) -> tuple[Rotation, ...]:
+        """The parts that turn queries and keys."""
+        return tuple(part for part in self.parts if isinstance(part, Rotation))
+
+    @property
+    def biases(self) -> tuple[Bias, ...]:
+        """The parts that are added to the attention scores."""
+        return tuple(part for part in self.parts if isinstance(part, Bias))
+
+    def __add__(self, other: Position) -> Sum:
+        if not isinstance(other, Position):
+            return NotImplemented
+        return Sum(self, other)
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew; a position without parameters has nothing to do."""
+
+
+class Embedding(Position, ABC):
+    """A position that is added to the tokens, once, before the first layer."""
+
+    @abstractmethod
+    def forward(self, x: Float[Tensor, "*batch tokens dim"], domain: Domain) -> Float[Tensor, "*batch tokens dim"]:
+        """``x`` plus the embedding of each token's position, in the dtype of ``x``; a prefix token gets 0, or a row of its own."""
+
+
+class Rotation(Position, ABC):
+    """A position that turns queries and keys, so that their product depends on where they are relative to each other."""
+
+    @abstractmethod
+    def rotate_one(self, x: Float[Tensor, "*batch heads tokens head_dim"], domain: Domain) -> Tensor:
+        """Queries or keys turned by their positions on ``domain``; a cache that keeps turned keys turns only the new ones."""
+
+    def rotate(
+        self,
+        q: Float[Tensor, "*batch heads queries head_dim"],
+        k: Float[Tensor, "*batch kv_heads keys head_dim"],
+        domain: Domain,
+        key_domain: Domain | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and keys, turned; with grouped queries the keys have fewer heads than the queries."""
+        keys = domain if key_domain is None else key_domain
+        if keys is not domain:
+            domain.check_related(keys, type(self).__name__)
+        return self.rotate_one(q, domain), self.rotate_one(k, keys)
+
+
+class PairBias(ABC):
+    """A bias bound to the domains of queries and keys: the score of any pair on request, never of all pairs unless asked.
+
+    Attributes:
+        heads: attention heads.
+        batch_size: rows of the batch that have scores of their own, or None where all rows share them.
+        relative: whether the score depends only on the offset of query and key, which are whole steps (and on whether they are
+            prefix tokens), so that a kernel may reuse the scores of one tile for every tile of the same shape and offset.
+        tensors: what the scores are differentiable in; a kernel that recomputes scores in its backward passes these through
+            its autograd function and evaluates ``using(...)`` there.
+    """
+
+    def __init__(
+        self, domain: Domain, keys: Domain, tensors: tuple[Tensor, ...], *, heads: int, batch_size: int | None, relative: bool = False
+    ) -> None:
+        self.domain = domain
+        self.keys = keys
+        self.tensors = tensors
+        self.heads = heads
+        self.batch_size = batch_size
+        self.relative = relative
+
+    def at(
+        self, q_index: Int[Tensor, "*#pairs"], k_index: Int[Tensor, "*#pairs"], b_index: Int[Tensor, "*#pairs"] | None = None
+    ) -> Float[Tensor, "heads *pairs"]:
+        """Scores of the pairs that the indices make when broadcast together, e.g. ``(tq, 1)`` and ``(1, tk)``.
+
+        ``b_index``, the row of the batch, may be left out where ``batch_size`` is None.
+        """
+        if self.batch_size is not None and b_index is None:
+            raise ValueError(
+                f"b_index is needed: each of the {self.batch_size} rows of {self.domain!r} has positions of its own. Pass the row of "
+                "each pair, e.g. torch.arange(batch)[:, None, None]."
+            )
+        b = q_index.new_zeros(()) if b_index is None else b_index
+        shape = torch.broadcast_shapes(b.shape, q_index.shape, k_index.shape)
+        scores = self.scores(b, q_index, k_index)
+        missing = len(shape) + 1 - scores.ndim
+        return scores.reshape(self.heads, *(1,) * missing, *scores.shape[1:]).expand(self.heads, *shape)
+
+    @abstractmethod
+    def scores(self, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """``at`` with an index of rows, up to broadcasting: ``(heads, ...)``."""
+
+    def using(self, tensors: tuple[Tensor, ...]) -> PairBias:
+        """The same bias with other ``tensors``, of the same shapes."""
+        other = copy.copy(self)
+        other.tensors = tensors
+        return other
+
+
+class Bias(Position, ABC):
+    """A position that is added to the attention scores.
+
+    Attributes:
+        heads: attention heads, of the queries.
+    """
+
+    heads: int
+
+    @abstractmethod
+    def pair(self, domain: Domain, key_domain: Domain | None = None, *, dtype: torch.dtype | None = None) -> PairBias:
+        """The bias between queries on ``domain`` and keys on ``key_domain`` (default: the same).
+
+        ``dtype`` is the dtype of the scores, fp32 or fp64; by default the parameters', and at least fp32.
+        """
+
+    def _check(self, domain: Domain, key_domain: Domain | None) -> Domain:
+        """The domain of the keys, or an error where positions on the two cannot be compared."""
+        keys = domain if key_domain is None else key_domain
+        if keys is not domain:
+            domain.check_related(keys, type(self).__name__)
+            domain.check_pairable(keys)
+        return keys
+
+
+class Sum(Position):
+    """Positions used together; ``a + b`` makes one. Sums in sums are flattened.
+
+    Raises:
+        ValueError: biases of different numbers of heads.
+
+    Example:
+        >>> from xformerlib import positions
+        >>> [type(part).__name__ for part in positions.Sinusoidal(64) + positions.Rotary(16) + positions.DistanceDecay(4)]
+        ['Sinusoidal', 'Rotary', 'DistanceDecay']
+    """
+
+    def __init__(self, *positions: Position) -> None:
+        super().__init__()
+        wrong = [position for position in positions if not isinstance(position, Position)]
+        if wrong:
+            raise TypeError(f"Sum takes positions; got {type(wrong[0]).__name__}")
+        self.terms = nn.ModuleList(part for position in positions for part in position.parts)
+        heads = {bias.heads for bias in self.biases}
+        if len(heads) > 1:
+            raise ValueError(f"biases that are added must have the same number of heads; got {sorted(heads)}")
+
+    @property
+    def parts(self) -> tuple[Position, ...]:
+        return cast("tuple[Position, ...]", tuple(self.terms))
+
+    def __iter__(self) -> Iterator[Position]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.terms)
+
+    def reset_parameters(self) -> None:
+        for part in self.parts:
+            part.reset_parameters()
+
+    def forward(self, x: Float[Tensor, "*batch tokens dim"], domain: Domain) -> Tensor:
+        """``x`` plus every embedding of the sum."""
+        for embedding in self.embeddings:
+            x = embedding(x, domain)
+        return x
+
+    def rotate_one(self, x: Float[Tensor, "*batch heads tokens head_dim"], domain: Domain) -> Tensor:
+        """Queries or keys turned by every rotation of the sum."""
+        for rotation in self.rotations:
+            x = rotation.rotate_one(x, domain)
+        return x
+
+    def rotate(self, q: Tensor, k: Tensor, domain: Domain, key_domain: Domain | None = None) -> tuple[Tensor, Tensor]:
+        """Queries and keys turned by every rotation of the sum."""
+        for rotation in self.rotations:
+            q, k = rotation.rotate(q, k, domain, key_domain)
+        return q, k
+
+    def pair(self, domain: Domain, key_domain: Domain | None = None, *, dtype: torch.dtype | None = None) -> PairBias:
+        """The sum of the biases, bound to the domains of queries and keys."""
+        if not self.biases:
+            raise ValueError(f"this sum has no bias to evaluate; its parts are {', '.join(type(part).__name__ for part in self.parts)}")
+        return SumPair(tuple(bias.pair(domain, key_domain, dtype=dtype) for bias in self.biases))
+
+
+class SumPair(PairBias):
+    """Biases added up, bound to one pair of domains."""
+
+    def __init__(self, pairs: tuple[PairBias, ...]) -> None:
+        rows = [pair.batch_size for pair in pairs if pair.batch_size is not None]
+        super().__init__(
+            pairs[0].domain,
+            pairs[0].keys,
+            tuple(tensor for pair in pairs for tensor in pair.tensors),
+            heads=pairs[0].heads,
+            batch_size=rows[0] if rows else None,
+            relative=all(pair.relative for pair in pairs),
+        )
+        self.pairs = pairs
+
+    def scores(self, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        start, total = 0, None
+        for pair in self.pairs:
+            end = start + len(pair.tensors)
+            scores = pair.using(self.tensors[start:end]).at(q, k, b)
+            total = scores if total is None else total + scores
+            start = end
+        assert total is not None
+        return total
+
+
+def no_meaning(position: Position, domain: Domain, instead: str) -> ValueError:
+    """The error of a position that is not defined on a domain."""
+    return ValueError(f"{type(position).__name__} is not defined on a {domain.kind}; got {domain!r}. {instead}")
+
+
+def check_tokens(position: Position, x: Tensor, domain: Domain, width: int, name: str) -> None:
+    """Raise unless ``x`` is ``(..., tokens, width)`` for the tokens of ``domain``, and on its device."""
+    if x.ndim < 2 or x.shape[-2] != domain.num_tokens or x.shape[-1] != width:
+        raise ValueError(
+            f"{type(position).__name__} takes x of shape (..., {domain.num_tokens}, {width}), the tokens of {domain!r} and {name}={width}; "
+            f"got {tuple(x.shape)}"
+        )
+    if not x.is_floating_point():
+        raise TypeError(f"x must be of a floating dtype; got {x.dtype}")
+    check_device(domain, x.device)
+    rows = domain.batch_size
+    if rows is not None and (x.shape[0] != rows or x.ndim < 3):
+        raise ValueError(f"x must have the {rows} rows of {domain!r}; got shape {tuple(x.shape)}")
+
+
+def check_device(domain: Domain, device: torch.device) -> None:
+    """Raise where the domain's tensors are on another device."""
+    if domain.device is not None and domain.device != device:
+        raise ValueError(f"tokens and domain must be on the same device; got {device} and {domain.device}. Use domain.to({str(device)!r}).")
+
+
+def in_steps(domain: Domain) -> bool:
+    """Whether coordinates are whole steps that every row of a batch shares."""
+    return isinstance(domain, (Sequence, Grid))
+
+
+def places(domain: Domain, device: torch.device) -> Float[Tensor, "*batch tokens ndim"]:
+    """Coordinates of all tokens in fp64, ``(tokens, ndim)`` or ``(batch, tokens, ndim)``; prefix tokens hold 0."""
+    if not in_steps(domain):
+        return domain.coordinates.to(device, torch.float64)
+    i = torch.arange(domain.num_tokens, device=device)
+    axes = [domain.coordinate(axis, i.new_zeros(()), i).expand(i.shape) for axis in range(domain.ndim)]
+    table = torch.stack(axes, -1).double()
+    prefix = domain.is_prefix(i.new_zeros(()), i)
+    return table if prefix is None else table.masked_fill(prefix[:, None], 0)
+
+
+def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    """``dtype``, or fp32 where it is narrower."""
+    return torch.promote_types(dtype, torch.float32)
