@@ -1,5 +1,14 @@
 """One attention core with pluggable masks and positions, for sequences, irregular time, images, graphs and points."""
 
-from . import domains as domains
-from .domains import Grid as Grid, Points as Points, Sequence as Sequence, Timeline as Timeline
-from . import masks as masks
+from . import masks as masks, positions as positions
+from ._cache import Cache as Cache
+from .attention import Attention as Attention, attention as attention, plan as plan
+from .blocks import (
+    Block as Block,
+    Decoder as Decoder,
+    DropPath as DropPath,
+    Encoder as Encoder,
+    EncoderDecoder as EncoderDecoder,
+    FeedForward as FeedForward,
+)
+from .domains import Domain as Domain, Grid as Grid, Points as Points, Sequence as Sequence, Timeline as Timeline

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence as SequenceOf
 from functools import lru_cache
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -18,7 +17,7 @@ from .kernels import Plan, Problem, Scores
 from .kernels._chunked import rows_per_block
 from .kernels._scores import hide_unseen, probabilities
 from .masks import Full, Mask
-from .positions import Bias, Embedding, Position, Rotation
+from .positions import Bias, Position, Rotation
 
 BiasLike = Tensor | Bias
 
@@ -271,7 +270,7 @@ class Attention(nn.Module):
             q, key, value = self._heads(parts[..., :own]), *(self._heads(part) for part in parts[..., own:].chunk(2, -1))
             q, key = self.query_norm(q), self.key_norm(key)
             for rotation in self._rotations(position):
-                q, key = rotation.rotate(q, key, domain, domain)
+                q, key = rotation.rotate(q, key, domain)
             if cache is None:
                 return q, key, value, domain, domain
             reach = self._mask(mask)
@@ -303,15 +302,11 @@ class Attention(nn.Module):
     def _mask(self, mask: Mask | None) -> Mask | None:
         return self.mask if mask is None else _check_mask(mask) if self.mask is None else self.mask & mask
 
-    def _parts(self, position: Position | None, kind: type) -> list[Any]:
-        given = [own for own in (self.position, position) if own is not None]
-        return [part for own in given for part in own.parts if isinstance(part, kind)]
-
     def _rotations(self, position: Position | None) -> list[Rotation]:
-        return self._parts(position, Rotation)
+        return [rotation for own in (self.position, position) if own is not None for rotation in own.rotations]
 
     def _biases(self, position: Position | None) -> list[Bias]:
-        return self._parts(position, Bias)
+        return [bias for own in (self.position, position) if own is not None for bias in own.biases]
 
     def extra_repr(self) -> str:
         heads = f"{self.heads}" if self.kv_heads == self.heads else f"{self.heads}, kv_heads={self.kv_heads}"
@@ -440,9 +435,10 @@ def _scores(
         if varies not in (None, 1, size):
             raise ValueError(f"mask must have 1 or {size} {what}, as query has; got {varies} in {problem.mask!r}")
     dense = any(isinstance(term, Tensor) for term in terms)
+    dtype = torch.promote_types(query.dtype, torch.float32)
     return Scores(
         predicate=None if problem.is_full else problem.mask.bind(problem.domain, problem.keys),
-        biases=tuple(term if isinstance(term, Tensor) else term.pair(problem.domain, problem.keys) for term in terms),
+        biases=tuple(term if isinstance(term, Tensor) else term.pair(problem.domain, problem.keys, dtype=dtype) for term in terms),
         scale=scale, softcap=softcap, sinks=sinks, reflexive=problem.is_reflexive and not dense,
     )  # fmt: skip
 
@@ -478,11 +474,11 @@ def _check_position(position: Position | None, heads: int) -> None:
         return
     if not isinstance(position, Position):
         raise TypeError(f"position must be a position such as positions.Rotary(head_dim); got {type(position).__name__}")
-    for part in position.parts:
-        if isinstance(part, Embedding):
-            raise ValueError(f"{type(part).__name__} is added to the tokens once, by the model: give it to an Encoder, or call it on x")
-        if isinstance(part, Bias) and part.heads not in (1, heads):
-            raise ValueError(f"position must score as many heads as the layer has, {heads}; got {part!r} of {part.heads}")
+    for embedding in position.embeddings:
+        raise ValueError(f"{type(embedding).__name__} is added to the tokens once, by the model: give it to an Encoder, or call it on x")
+    for bias in position.biases:
+        if bias.heads not in (1, heads):
+            raise ValueError(f"position must score as many heads as the layer has, {heads}; got {bias!r} of {bias.heads}")
 
 
 def _qk_norm(kind: str | Callable[[int], nn.Module] | None, head_dim: int) -> nn.Module:

@@ -14,7 +14,7 @@ from ._cache import Cache
 from .attention import Attention, place
 from .domains import Domain
 from .masks import Causal, Mask
-from .positions import Embedding, Position
+from .positions import Position
 
 NormLayer = Literal["layer", "rms"] | Callable[[int], nn.Module]
 Activation = str | nn.Module | Callable[[Tensor], Tensor]
@@ -266,9 +266,8 @@ class _Stack(nn.Module):
         domain = place("x", x, self.dim, domain)
         x = domain.zero_padding(x)
         if self.position is not None:
-            for part in self.position.parts:
-                if isinstance(part, Embedding):
-                    x = part(x, domain)
+            for embedding in self.position.embeddings:
+                x = embedding(x, domain)
         for block in self.blocks:
             x = block(x, domain, mask=mask, position=self.position, cache=cache, **cross)
         return domain.zero_padding(self.norm(x))

@@ -17,13 +17,17 @@ and a scalar under ``vmap`` in FlexAttention.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence as SequenceOf
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Fact = TypeVar("Fact")
 
@@ -98,21 +102,18 @@ class Domain(ABC):
             self._facts[key] = make()
         return self._facts[key]
 
-    @abstractmethod
-    def to(self, device: torch.device | str) -> Domain:
-        """The same domain with its tensors, and the facts already computed, on ``device``."""
-
-    def _moved(self, device: torch.device | str, make: Callable[[torch.device], Domain]) -> Any:
-        """What ``to`` returns: self where nothing moves, otherwise one copy per device with the known facts moved along."""
+    def to(self, device: torch.device | str) -> Self:
+        """The same domain with its tensors, and the facts already computed, on ``device``; one copy per device."""
         target = torch.empty(0, device=device).device  # "cuda" means "cuda:0" here as it does for tensors
         if self.device is None or self.device == target:
             return self
 
-        def move() -> Domain:
-            moved = make(target)
-            moved._facts = {
-                k: v for k, v in _to_device(self._facts, target).items() if not (isinstance(k, tuple) and k[0] in ("to", "plan"))
-            }
+        def move() -> Self:
+            moved = copy.copy(self)
+            moved.__dict__ = {name: _to_device(value, target) for name, value in self.__dict__.items() if name != "_facts"}
+            moved._device = target
+            known = {key: fact for key, fact in self._facts.items() if not (isinstance(key, tuple) and key[0] in ("to", "plan"))}
+            moved._facts = _to_device(known, target)
             return moved
 
         return self.fact(("to", target), move)

@@ -92,13 +92,6 @@ class Grid(Domain):
         sizes = self.item_sizes[0] if self.items is None else self.item_sizes[self.items[i]]
         return 0, sizes[..., axis] - 1
 
-    def to(self, device: torch.device | str) -> Grid:
-        def make(target: torch.device) -> Grid:
-            assert self.item_sizes is not None
-            return Grid.packed(self.item_sizes.to(target), prefix=self.prefix)
-
-        return self._moved(device, make)
-
     def _value(self) -> Hashable:
         return (self.sizes, self.prefix) if self.item_sizes is None else None
 

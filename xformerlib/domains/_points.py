@@ -65,15 +65,6 @@ class Points(Domain):
             squares = squares + self.offset(axis, keys, b, q, k) ** 2
         return squares.sqrt()
 
-    def to(self, device: torch.device | str) -> Points:
-        def make(target: torch.device) -> Points:
-            batch = None
-            if self.offsets is not None:
-                batch = torch.repeat_interleave(torch.arange(self.num_items), self.offsets.diff().cpu()).to(target)
-            return Points(self.places.to(target), batch=batch, valid=None if self.valid is None else self.valid.to(target))
-
-        return self._moved(device, make)
-
     def __repr__(self) -> str:
         items = "" if self.offsets is None else f", batch=<{self.num_items} items>"
         return f"Points(<{' x '.join(map(str, self.places.shape))}>{items}{', valid=...' if self.valid is not None else ''})"

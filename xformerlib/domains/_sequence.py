@@ -90,16 +90,6 @@ class Sequence(Domain):
         lengths = self.lengths[0] if self.items is None else self.lengths[self.items[i]]
         return self.start, self.start - 1 + lengths
 
-    def to(self, device: torch.device | str) -> Sequence:
-        def make(target: torch.device) -> Sequence:
-            assert self.lengths is not None
-            lengths = self.lengths.to(target)
-            if self.valid is not None:
-                return Sequence.padded(lengths, self.length, start=self.start, prefix=self.prefix)
-            return Sequence.packed(lengths, start=self.start, prefix=self.prefix)
-
-        return self._moved(device, make)
-
     @property
     def counts_steps(self) -> bool:
         return self.lengths is None and self.prefix == 0
@@ -200,15 +190,6 @@ class Timeline(Domain):
         if not isinstance(later, Timeline) or later.prefix or later.times.shape[:-1] != self.times.shape[:-1]:
             raise ValueError(f"the next tokens of a cached timeline are a Timeline of as many rows, without a prefix; got {later!r} after {self!r}")
         return Timeline(torch.cat([self.times, later.times], -1), prefix=self.prefix)
-
-    def to(self, device: torch.device | str) -> Timeline:
-        def make(target: torch.device) -> Timeline:
-            if self.offsets is not None:
-                return Timeline.packed(self.times.to(target), self.offsets.diff().to(target))
-            valid = None if self.valid is None else self.valid[:, self.prefix :].to(target)
-            return Timeline(self.times.to(target), valid=valid, prefix=self.prefix)
-
-        return self._moved(device, make)
 
     def __repr__(self) -> str:
         if self.offsets is not None:
