@@ -6,6 +6,7 @@ An ``Embedding`` is added to the tokens, a ``Rotation`` turns queries and keys, 
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import cast
@@ -21,7 +22,6 @@ class Position(nn.Module):
     """Where tokens are, told to a Transformer. The root of every position; positions combine with ``+``.
 
     Example:
-        >>> from xformerlib import positions
         >>> both = positions.Sinusoidal(64) + positions.DistanceDecay(4)
         >>> len(both.embeddings), len(both.rotations), len(both.biases)
         (1, 0, 1)
@@ -168,7 +168,6 @@ class Sum(Position):
         ValueError: biases of different numbers of heads.
 
     Example:
-        >>> from xformerlib import positions
         >>> [type(part).__name__ for part in positions.Sinusoidal(64) + positions.Rotary(16) + positions.DistanceDecay(4)]
         ['Sinusoidal', 'Rotary', 'DistanceDecay']
     """
@@ -179,7 +178,7 @@ class Sum(Position):
         if wrong:
             raise TypeError(f"Sum takes positions; got {type(wrong[0]).__name__}")
         self.terms = nn.ModuleList(part for position in positions for part in position.parts)
-        heads = {bias.heads for bias in self.biases}
+        heads = {bias.heads for bias in self.biases} - {1}
         if len(heads) > 1:
             raise ValueError(f"biases that are added must have the same number of heads; got {sorted(heads)}")
 
@@ -231,7 +230,7 @@ class SumPair(PairBias):
             pairs[0].domain,
             pairs[0].keys,
             tuple(tensor for pair in pairs for tensor in pair.tensors),
-            heads=pairs[0].heads,
+            heads=max(pair.heads for pair in pairs),
             batch_size=rows[0] if rows else None,
             relative=all(pair.relative for pair in pairs),
         )
@@ -282,12 +281,28 @@ def in_steps(domain: Domain) -> bool:
 def places(domain: Domain, device: torch.device) -> Float[Tensor, "*batch tokens ndim"]:
     """Coordinates of all tokens in fp64, ``(tokens, ndim)`` or ``(batch, tokens, ndim)``; prefix tokens hold 0."""
     if not in_steps(domain):
-        return domain.coordinates.to(device, torch.float64)
+        return domain.coordinates.detach().to(device, torch.float64)
     i = torch.arange(domain.num_tokens, device=device)
     axes = [domain.coordinate(axis, i.new_zeros(()), i).expand(i.shape) for axis in range(domain.ndim)]
     table = torch.stack(axes, -1).double()
     prefix = domain.is_prefix(i.new_zeros(()), i)
     return table if prefix is None else table.masked_fill(prefix[:, None], 0)
+
+
+def check_width(name: str, value: int, *, least: int = 1) -> int:
+    """``value``, an integer of at least ``least``, or an error that names the argument."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer; got {name}={value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be >= {least}; got {name}={value}")
+    return value
+
+
+def check_positive(name: str, value: float) -> float:
+    """``value``, a finite number above 0, or an error that names the argument."""
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be a finite number > 0; got {name}={value}")
+    return float(value)
 
 
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:

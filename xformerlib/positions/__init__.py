@@ -1,0 +1,15 @@
+"""Where tokens are, told to a Transformer: embeddings, rotations and biases, which combine with ``+``."""
+
+from ._absolute import Learned as Learned, Sinusoidal as Sinusoidal
+from ._base import (
+    Bias as Bias,
+    Embedding as Embedding,
+    PairBias as PairBias,
+    Position as Position,
+    Rotation as Rotation,
+    Sum as Sum,
+)
+from ._bias import ContinuousBias as ContinuousBias, DistanceDecay as DistanceDecay, RelativeBias as RelativeBias
+from ._graph import RandomWalk as RandomWalk
+from ._rotary import Rotary as Rotary
+from ._scaling import Interpolation as Interpolation, NTK as NTK, Scaling as Scaling, YaRN as YaRN

@@ -1,0 +1,370 @@
+"""Positions that are added to attention scores: tables, small networks and decay with distance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as SequenceOf
+
+import torch
+from jaxtyping import Float, Float64, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ..domains import Domain, Graph, Grid, Points, Sequence, Timeline
+from ._base import Bias, PairBias, at_least_fp32, check_positive, check_width, in_steps, no_meaning
+from ._tables import PREFIX_ENTRIES, HopPair, Offsets, StepPair, TablePair, largest_graph
+
+# Pairs whose hidden layer is held at a time where each pair is evaluated by itself.
+BLOCK_PAIRS = 2**15
+
+
+class RelativeBias(Bias):
+    """A learned score for each kind of offset and each head.
+
+    Without ``size`` the table has ``buckets`` rows:
+
+    - ``Sequence``: T5 buckets (Raffel et al. 2019, arXiv:1910.10683). Of n rows for one direction the first n/2 are for the distances
+      0, 1, ..., n/2 - 1, the others for ranges that grow geometrically up to ``max_distance``; the last one is for all beyond.
+    - ``Timeline``: the same buckets of the real gap, rounded down.
+    - ``Points``: the same of the Euclidean distance, all rows for one direction.
+    - ``Graph``: a row for each number of hops, the last but one for all that are more, the last for pairs without a path
+      (Graphormer's spatial encoding, Ying et al. 2021, arXiv:2106.05234).
+
+    With ``size`` the table has a row for each offset, 2 size - 1 on each axis: on a ``Grid`` that of Swin (Liu et al. 2021,
+    arXiv:2103.14030) and BEiT (Bao et al. 2021, arXiv:2106.08254), on a ``Sequence`` Shaw et al. (2018, arXiv:1803.02155). Offsets
+    beyond the table share its outermost row. The row of the offset d = query - key is the row-major place of d + size - 1.
+
+    Args:
+        heads: attention heads, of the queries.
+        size: None, a number (Sequence), or one number for each axis (Grid).
+        buckets: rows of a table without ``size``.
+        max_distance: distance from which on all share a bucket, > buckets / 2.
+        bidirectional: whether keys before and after a query have buckets of their own, half each; if not, all later keys are in bucket
+            0. Of distances on Points and Graph, which have no direction, it says nothing.
+        prefix: learn three scores for pairs with prefix tokens, as BEiT does: prefix query and ordinary key, ordinary query and prefix
+            key, both prefix. If not, their score is 0.
+        scale: what coordinates are multiplied by before they are put into buckets.
+
+    Parameters:
+        ``table`` (rows, heads) and ``prefix_table`` (3, heads), drawn from a truncated normal distribution of std 0.02.
+
+    Raises:
+        ValueError: an option out of range or without effect, or a domain that does not fit ``size``.
+
+    Example:
+        >>> bias = RelativeBias(4, size=(7, 7))
+        >>> i = torch.arange(49)
+        >>> bias.pair(Grid(7, 7)).at(i[:, None], i[None, :]).shape
+        torch.Size([4, 49, 49])
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        *,
+        size: int | SequenceOf[int] | None = None,
+        buckets: int = 32,
+        max_distance: float = 128,
+        bidirectional: bool = True,
+        prefix: bool = False,
+        scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.heads = check_width("heads", heads)
+        self.size = None if size is None else tuple(check_width("size", n) for n in ((size,) if isinstance(size, int) else size))
+        if self.size is not None and (buckets, max_distance, bidirectional, scale) != (32, 128, True, 1.0):
+            raise ValueError("buckets, max_distance, bidirectional and scale make buckets; a table with size= has none. Leave them out.")
+        if self.size is not None and not 1 <= len(self.size) <= 3:
+            raise ValueError(f"size must be a number, or one to three for the axes of a Grid; got size={size}")
+        self.buckets = check_width("buckets", buckets, least=4)
+        if bidirectional and buckets % 2:
+            raise ValueError(f"buckets must be even, half for each direction; got buckets={buckets}. Or give bidirectional=False.")
+        self.max_distance = check_positive("max_distance", max_distance)
+        if max_distance <= buckets // 2:
+            raise ValueError(f"max_distance must be > buckets / 2 = {buckets // 2}; got max_distance={max_distance}")
+        self.bidirectional = bidirectional
+        self.scale = check_positive("scale", scale)
+        rows = buckets if self.size is None else math.prod(2 * n - 1 for n in self.size)
+        self.table = nn.Parameter(torch.empty(rows, heads))
+        self.prefix_table = nn.Parameter(torch.empty(PREFIX_ENTRIES, heads)) if prefix else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the tables anew."""
+        for table in self.parameters():
+            nn.init.trunc_normal_(table, std=0.02)
+
+    def pair(self, domain: Domain, key_domain: Domain | None = None, *, dtype: torch.dtype | None = None) -> PairBias:
+        keys = self._check(domain, key_domain)
+        table = self.table.to(at_least_fp32(dtype or self.table.dtype))
+        if in_steps(domain):
+            self._check_size(domain)
+            offsets = Offsets(domain, keys)
+            key = ("buckets", self._key(), offsets.low, offsets.counts, table.device)
+            rows = domain.fact(key, lambda: self._rows_of(offsets.all(table.device)))
+            # Many offsets share a row: their gradients are added in fp64.
+            return StepPair(domain, keys, offsets, table.double()[rows].to(table.dtype), self.prefix_table)
+        if self.size is not None:
+            raise no_meaning(self, domain, "size= counts whole steps; leave it out for buckets of distances.")
+        if isinstance(domain, Graph):
+            return HopPair(domain, keys, table, self.prefix_table)
+        return _BucketPair(self, domain, keys, table)
+
+    def _check_size(self, domain: Domain) -> None:
+        if self.size is None and isinstance(domain, Grid):
+            raise no_meaning(self, domain, f"Give the size of its table: size={domain.sizes}. Or use ContinuousBias(heads).")
+        if self.size is not None and len(self.size) != domain.ndim:
+            raise ValueError(f"size must have one number for each axis; got size={self.size} and {domain!r}")
+
+    def _key(self) -> tuple[object, ...]:
+        return self.size, self.buckets, self.max_distance, self.bidirectional, self.scale
+
+    def _rows_of(self, offsets: Int[Tensor, "offsets ndim"]) -> Int[Tensor, " offsets"]:
+        """The row of each offset of whole steps."""
+        if self.size is None:
+            return self.bucket(-self.scale * offsets[:, 0].double())
+        row = offsets.new_zeros(offsets.shape[0])
+        for axis, n in enumerate(self.size):
+            row = row * (2 * n - 1) + (offsets[:, axis] + n - 1).clamp(0, 2 * n - 2)
+        return row
+
+    def bucket(self, ahead: Float64[Tensor, "..."], directed: bool = True) -> Int[Tensor, "..."]:
+        """The T5 bucket of keys that are ``ahead`` of (negative: behind) the query, or (not ``directed``) that far from it."""
+        if not directed:
+            return _logarithmic(ahead, self.buckets, self.max_distance)
+        if not self.bidirectional:
+            return _logarithmic((-ahead).clamp(min=0), self.buckets, self.max_distance)
+        half = self.buckets // 2
+        return _logarithmic(ahead.abs(), half, self.max_distance) + half * (ahead > 0)
+
+    def extra_repr(self) -> str:
+        if self.size is not None:
+            return f"{self.heads}, size={self.size}"
+        return f"{self.heads}, buckets={self.buckets}, max_distance={self.max_distance:g}, bidirectional={self.bidirectional}"
+
+
+class _BucketPair(TablePair):
+    """A row for each bucket of real gaps or distances."""
+
+    def __init__(self, bias: RelativeBias, domain: Domain, keys: Domain, table: Tensor) -> None:
+        super().__init__(domain, keys, table, bias.prefix_table, batch_size=_rows_of_batch(domain, keys))
+        self.bias = bias
+
+    def row(self, b: Tensor, q: Tensor, k: Tensor) -> Int[Tensor, "..."]:
+        if isinstance(self.domain, Points):
+            return self.bias.bucket(self.bias.scale * self.domain.distance(self.keys, b, q, k).double(), directed=False)
+        return self.bias.bucket(-self.bias.scale * self.domain.offset(0, self.keys, b, q, k).double())
+
+
+class ContinuousBias(Bias):
+    """A small network that maps an offset to a score for each head: the log-spaced continuous bias of Swin v2 (Liu et al. 2021,
+    arXiv:2111.09883),
+
+        16 sigmoid(W2 relu(W1 u + b1)),   u_a = sign(d_a) log2(1 + |d_a|)   for the offset d_a = query - key on each axis a
+
+    - ``Sequence``, ``Timeline``, ``Grid``, ``Points``: d is the difference of positions, times or coordinates.
+    - ``Graph``: u is log2(1 + hops) and 0, or 0 and 1 where there is no path.
+
+    Pairs with prefix tokens score 0. Only as many columns of W1 are used as the domain has axes (a graph: two), so that one network
+    serves all domains. On whole steps and graphs it is evaluated once for each distinct offset, not for each pair.
+
+    Args:
+        heads: attention heads, of the queries.
+        hidden: width of the network.
+        axes: columns of W1, the most axes that a domain may have.
+        scale: what offsets are multiplied by first, one number or one for each axis. Swin v2 has 8 / (window - 1), and a factor 1/3
+            around the logarithm, which is one on W1.
+
+    Parameters:
+        ``inner`` (W1, b1) and ``outer`` (W2), weights drawn from a truncated normal distribution of std 0.02, b1 = 0.
+
+    Raises:
+        ValueError: an option out of range, a domain with more axes.
+
+    Example:
+        >>> pair = ContinuousBias(4).pair(Points(torch.randn(10, 3)))
+        >>> pair.at(torch.tensor([0, 1]), torch.tensor([5, 7])).shape  # just two pairs
+        torch.Size([4, 2])
+    """
+
+    def __init__(self, heads: int, *, hidden: int = 512, axes: int = 3, scale: float | SequenceOf[float] = 1.0) -> None:
+        super().__init__()
+        self.heads = check_width("heads", heads)
+        self.hidden = check_width("hidden", hidden)
+        self.axes = check_width("axes", axes)
+        one = isinstance(scale, (int, float))
+        self.scale = tuple(check_positive("scale", s) for s in ((scale,) if one else scale))  # type: ignore[union-attr, arg-type]
+        if len(self.scale) not in (1, axes):
+            raise ValueError(f"scale must be one number or one for each of the {axes} axes; got scale={scale}")
+        self.inner = nn.Linear(axes, hidden)
+        self.outer = nn.Linear(hidden, heads, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the network anew."""
+        nn.init.trunc_normal_(self.inner.weight, std=0.02)
+        nn.init.trunc_normal_(self.outer.weight, std=0.02)
+        nn.init.zeros_(self.inner.bias)
+
+    def pair(self, domain: Domain, key_domain: Domain | None = None, *, dtype: torch.dtype | None = None) -> PairBias:
+        keys = self._check(domain, key_domain)
+        columns = 2 if isinstance(domain, Graph) else domain.ndim
+        if columns > self.axes:
+            raise ValueError(f"ContinuousBias has axes={self.axes}, but {domain!r} needs {columns}. Raise axes.")
+        dtype = at_least_fp32(dtype or self.inner.weight.dtype)
+        network = (self.inner.weight[:, :columns].to(dtype), self.inner.bias.to(dtype), self.outer.weight.to(dtype))
+        if in_steps(domain):
+            offsets = Offsets(domain, keys)
+            return StepPair(domain, keys, offsets, _network(self._features(offsets.all(network[0].device).double()), network))
+        if isinstance(domain, Graph):
+            return HopPair(domain, keys, _network(self._hop_features(largest_graph(domain), network[0].device), network), None)
+        return _NetworkPair(self, domain, keys, network)
+
+    def _features(self, offset: Float64[Tensor, "*pairs ndim"]) -> Float64[Tensor, "*pairs ndim"]:
+        """Log-spaced offsets."""
+        scale = offset.new_tensor(self.scale if len(self.scale) == 1 else self.scale[: offset.shape[-1]])
+        offset = offset * scale
+        return offset.sign() * torch.log2(1 + offset.abs())
+
+    def _hop_features(self, largest: int, device: torch.device) -> Float64[Tensor, "rows 2"]:
+        """A row for each number of hops below ``largest``, and one for no path."""
+        hops = torch.zeros(max(largest, 1) + 1, 2, dtype=torch.float64, device=device)
+        hops[:-1, 0] = torch.log2(1 + self.scale[0] * torch.arange(max(largest, 1), device=device).double())
+        hops[-1, 1] = 1
+        return hops
+
+    def extra_repr(self) -> str:
+        scale = self.scale[0] if len(self.scale) == 1 else self.scale
+        return f"{self.heads}, hidden={self.hidden}, axes={self.axes}" + ("" if scale == 1 else f", scale={scale}")
+
+
+class _NetworkPair(PairBias):
+    """A network evaluated at each pair of real places."""
+
+    def __init__(self, bias: ContinuousBias, domain: Domain, keys: Domain, network: tuple[Tensor, Tensor, Tensor]) -> None:
+        super().__init__(domain, keys, network, heads=bias.heads, batch_size=_rows_of_batch(domain, keys))
+        self.bias = bias
+
+    def scores(self, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        offsets = [self.domain.offset(axis, self.keys, b, q, k).double() for axis in range(self.domain.ndim)]
+        features = self.bias._features(torch.stack(offsets, -1).detach())
+        scores = _network(features, self.tensors).movedim(-1, 0)
+        prefix = self.domain.touches_prefix(self.keys, b, q, k)
+        return scores if prefix is None else scores.masked_fill(prefix, 0)
+
+
+def _network(features: Float64[Tensor, "*pairs columns"], network: tuple[Tensor, ...]) -> Float[Tensor, "*pairs heads"]:
+    """The scores, never in less than fp32; many pairs are taken in blocks, whose hidden layer is computed again in the backward."""
+
+    def block(rows: Tensor, inner: Tensor, bias: Tensor, outer: Tensor) -> Tensor:
+        with torch.autocast(rows.device.type, enabled=False):
+            return 16 * torch.sigmoid(F.linear(F.relu(F.linear(rows, inner, bias)), outer))
+
+    rows = features.to(network[0].dtype).flatten(0, -2)
+    if rows.shape[0] <= BLOCK_PAIRS:
+        scores = block(rows, *network)
+    elif torch.is_grad_enabled():
+        scores = torch.cat([checkpoint(block, part, *network, use_reentrant=False) for part in rows.split(BLOCK_PAIRS)])
+    else:
+        scores = torch.cat([block(part, *network) for part in rows.split(BLOCK_PAIRS)])
+    return scores.reshape(*features.shape[:-1], -1)
+
+
+class DistanceDecay(Bias):
+    """Scores that fall with distance: ALiBi (Press et al. 2021, arXiv:2108.12409),
+
+        -m_h distance(query, key),   m_h = 2^(-8 h / H) for h = 1, ..., H
+
+    and, where H is not a power of two, the slopes of the next lower one and then every second slope of the next higher one, as published.
+
+    - ``Sequence``: |i - j|. ``Timeline``: |t_i - t_j|. ``Points``: Euclidean.
+    - ``Grid``: Euclidean, as in 2-D ALiBi (CROMA, Fuller et al. 2023, arXiv:2311.00566).
+    - ``Graph``: hops; the number of nodes where there is no path.
+
+    Pairs with prefix tokens score 0.
+
+    Args:
+        heads: attention heads, of the queries.
+        learned: train the slopes, which start as above and stay positive.
+        scale: what distances are multiplied by.
+
+    Parameters:
+        ``log_slopes`` (heads,), if ``learned``.
+
+    Raises:
+        ValueError: an option out of range.
+
+    Example:
+        >>> pair = DistanceDecay(2).pair(Sequence(4))
+        >>> pair.at(torch.tensor(3), torch.arange(4))
+        tensor([[-0.1875, -0.1250, -0.0625, -0.0000],
+                [-0.0117, -0.0078, -0.0039, -0.0000]])
+    """
+
+    steps: Int[Tensor, " heads"]
+
+    def __init__(self, heads: int, *, learned: bool = False, scale: float = 1.0) -> None:
+        super().__init__()
+        self.heads = check_width("heads", heads)
+        self.scale = check_positive("scale", scale)
+        # The slope of a head is 2^(-4 step / base): integers, which no change of the model's dtype makes less exact.
+        self.base = 2 ** (heads.bit_length() - 1)
+        steps = [2 * h for h in range(1, self.base + 1)] + [2 * h - 1 for h in range(1, heads - self.base + 1)]
+        self.register_buffer("steps", torch.tensor(steps), persistent=False)
+        self.log_slopes = nn.Parameter(torch.empty(heads)) if learned else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set learned slopes to those of ALiBi."""
+        if self.log_slopes is not None:
+            with torch.no_grad():
+                self.log_slopes.copy_(self._published().log())
+
+    def _published(self) -> Float64[Tensor, " heads"]:
+        return torch.exp2(self.steps.double() * (-4 / self.base))
+
+    def pair(self, domain: Domain, key_domain: Domain | None = None, *, dtype: torch.dtype | None = None) -> PairBias:
+        keys = self._check(domain, key_domain)
+        default = torch.get_default_dtype() if self.log_slopes is None else self.log_slopes.dtype
+        dtype = at_least_fp32(dtype or default)
+        slopes = self._published().to(dtype) if self.log_slopes is None else self.log_slopes.to(dtype).exp()
+        return _DecayPair(domain, keys, slopes * self.scale)
+
+    def extra_repr(self) -> str:
+        return f"{self.heads}, learned={self.log_slopes is not None}" + (f", scale={self.scale:g}" if self.scale != 1 else "")
+
+
+class _DecayPair(PairBias):
+    """A slope for each head."""
+
+    def __init__(self, domain: Domain, keys: Domain, slopes: Float[Tensor, " heads"]) -> None:
+        rows = None if in_steps(domain) else _rows_of_batch(domain, keys)
+        super().__init__(domain, keys, (slopes,), heads=slopes.numel(), batch_size=rows, relative=in_steps(domain))
+
+    def scores(self, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        distance = self._distance(b, q, k).detach().to(self.tensors[0].dtype)
+        prefix = self.domain.touches_prefix(self.keys, b, q, k)
+        if prefix is not None:
+            distance = torch.where(prefix, 0.0, distance)
+        return -self.tensors[0].reshape(-1, *(1,) * distance.ndim) * distance
+
+    def _distance(self, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        if not isinstance(self.domain, Grid):
+            return self.domain.distance(self.keys, b, q, k)
+        squares = [self.domain.offset(axis, self.keys, b, q, k).double() ** 2 for axis in range(self.domain.ndim)]
+        return torch.stack(torch.broadcast_tensors(*squares)).sum(0).sqrt()
+
+
+def _rows_of_batch(domain: Domain, keys: Domain) -> int | None:
+    """How many rows of the batch have places of their own."""
+    return keys.batch_size if domain.batch_size is None else domain.batch_size
+
+
+def _logarithmic(distance: Float64[Tensor, "..."], rows: int, max_distance: float) -> Int[Tensor, "..."]:
+    """The bucket of a distance: one for each whole number below rows / 2, then growing geometrically."""
+    exact = rows // 2
+    # In fp32, as in the published models: where a boundary is a whole number, fp64 may round to the other side of it.
+    ratio = torch.log(distance.float().clamp(min=1) / exact) / math.log(max_distance / exact)
+    far = (exact + (ratio * (rows - exact)).long()).clamp(max=rows - 1)
+    return torch.where(distance < exact, distance.long(), far)

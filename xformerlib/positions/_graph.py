@@ -1,0 +1,88 @@
+"""What graphs add: random walks, and how facts of nodes become facts of tokens."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Float64, Shaped
+from torch import Tensor, nn
+
+from ..domains import Domain, Graph
+from ._base import Embedding, check_tokens, check_width, no_meaning
+
+
+class RandomWalk(Embedding):
+    """Random-walk structural encoding, RWSE (Dwivedi et al. 2021, arXiv:2110.07875).
+
+        x_i + W [p_1(i), ..., p_K(i)] + b,   p_k(i) = (M^k)_ii
+
+    where M is the transition matrix of the walk that leaves a node along a random edge: p_k(i) is the probability that a walk from
+    node i is back after k steps. Virtual nodes get 0.
+
+    Args:
+        dim: channels of a token.
+        steps: K, the longest walk.
+
+    Shapes:
+        ``forward(x, domain)``: x (N, dim) or (1, N, dim), returned in the same shape and dtype.
+
+    Raises:
+        ValueError: a domain that is not a Graph.
+
+    Example:
+        >>> ring = Graph(torch.tensor([[0, 1, 2], [1, 2, 0]]), 3)
+        >>> RandomWalk(8, steps=4)(torch.zeros(3, 8), ring).shape
+        torch.Size([3, 8])
+    """
+
+    def __init__(self, dim: int, steps: int) -> None:
+        super().__init__()
+        self.dim = check_width("dim", dim)
+        self.steps = check_width("steps", steps)
+        self.linear = nn.Linear(steps, dim)
+
+    def reset_parameters(self) -> None:
+        """Draw the linear map anew."""
+        self.linear.reset_parameters()
+
+    def forward(self, x: Float[Tensor, "*batch tokens dim"], domain: Domain) -> Float[Tensor, "*batch tokens dim"]:
+        if not isinstance(domain, Graph):
+            raise no_meaning(self, domain, "Walks need edges; use Sinusoidal(dim), which is defined on every domain.")
+        check_tokens(self, x, domain, self.dim, "dim")
+        walks = domain.random_walk(self.steps).to(self.linear.weight.dtype)
+        return x + on_nodes(domain, self.linear(walks)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, steps={self.steps}"
+
+
+def on_nodes(domain: Graph, rows: Shaped[Tensor, "nodes dim"]) -> Shaped[Tensor, "tokens dim"]:
+    """Rows of nodes as rows of tokens; those of virtual nodes are 0."""
+    if domain.prefix == 0:
+        return rows
+    return rows.new_zeros(domain.num_tokens, rows.shape[1]).index_copy(0, domain.node_tokens, rows)
+
+
+def spectral_axes(domain: Graph, count: int) -> Float64[Tensor, "nodes count"]:
+    """The lowest nontrivial Laplacian eigenvectors, times the square root of the graph's size, so that entries are about 1."""
+    _, vectors = domain.laplacian_eigenvectors(count)
+    return vectors.double() * _sizes(domain).double().sqrt()[:, None]
+
+
+def random_signs(domain: Graph, count: int, device: torch.device) -> Float[Tensor, "nodes count"]:
+    """A random sign for each eigenvector of each graph, from torch's generator, spread over the graph's nodes."""
+    signs = 2.0 * torch.randint(0, 2, (domain.num_items, count), device=device) - 1.0
+    return signs[_graph_of_node(domain).to(device)]
+
+
+def _graph_of_node(domain: Graph) -> Tensor:
+    tokens = domain.node_tokens
+    return torch.zeros_like(tokens) if domain.items is None else domain.items[tokens]
+
+
+def _sizes(domain: Graph) -> Tensor:
+    """The number of nodes of each node's graph."""
+    if domain.items is None:
+        tokens = domain.node_tokens
+        return torch.full_like(tokens, tokens.numel())
+    assert domain.offsets is not None
+    return (domain.offsets.diff() - domain.prefix)[_graph_of_node(domain)]

@@ -1,0 +1,150 @@
+"""Biases that are looked up: a table of scores, and which entry each pair of tokens has."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..domains import Domain, Graph, Grid, Sequence
+from ._base import PairBias
+
+# Scores of pairs with prefix tokens: prefix query and ordinary key, ordinary query and prefix key, both prefix.
+PREFIX_ENTRIES = 3
+
+
+class TablePair(PairBias):
+    """Scores that are rows of a table; pairs with a prefix token have rows of their own behind the others.
+
+    Attributes:
+        rows: how many rows ordinary pairs have.
+        prefix_rows: 0 where there are no prefix tokens, 1 where all pairs with one share a row of zeros, or ``PREFIX_ENTRIES``.
+    """
+
+    def __init__(
+        self,
+        domain: Domain,
+        keys: Domain,
+        table: Float[Tensor, "rows heads"],
+        prefix_table: Float[Tensor, "prefix_rows heads"] | None,
+        *,
+        batch_size: int | None = None,
+        relative: bool = False,
+    ) -> None:
+        self.rows = table.shape[0]
+        self.prefix_rows = 0
+        if domain.prefix or keys.prefix:
+            front = table.new_zeros(1, table.shape[1]) if prefix_table is None else prefix_table.to(table.dtype)
+            self.prefix_rows = front.shape[0]
+            table = torch.cat([table, front])
+        super().__init__(domain, keys, (table,), heads=table.shape[1], batch_size=batch_size, relative=relative)
+
+    def scores(self, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return self.tensors[0][self.index(b, q, k)].movedim(-1, 0)
+
+    def index(self, b: Tensor, q: Tensor, k: Tensor) -> Int[Tensor, "..."]:
+        """The row of each pair."""
+        row = self.row(b, q, k)
+        if self.prefix_rows == 0:
+            return row
+        # What the domain says of the place of a prefix token means nothing, but must stay within the table.
+        row = row.clamp(0, max(self.rows - 1, 0))
+        nowhere = torch.zeros((), dtype=torch.bool, device=row.device)
+        of_query, of_key = self.domain.is_prefix(b, q), self.keys.is_prefix(b, k)
+        of_query = nowhere if of_query is None else of_query
+        of_key = nowhere if of_key is None else of_key
+        entry = of_key.long() + (of_key & of_query) if self.prefix_rows == PREFIX_ENTRIES else 0
+        return torch.where(of_query | of_key, self.rows + entry, row)
+
+    @abstractmethod
+    def row(self, b: Tensor, q: Tensor, k: Tensor) -> Int[Tensor, "..."]:
+        """The row of each pair of ordinary tokens."""
+
+
+class Offsets:
+    """All offsets of queries from keys that whole steps allow, numbered in row-major order.
+
+    The number of an offset is a difference, ``code(domain, q) - code(keys, k)`` up to a constant: one subtraction for each pair.
+    """
+
+    def __init__(self, domain: Domain, keys: Domain) -> None:
+        spans = [(_span(domain, axis), _span(keys, axis)) for axis in range(domain.ndim)]
+        self.low = tuple(queries[0] - others[1] for queries, others in spans)
+        self.counts = tuple(max(queries[1] - others[0] - low + 1, 1) for (queries, others), low in zip(spans, self.low, strict=True))
+        self.strides = tuple(math.prod(self.counts[axis + 1 :]) for axis in range(domain.ndim))
+        self.first = sum(low * stride for low, stride in zip(self.low, self.strides, strict=True))
+
+    def all(self, device: torch.device) -> Int[Tensor, "offsets ndim"]:
+        """The offsets, in the order of their numbers."""
+        axes = [torch.arange(low, low + count, device=device) for low, count in zip(self.low, self.counts, strict=True)]
+        return torch.stack(torch.meshgrid(axes, indexing="ij"), -1).flatten(0, -2)
+
+    def code(self, domain: Domain, b: Tensor, i: Tensor) -> Int[Tensor, "..."]:
+        """A number for where each token is."""
+        code = domain.coordinate(0, b, i) * self.strides[0]
+        for axis in range(1, domain.ndim):
+            code = code + domain.coordinate(axis, b, i) * self.strides[axis]
+        return code
+
+
+class StepPair(TablePair):
+    """A row for each offset of whole steps."""
+
+    def __init__(
+        self,
+        domain: Domain,
+        keys: Domain,
+        offsets: Offsets,
+        table: Float[Tensor, "offsets heads"],
+        prefix_table: Float[Tensor, "prefix_rows heads"] | None = None,
+    ) -> None:
+        super().__init__(domain, keys, table, prefix_table, relative=True)
+        self.offsets = offsets
+
+    def row(self, b: Tensor, q: Tensor, k: Tensor) -> Int[Tensor, "..."]:
+        return self.offsets.code(self.domain, b, q) - self.offsets.first - self.offsets.code(self.keys, b, k)
+
+
+class HopPair(TablePair):
+    """A row for each number of hops; the last but one for all that are more, the last for pairs without a path."""
+
+    def row(self, b: Tensor, q: Tensor, k: Tensor) -> Int[Tensor, "..."]:
+        hops = self.domain.distance(self.keys, b, q, k).long()
+        reachable = hops < graph_size(self.domain, q)
+        return torch.where(reachable, hops.clamp(max=self.rows - 2), self.rows - 1)
+
+
+def graph_size(domain: Domain, i: Tensor) -> Tensor | int:
+    """The number of nodes of the graph that token ``i`` is in."""
+    if domain.items is None:
+        return domain.num_tokens - domain.prefix
+    assert domain.offsets is not None
+    return (domain.offsets.diff() - domain.prefix)[domain.items[i]]
+
+
+def largest_graph(domain: Graph) -> int:
+    """The number of nodes of the largest graph."""
+
+    def largest() -> int:
+        if domain.offsets is None:
+            return domain.num_tokens - domain.prefix
+        sizes = domain.offsets.diff() - domain.prefix
+        return int(sizes.max()) if sizes.numel() else 0
+
+    return domain.fact("largest graph", largest)
+
+
+def _span(domain: Domain, axis: int) -> tuple[int, int]:
+    """First and last coordinate of all items on one axis."""
+    if isinstance(domain, Grid):
+        return 0, domain.sizes[axis] - 1
+    assert isinstance(domain, Sequence)
+    if domain.offsets is None:
+        return domain.start, domain.start + domain.length - 1
+    lengths = domain.lengths
+    assert lengths is not None
+    longest = domain.fact("longest item", lambda: int(lengths.max()) if lengths.numel() else 0)
+    return domain.start, domain.start + longest - 1
