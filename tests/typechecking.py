@@ -1,8 +1,8 @@
 """Checks the annotations of xformerlib at run time, tensor shapes included, while the tests run.
 
-An import hook puts ``checked`` on every annotated function, method and dataclass of the package. Two things differ from jaxtyping's own
-hook: code that ``torch.compile`` traces is left alone, and bad input meets the library's own error first (the one that users see);
-the annotation speaks only where the library let the input pass.
+An import hook puts ``checked`` on every annotated function, method and dataclass of the package. Two things differ from
+jaxtyping's own hook: code that ``torch.compile`` traces is left alone, and bad input meets the library's own error first
+(the one that users see); the annotation speaks only where the library let the input pass.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from beartype import BeartypeConf, beartype
 from jaxtyping import TypeCheckError, jaxtyped
 
 PACKAGE = "xformerlib"
-# Other decorators (Triton's, torch.library's) read the function's source or signature, and need the function as it was written.
+# Other decorators (Triton's, torch.library's) read the function's source or signature, and need it as it was written.
 TRANSPARENT = {"abstractmethod", "cached_property", "classmethod", "property", "setter", "staticmethod"}
 
 # An int is welcome where a float is asked for, as it is to a static checker.

@@ -1,11 +1,14 @@
 """Pictures of masks, positions and attention, drawn with matplotlib.
 
-Two views of everything that relates queries to keys: the matrix (``mask``, ``bias``, ``attention``, ``rotation``), and one query's
-row of it laid out on the domain itself (``mask_on``, ``bias_on``, ``attention_on``): cells of a grid, nodes of a graph, points of a
-plane, moments on a time axis. Each function draws on ``ax``, or on a new figure without it, and returns the axes.
+What relates queries to keys has two views. The matrix, one line per query and one column per key: ``mask``, ``bias``, ``rotation``,
+``attention``. And one query's line of it, drawn where the keys are - on cells of a grid, nodes of a graph, points of a plane, moments of
+a timeline: ``mask_on``, ``bias_on``, ``rotation_on``, ``attention_on``. ``embedding`` shows what is added to tokens.
 
-matplotlib comes with the extra ``xformerlib[examples]``; it is imported when the first picture is drawn. Matrices are Tq x Tk, and
-the layout of a graph needs all its hop distances: pictures are for small domains.
+Every function draws on the axes ``ax``, or on a new figure if there are none, and returns the axes. ``row`` and ``head`` choose a row of
+the batch and a head, where these differ. Pictures are for small domains: matrices are Tq x Tk, and the layout of a graph needs the hop
+distances of all its nodes.
+
+matplotlib comes with the extra ``xformerlib[examples]``, and is imported when the first picture is drawn.
 """
 
 from __future__ import annotations
@@ -19,70 +22,63 @@ from torch import Tensor
 
 from .domains import Domain, Graph, Grid, Points, Sequence, Timeline
 from .masks import Mask
-from .positions import Bias, Embedding, Rotation
+from .positions import Position, Rotary
 
 if TYPE_CHECKING:
-    import matplotlib.axes
+    from matplotlib.axes import Axes
 
-__all__ = ["attention", "attention_on", "bias", "bias_on", "embedding", "mask", "mask_on", "rotation"]
-
-SEEN, UNSEEN, QUERY = "#2a6f97", "#e9edf0", "#d1495b"
+SEEN, UNSEEN, MARK, EDGE = "#2a6f97", "#e3e8ec", "#d1495b", "#b8c1c8"
 
 
-# -- matrices --------------------------------------------------------------------------------------------------------
+# -- one line per query, one column per key --------------------------------------------------------------------------
 
 
 def mask(
-    mask: Mask,
-    domain: Domain,
-    key_domain: Domain | None = None,
-    *,
-    row: int = 0,
-    head: int = 0,
-    ax: matplotlib.axes.Axes | None = None,
-) -> matplotlib.axes.Axes:
-    """The mask as a picture: one line per query, one column per key, dark where the query may attend.
-
-    Args:
-        mask: what to draw.
-        domain: where queries live.
-        key_domain: where keys live; ``domain`` if not given.
-        row, head: which row of the batch and which head, where the mask differs between them.
-        ax: the axes to draw on.
+    mask: Mask, domain: Domain, key_domain: Domain | None = None, *, row: int = 0, head: int = 0, ax: Axes | None = None
+) -> Axes:
+    """The mask of queries on ``domain`` and keys on ``key_domain`` (``domain`` if not given): dark where a query may attend.
 
     Example:
         >>> mask(Causal() & Local(3), Sequence(16)).get_title()
         'Causal() & Local(3)'
     """
     keys = domain if key_domain is None else key_domain
-    allowed = _one(mask.dense(domain, keys), row, head)
-    ax = _matrix(allowed, domain, keys, ax, cmap=_two_colours(), vmin=0, vmax=1)
-    ax.set_title(repr(mask))
-    return ax
+    allowed = _pick(mask.dense(domain, keys), row, head)
+    ax, _ = _matrix(allowed, domain, keys, ax, **_two_colours())
+    return _titled(ax, repr(mask))
 
 
 def bias(
-    position: Bias,
+    position: Position,
     domain: Domain,
     key_domain: Domain | None = None,
     *,
     row: int = 0,
     head: int = 0,
-    ax: matplotlib.axes.Axes | None = None,
-) -> matplotlib.axes.Axes:
-    """What a relative position adds to the scores of one head: one line per query, one column per key.
-
-    Red raises a score, blue lowers it. Arguments as in ``mask``.
+    ax: Axes | None = None,
+) -> Axes:
+    """What the biases of a position add to the scores of one head: red raises a score, blue lowers it.
 
     Example:
         >>> picture = bias(DistanceDecay(heads=8), Sequence(16), head=2)
     """
     keys = domain if key_domain is None else key_domain
     scores = _scores(position, domain, keys, torch.arange(domain.num_tokens)[:, None], row, head)
-    ax = _matrix(scores, domain, keys, ax, cmap="RdBu_r", **_centred(scores))
-    _colorbar(ax.images[0], "score")
-    ax.set_title(f"{type(position).__name__}, head {head}")
-    return ax
+    ax, drawn = _matrix(scores, domain, keys, ax, **_centred(scores))
+    return _titled(ax, f"{_names(position)}, head {head}", drawn, "score")
+
+
+def rotation(position: Rotary, domain: Domain, *, row: int = 0, head: int = 0, ax: Axes | None = None) -> Axes:
+    """How alike a rotary position leaves equal tokens: the cosine between the vector of ones turned at i and turned at j.
+
+    It is the mean cosine of the angles between the two places, 1 on the diagonal. A query that is equal to a key everywhere would
+    have these scores.
+
+    Example:
+        >>> picture = rotation(Rotary(32), Sequence(16))
+    """
+    ax, drawn = _matrix(_alike(position, domain, row, head), domain, domain, ax, cmap="RdBu_r", vmin=-1, vmax=1)
+    return _titled(ax, f"{_names(position)}, head {head}", drawn, "cosine")
 
 
 def attention(
@@ -92,116 +88,82 @@ def attention(
     *,
     row: int = 0,
     head: int = 0,
-    ax: matplotlib.axes.Axes | None = None,
-) -> matplotlib.axes.Axes:
-    """Attention weights, as ``Attention.weights`` returns them: one line per query, one column per key.
-
-    Args:
-        weights: ``(Tq, Tk)``, ``(H, Tq, Tk)`` or ``(B, H, Tq, Tk)``.
-
-    The other arguments are those of ``mask``.
+    ax: Axes | None = None,
+) -> Axes:
+    """Attention weights, as ``Attention.weights`` returns them; of shape ``(Tq, Tk)``, ``(H, Tq, Tk)`` or ``(B, H, Tq, Tk)``.
 
     Example:
-        >>> picture = attention(torch.eye(16), Sequence(16))
+        >>> layer = Attention(16, heads=2, mask=Causal())
+        >>> picture = attention(layer.weights(torch.randn(1, 9, 16), Sequence(9)), Sequence(9), head=1)
     """
     keys = domain if key_domain is None else key_domain
-    values = _one(weights, row, head)
-    ax = _matrix(values, domain, keys, ax, cmap="Blues", vmin=0)
-    _colorbar(ax.images[0], "weight")
-    ax.set_title(f"attention weights, head {head}")
-    return ax
+    ax, drawn = _matrix(_pick(weights, row, head), domain, keys, ax, cmap="Blues", vmin=0.0)
+    return _titled(ax, f"attention weights, head {head}", drawn, "weight")
 
 
-def rotation(
-    position: Rotation, domain: Domain, *, heads: int = 1, head: int = 0, ax: matplotlib.axes.Axes | None = None
-) -> matplotlib.axes.Axes:
-    """How alike a rotary position leaves two equal tokens: the mean cosine of the angles between them.
-
-    Draws ``<R_i x, R_j x> / <x, x>`` for the vector of ones; the diagonal is 1, and what falls off with distance is what attention
-    can use.
-
-    Args:
-        position: the rotation, with its ``head_dim``.
-        domain: where tokens live.
-        heads, head: how many heads to rotate, and which to draw, where they differ (mixed frequencies).
-        ax: the axes to draw on.
-
-    Example:
-        >>> picture = rotation(Rotary(32), Grid(4, 4))
-    """
-    ones = torch.ones(1, heads, domain.num_tokens, position.head_dim)
-    with torch.no_grad():
-        query, key = position.rotate(ones, ones, domain, domain)
-    alike = (query @ key.mT)[0, head] / position.head_dim
-    ax = _matrix(alike, domain, domain, ax, cmap="RdBu_r", vmin=-1, vmax=1)
-    _colorbar(ax.images[0], "mean cosine")
-    ax.set_title(f"{type(position).__name__}, head {head}")
-    return ax
-
-
-def embedding(
-    position: Embedding, domain: Domain, *, dim: int, ax: matplotlib.axes.Axes | None = None
-) -> matplotlib.axes.Axes:
-    """What an absolute position adds to tokens of zeros: one line per token, one column per channel.
+def embedding(position: Position, domain: Domain, *, dim: int, row: int = 0, ax: Axes | None = None) -> Axes:
+    """What the embeddings of a position add to tokens: one line per token, one column for each of ``dim`` channels.
 
     Example:
         >>> picture = embedding(Sinusoidal(32), Sequence(16), dim=32)
     """
+    added = torch.zeros(domain.batch_size or 1, domain.num_tokens, dim)
     with torch.no_grad():
-        added = position(torch.zeros(1, domain.num_tokens, dim), domain)[0]
+        for part in position.embeddings:
+            added = part(added, domain)
     ax = _axes(ax)
-    image = ax.imshow(added, cmap="RdBu_r", aspect="auto", interpolation="nearest", **_centred(added))
-    ax.set(xlabel="channel", ylabel=f"token of {domain!r}", title=type(position).__name__)
-    _colorbar(image, "added")
-    return ax
+    drawn = ax.imshow(added[row], aspect="auto", interpolation="nearest", **_centred(added[row]))
+    ax.set(xlabel="channel", ylabel=f"token: {domain!r}")
+    return _titled(ax, _names(position), drawn, "added")
 
 
-# -- one query, on the domain itself ---------------------------------------------------------------------------------
+# -- one query, drawn where the keys are -----------------------------------------------------------------------------
 
 
-def mask_on(
-    mask: Mask, domain: Domain, *, query: int, row: int = 0, head: int = 0, ax: matplotlib.axes.Axes | None = None
-) -> matplotlib.axes.Axes:
-    """Which tokens one query may attend to, drawn where they are; the query is ringed in red.
+def mask_on(mask: Mask, domain: Domain, *, query: int, row: int = 0, head: int = 0, ax: Axes | None = None) -> Axes:
+    """Which tokens one query may attend to, drawn where they are; the query has a red rim.
 
-    Prefix tokens, which have no place, stand apart on the left. Of a packed domain only the query's own item is drawn. A graph is
-    laid out so that distances on paper follow hop distances.
-
-    Args:
-        mask: what to draw.
-        domain: where the tokens live.
-        query: index of the query.
-        row, head: which row of the batch and which head, where the mask differs between them.
-        ax: the axes to draw on.
+    Prefix tokens, which have no place, stand on the left. Of a packed domain the query's own item is drawn. A graph is laid out so
+    that distances on paper follow hop distances.
 
     Raises:
-        IndexError: the domain has no such query.
+        IndexError: the domain has no token ``query``.
 
     Example:
         >>> picture = mask_on(Local(2) | Global(1), Grid(7, 7, prefix=1), query=25)
     """
     tokens = _item(domain, query, row)
-    b, h = torch.tensor(row), torch.tensor(head)
-    allowed = mask.bind(domain)(b, h, torch.tensor(query), tokens).expand(len(tokens))
-    ax, _ = _tokens(domain, tokens, allowed, query, row, ax, cmap=_two_colours(), vmin=0, vmax=1)
-    ax.set_title(repr(mask))
-    return ax
+    allowed = mask.bind(domain)(torch.tensor(row), torch.tensor(head), torch.tensor(query), tokens)
+    ax, _ = _tokens(domain, tokens, allowed.expand(tokens.shape), query, row, ax, **_two_colours())
+    return _titled(ax, repr(mask))
 
 
 def bias_on(
-    position: Bias, domain: Domain, *, query: int, row: int = 0, head: int = 0, ax: matplotlib.axes.Axes | None = None
-) -> matplotlib.axes.Axes:
-    """What a relative position adds to the scores of one query, drawn where the keys are. Arguments as in ``mask_on``.
+    position: Position, domain: Domain, *, query: int, row: int = 0, head: int = 0, ax: Axes | None = None
+) -> Axes:
+    """What the biases of a position add to the scores of one query, drawn where the keys are.
 
     Example:
         >>> picture = bias_on(DistanceDecay(heads=8), Grid(7, 7), query=24)
     """
     tokens = _item(domain, query, row)
     scores = _scores(position, domain, domain, torch.tensor(query), row, head)[tokens]
-    ax, drawn = _tokens(domain, tokens, scores, query, row, ax, cmap="RdBu_r", **_centred(scores))
-    _colorbar(drawn, "score")
-    ax.set_title(f"{type(position).__name__}, head {head}")
-    return ax
+    ax, drawn = _tokens(domain, tokens, scores, query, row, ax, **_centred(scores))
+    return _titled(ax, f"{_names(position)}, head {head}", drawn, "score")
+
+
+def rotation_on(
+    position: Rotary, domain: Domain, *, query: int, row: int = 0, head: int = 0, ax: Axes | None = None
+) -> Axes:
+    """How alike a rotary position leaves one query to an equal token at each place; see ``rotation``.
+
+    Example:
+        >>> picture = rotation_on(Rotary(32), Grid(7, 7), query=24)
+    """
+    tokens = _item(domain, query, row)
+    alike = _alike(position, domain, row, head)[query, tokens]
+    ax, drawn = _tokens(domain, tokens, alike, query, row, ax, cmap="RdBu_r", vmin=-1, vmax=1)
+    return _titled(ax, f"{_names(position)}, head {head}", drawn, "cosine")
 
 
 def attention_on(
@@ -211,25 +173,66 @@ def attention_on(
     query: int,
     row: int = 0,
     head: int = 0,
-    ax: matplotlib.axes.Axes | None = None,
-) -> matplotlib.axes.Axes:
-    """The attention weights of one query, drawn where the keys are. Arguments as in ``attention`` and ``mask_on``.
+    ax: Axes | None = None,
+) -> Axes:
+    """The attention weights of one query, drawn where the keys are.
 
     Example:
         >>> picture = attention_on(torch.eye(49), Grid(7, 7), query=24)
     """
     tokens = _item(domain, query, row)
-    values = _one(weights, row, head)[query][tokens]
-    ax, drawn = _tokens(domain, tokens, values, query, row, ax, cmap="Blues", vmin=0)
-    _colorbar(drawn, "weight")
-    ax.set_title(f"attention weights, head {head}")
-    return ax
+    ax, drawn = _tokens(
+        domain, tokens, _pick(weights, row, head)[query, tokens], query, row, ax, cmap="Blues", vmin=0.0
+    )
+    return _titled(ax, f"attention weights, head {head}", drawn, "weight")
+
+
+# -- what is drawn ---------------------------------------------------------------------------------------------------
+
+
+def _pick(values: Shaped[Tensor, "*batch_heads queries keys"], row: int, head: int) -> Shaped[Tensor, "queries keys"]:
+    """One row of the batch and one head; an axis of size 1, or none, stands for all."""
+    values = values.detach().cpu()
+    values = values.reshape(*(1,) * (4 - values.ndim), *values.shape)
+    return values[row if values.shape[0] > 1 else 0, head if values.shape[1] > 1 else 0]
+
+
+def _scores(position: Position, domain: Domain, keys: Domain, query: Tensor, row: int, head: int) -> Tensor:
+    if not position.biases:
+        raise ValueError(
+            f"position must have a bias to draw; got {_names(position)}. Draw it with embedding or rotation."
+        )
+    k_index = torch.arange(keys.num_tokens)
+    with torch.no_grad():
+        terms = [part.pair(domain, keys).at(query, k_index, torch.tensor(row))[head] for part in position.biases]
+    return torch.stack(terms).sum(0)
+
+
+def _alike(position: Rotary, domain: Domain, row: int, head: int) -> Float[Tensor, "tokens tokens"]:
+    ones = torch.ones(domain.batch_size or 1, position.heads, domain.num_tokens, position.head_dim)
+    with torch.no_grad():
+        turned = position.rotate_one(ones, domain)[row, head]
+    turned = torch.nn.functional.normalize(turned, dim=-1)
+    return turned @ turned.mT
+
+
+def _names(position: Position) -> str:
+    return " + ".join(type(part).__name__ for part in position.parts)
+
+
+def _item(domain: Domain, query: int, row: int) -> Int[Tensor, " tokens"]:
+    """The tokens that exist in the query's item."""
+    if not 0 <= query < domain.num_tokens:
+        raise IndexError(f"query must be one of the {domain.num_tokens} tokens of {domain!r}; got query={query}")
+    tokens = torch.arange(domain.num_tokens)
+    together = domain.together(domain, torch.tensor(row), torch.tensor(query), tokens)
+    return tokens if together is None else tokens[together | (tokens == query)]
 
 
 # -- drawing ---------------------------------------------------------------------------------------------------------
 
 
-def _axes(ax: matplotlib.axes.Axes | None) -> matplotlib.axes.Axes:
+def _axes(ax: Axes | None) -> Axes:
     if ax is not None:
         return ax
     try:
@@ -241,65 +244,42 @@ def _axes(ax: matplotlib.axes.Axes | None) -> matplotlib.axes.Axes:
     return pyplot.subplots(layout="constrained")[1]
 
 
-def _two_colours() -> Any:
+def _titled(ax: Axes, title: str, drawn: Any = None, unit: str = "") -> Axes:
+    """The axes with a title and, where ``drawn`` needs one to be read, a scale of colours."""
+    ax.set_title(title)
+    if drawn is not None:
+        ax.figure.colorbar(drawn, ax=ax, label=unit)
+    return ax
+
+
+def _two_colours() -> dict[str, Any]:
     from matplotlib.colors import ListedColormap
 
-    return ListedColormap([UNSEEN, SEEN])
+    return {"cmap": ListedColormap([UNSEEN, SEEN]), "vmin": 0.0, "vmax": 1.0}
 
 
-def _centred(values: Tensor) -> dict[str, float]:
-    """Colour limits with 0 in the middle."""
+def _centred(values: Tensor) -> dict[str, Any]:
+    """Colours with white at 0."""
     finite = values[values.isfinite()]
-    largest = float(finite.abs().max()) if finite.numel() else 0.0
-    return {"vmin": -largest or -1.0, "vmax": largest or 1.0}
-
-
-def _colorbar(drawn: Any, label: str) -> None:
-    drawn.axes.figure.colorbar(drawn, ax=drawn.axes, label=label)
-
-
-def _one(values: Shaped[Tensor, "*batch_heads queries keys"], row: int, head: int) -> Shaped[Tensor, "queries keys"]:
-    """One row of the batch and one head; an axis of size 1 stands for all."""
-    values = values.detach().cpu()
-    values = values.reshape(*(1,) * (4 - values.ndim), *values.shape)
-    return values[row if values.shape[0] > 1 else 0, head if values.shape[1] > 1 else 0]
-
-
-def _scores(position: Bias, domain: Domain, keys: Domain, query: Tensor, row: int, head: int) -> Tensor:
-    """Scores of one row and head, for some queries against all keys; masked pairs included."""
-    with torch.no_grad():
-        scores = position.pair(domain, keys).at(query, torch.arange(keys.num_tokens))
-    return _one(scores if scores.ndim > 2 else scores[:, None], row, head).squeeze(0)
+    largest = float(finite.abs().max()) if finite.numel() and finite.any() else 1.0
+    return {"cmap": "RdBu_r", "vmin": -largest, "vmax": largest}
 
 
 def _matrix(
-    values: Shaped[Tensor, "queries keys"],
-    domain: Domain,
-    keys: Domain,
-    ax: matplotlib.axes.Axes | None,
-    **colours: Any,
-) -> matplotlib.axes.Axes:
+    values: Shaped[Tensor, "queries keys"], domain: Domain, keys: Domain, ax: Axes | None, **colours: Any
+) -> tuple[Axes, Any]:
     ax = _axes(ax)
-    ax.imshow(values.float() if values.dtype == torch.bool else values, interpolation="nearest", **colours)
+    drawn = ax.imshow(values.double(), interpolation="nearest", **colours)
     ax.set(xlabel=f"key: {keys!r}", ylabel=f"query: {domain!r}")
-    if max(values.shape) <= 40:  # lines between the cells while they can be told apart
-        ax.set_xticks(torch.arange(values.shape[1] + 1) - 0.5, minor=True)
-        ax.set_yticks(torch.arange(values.shape[0] + 1) - 0.5, minor=True)
+    if max(values.shape) <= 40:  # lines between cells while cells can be told apart
+        ax.set_xticks(torch.arange(1, values.shape[1]) - 0.5, minor=True)
+        ax.set_yticks(torch.arange(1, values.shape[0]) - 0.5, minor=True)
         ax.grid(which="minor", color="white", linewidth=0.8)
         ax.tick_params(which="minor", length=0)
     for where, line in ((domain, ax.axhline), (keys, ax.axvline)):
         for boundary in [] if where.offsets is None else where.offsets[1:-1].tolist():
-            line(boundary - 0.5, color=QUERY, linewidth=0.8)
-    return ax
-
-
-def _item(domain: Domain, query: int, row: int) -> Int[Tensor, " tokens"]:
-    """The tokens that exist in the query's item."""
-    if not 0 <= query < domain.num_tokens:
-        raise IndexError(f"query must be a token of {domain!r}, 0 to {domain.num_tokens - 1}; got query={query}")
-    tokens = torch.arange(domain.num_tokens)
-    together = domain.together(domain, torch.tensor(row), torch.tensor(query), tokens)
-    return tokens if together is None else tokens[together | (tokens == query)]
+            line(boundary - 0.5, color=MARK, linewidth=0.8)
+    return ax, drawn
 
 
 def _tokens(
@@ -308,17 +288,17 @@ def _tokens(
     values: Shaped[Tensor, " tokens"],
     query: int,
     row: int,
-    ax: matplotlib.axes.Axes | None,
+    ax: Axes | None,
     *,
     cmap: Any,
     vmin: float,
     vmax: float | None = None,
-) -> tuple[matplotlib.axes.Axes, Any]:
+) -> tuple[Axes, Any]:
     """Draw one mark per token where it is, coloured by its value; return the axes and the marks."""
     ax = _axes(ax)
     places = _places(domain, tokens, row)
-    ring = [token == query for token in tokens.tolist()]
-    style = {"edgecolors": [QUERY if r else "white" for r in ring], "linewidths": [2.5 if r else 0.8 for r in ring]}
+    own = [token == query for token in tokens.tolist()]
+    style = {"edgecolors": [MARK if o else "white" for o in own], "linewidths": [2.5 if o else 0.8 for o in own]}
     if isinstance(domain, Sequence | Grid):
         from matplotlib.collections import PatchCollection
         from matplotlib.patches import Rectangle
@@ -336,9 +316,9 @@ def _tokens(
     return ax, marks
 
 
-def _frame(ax: matplotlib.axes.Axes, domain: Domain) -> None:
-    """Axes that say as much as the domain does: coordinates where there are any, and equal units where there are two."""
-    if domain.ndim == 1 and not isinstance(domain, Graph):
+def _frame(ax: Axes, domain: Domain) -> None:
+    """Axes that say as much as the domain does: coordinates where there are any, equal units where there are two."""
+    if isinstance(domain, Sequence | Timeline):
         ax.spines[["left", "right", "top"]].set_visible(False)
         ax.set_yticks([])
         ax.set_xlabel("time" if isinstance(domain, Timeline) else "position")
@@ -350,20 +330,38 @@ def _frame(ax: matplotlib.axes.Axes, domain: Domain) -> None:
         ax.set_aspect("equal")
 
 
+def _edges(ax: Axes, graph: Graph, tokens: Int[Tensor, " tokens"], places: Float[Tensor, "tokens 2"]) -> None:
+    """The edges between ``tokens`` as lines; with heads where not every edge has its reverse."""
+    order = torch.full((graph.num_tokens,), -1)
+    order[tokens] = torch.arange(len(tokens))
+    pairs = {(i, j) for i, j in order[graph.edge_index.cpu()].T.tolist() if i >= 0 and j >= 0 and i != j}
+    if not pairs:
+        return
+    source, target = torch.tensor(sorted(pairs)).T
+    undirected = all((j, i) in pairs for i, j in pairs)
+    along = (places[target] - places[source]) * (1 if undirected else 0.85)  # heads end before the node they point at
+    heads = {"headwidth": 0, "headlength": 0, "headaxislength": 0} if undirected else {"headwidth": 5}
+    ax.quiver(
+        *places[source].T, *along.T, angles="xy", scale_units="xy", scale=1, width=0.004, color=EDGE, zorder=1, **heads
+    )
+
+
+# -- where tokens are on paper ---------------------------------------------------------------------------------------
+
+
 def _places(domain: Domain, tokens: Int[Tensor, " tokens"], row: int) -> Float[Tensor, "tokens 2"]:
-    """Where to draw each token: by its coordinates, and prefix tokens in a column on the left."""
+    """By their coordinates, and prefix tokens in a column on the left."""
     b = torch.tensor(row)
     prefix = domain.is_prefix(b, tokens)
     if prefix is None:
         return _layout(domain, b, tokens)
-    ordinary = _layout(domain, b, tokens[~prefix])
-    low, high = (ordinary.amin(0), ordinary.amax(0)) if len(ordinary) else (torch.zeros(2), torch.zeros(2))
-    step = 1.0 if isinstance(domain, Sequence | Grid) else 0.15 * max(float((high - low).max()), 1e-6)
-    places = torch.empty(len(tokens), 2, dtype=torch.float64)
-    places[~prefix] = ordinary
-    places[prefix, 0] = float(low[0]) - 1.5 * step
+    places = torch.zeros(len(tokens), 2, dtype=torch.float64)
+    places[~prefix] = ordinary = _layout(domain, b, tokens[~prefix])
+    low, high = (ordinary.amin(0), ordinary.amax(0)) if len(ordinary) else (places[0], places[0])
+    step = 1.0 if isinstance(domain, Sequence | Grid) else 0.15 * (float((high - low).max()) or 1.0)
     rank = torch.arange(int(prefix.sum()))
-    places[prefix, 1] = float(low[1] + high[1]) / 2 + step * (rank - (len(rank) - 1) / 2)
+    places[prefix, 0] = low[0] - 1.5 * step
+    places[prefix, 1] = (low[1] + high[1]) / 2 + step * (rank - (len(rank) - 1) / 2)
     return places
 
 
@@ -374,21 +372,20 @@ def _layout(domain: Domain, b: Tensor, tokens: Int[Tensor, " tokens"]) -> Float[
     if isinstance(domain, Grid):
         axes.reverse()  # the last axis of a grid runs to the right
         if domain.ndim == 3:  # slices side by side
-            width = domain.sizes[-1] + 1
-            axes = [axes[0] + width * axes[2], axes[1]]
+            axes[0] = axes[0] + (domain.sizes[-1] + 1) * axes[2]
     return torch.stack([axes[0], axes[1] if len(axes) > 1 else torch.zeros_like(axes[0])], -1)
 
 
 def _stress_layout(hops: Float[Tensor, "nodes nodes"], rounds: int = 200) -> Float[Tensor, "nodes 2"]:
-    """Places on the plane whose distances come close to hop distances, near ones above all.
+    """Places on the plane whose distances come close to hop distances, short ones above all.
 
-    Minimises ``sum_ij (|x_i - x_j| - d_ij)^2 / d_ij^2`` by majorisation (Gansner, Koren and North 2005, "Graph drawing by stress
-    majorization"), from a circle.
+    Minimises ``sum_ij (|x_i - x_j| - d_ij)^2 / d_ij^2`` by majorisation, from a circle (Gansner, Koren and North 2005, Graph drawing
+    by stress majorization).
     """
     nodes = len(hops)
     apart = torch.minimum(hops, hops.mT)
-    near = apart[apart.isfinite()]
-    apart = apart.clamp(max=float(near.max()) + 1 if near.numel() else 1.0)
+    known = apart[apart.isfinite()]
+    apart = apart.clamp(max=float(known.max()) + 1 if known.numel() else 1.0)
     weight = torch.where(apart > 0, apart**-2, 0.0)
     solve = torch.linalg.pinv(torch.diag(weight.sum(1)) - weight)
     angle = torch.arange(nodes, dtype=torch.float64) * (2 * math.pi / max(nodes, 1))
@@ -398,21 +395,3 @@ def _stress_layout(hops: Float[Tensor, "nodes nodes"], rounds: int = 200) -> Flo
         pull = torch.where(drawn > 1e-9, weight * apart / drawn, 0.0)
         places = solve @ ((torch.diag(pull.sum(1)) - pull) @ places)
     return places
-
-
-def _edges(
-    ax: matplotlib.axes.Axes, graph: Graph, tokens: Int[Tensor, " tokens"], places: Float[Tensor, "tokens 2"]
-) -> None:
-    """The graph's edges as lines; with arrow heads where not every edge has its reverse."""
-    order = torch.full((graph.num_tokens,), -1)
-    order[tokens] = torch.arange(len(tokens))
-    source, target = order[graph.edge_index.cpu()]
-    here = (source >= 0) & (target >= 0) & (source != target)
-    start, end = places[source[here]], places[target[here]]
-    drawn = set(zip(source[here].tolist(), target[here].tolist(), strict=True))
-    both_ways = all((j, i) in drawn for i, j in drawn)
-    heads = {"headwidth": 0, "headlength": 0, "headaxislength": 0} if both_ways else {"headwidth": 5.0}
-    along = (end - start) * (1 if both_ways else 0.85)
-    ax.quiver(
-        *start.T, *along.T, angles="xy", scale_units="xy", scale=1, width=0.004, color="#b8c1c8", zorder=1, **heads
-    )

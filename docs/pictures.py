@@ -1,0 +1,202 @@
+"""The pictures of the documentation, each drawn by ``xformerlib.plot``.
+
+    python docs/pictures.py        # draws the one that the README shows again
+
+The others are drawn whenever the documentation is built.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence as SequenceOf
+from pathlib import Path
+
+import matplotlib
+import torch
+
+import xformerlib as xf
+from xformerlib import plot
+from xformerlib.masks import (
+    Axial,
+    Causal,
+    Dilated,
+    Edges,
+    Expander,
+    Global,
+    Keys,
+    Local,
+    Mask,
+    Prefix,
+    Segments,
+    Windows,
+)
+from xformerlib.positions import DistanceDecay, Rotary, Sinusoidal
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "font.family": "DejaVu Sans",
+    "svg.hashsalt": "xformerlib",
+    "figure.facecolor": "white",
+}
+Draw = Callable[[Axes], object]
+
+
+def row(*draws: Draw, widths: SequenceOf[float] | None = None, height: float = 2.8) -> Figure:
+    """Pictures side by side."""
+    widths = widths or [1.0] * len(draws)
+    with plt.rc_context(STYLE):
+        size = (height * sum(widths) * 1.05, height)
+        figure, axes = plt.subplots(
+            1, len(draws), figsize=size, width_ratios=widths, layout="constrained", squeeze=False
+        )
+        for ax, draw in zip(axes[0], draws, strict=True):
+            draw(ax)
+    return figure
+
+
+def matrix(mask: Mask, domain: xf.Domain, title: str | None = None) -> Draw:
+    def draw(ax: Axes) -> None:
+        plot.mask(mask, domain, ax=ax)
+        if title is not None:
+            ax.set_title(title)
+
+    return draw
+
+
+def seen(mask: Mask, domain: xf.Domain, query: int, title: str | None = None) -> Draw:
+    def draw(ax: Axes) -> None:
+        plot.mask_on(mask, domain, query=query, ax=ax)
+        if title is not None:
+            ax.set_title(title)
+
+    return draw
+
+
+def undirected(*edges: tuple[int, int]) -> torch.Tensor:
+    one_way = torch.tensor(edges).T
+    return torch.cat([one_way, one_way.flip(0)], 1)
+
+
+SEQUENCE = xf.Sequence(16)
+TIMES = xf.Timeline(torch.tensor([0.0, 0.4, 0.7, 2.0, 2.2, 3.1, 4.8, 5.0, 5.1, 6.9, 8.0]))
+GRID = xf.Grid(7, 7)
+DAG = xf.Graph(torch.tensor([[0, 1, 2, 2, 3, 4, 1, 5, 6, 7], [2, 2, 3, 4, 5, 5, 6, 8, 7, 8]]), 9)
+# Two rings joined by a bond, with tails: the skeleton of a small molecule.
+MOLECULE = undirected(
+    (0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 0), (3, 6), (6, 7), (7, 8), (8, 9), (9, 10), (10, 6), (0, 11), (11, 12), (9, 13)
+)  # fmt: skip
+GRAPH = xf.Graph(MOLECULE, 14)
+
+
+def one_mask() -> Figure:
+    """One mask on three domains: as a matrix, and as one token sees it."""
+    mask = Local(2) | Global(1)
+    domains = [
+        (xf.Sequence(20), 12, "a sequence"),
+        (xf.Grid(7, 7, prefix=1), 25, "a grid with a class token"),
+        (xf.Graph(MOLECULE, 14, virtual_nodes=1), 4, "a graph with a virtual node"),
+    ]
+    with plt.rc_context(STYLE | {"axes.titlesize": 11}):
+        figure, axes = plt.subplots(2, 3, figsize=(9, 6.2), height_ratios=[1.25, 1], layout="constrained")
+        for (domain, query, what), above, below in zip(domains, *axes, strict=True):
+            plot.mask(mask, domain, ax=above).set(title=f"{mask!r}\non {what}", xlabel="key", ylabel="query")
+            plot.mask_on(mask, domain, query=query, ax=below).set_title("")
+    return figure
+
+
+def general() -> Figure:
+    ids = torch.tensor([0] * 5 + [1] * 7 + [2] * 4)
+    valid = torch.ones(16, dtype=torch.bool)
+    valid[[3, 9, 10]] = False
+    return row(*(matrix(mask, SEQUENCE) for mask in (Global(2), Prefix(4), Segments(ids), Keys(valid))))
+
+
+def border() -> Figure:
+    corner = GRID.num_tokens - 2
+    return row(*(seen(mask, GRID, corner) for mask in (Local(2), Local(2, border="clamp"))))
+
+
+def sinusoidal() -> Figure:
+    embed = Sinusoidal(32)
+    return row(
+        lambda ax: plot.embedding(embed, xf.Sequence(64), dim=32, ax=ax),
+        lambda ax: plot.embedding(embed, GRID, dim=32, ax=ax),
+        widths=[1.3, 1.3],
+    )
+
+
+def rotary() -> Figure:
+    rope = Rotary(32, theta=100.0)
+    return row(
+        lambda ax: plot.rotation(rope, xf.Sequence(32), ax=ax),
+        lambda ax: plot.rotation_on(rope, xf.Grid(9, 9), query=40, ax=ax),
+        lambda ax: plot.rotation_on(rope, TIMES, query=3, ax=ax),
+        widths=[1.3, 1.2, 1.8],
+    )
+
+
+def decay() -> Figure:
+    alibi = DistanceDecay(8)
+    return row(
+        lambda ax: plot.bias(alibi, SEQUENCE, head=0, ax=ax),
+        lambda ax: plot.bias(alibi, SEQUENCE, head=3, ax=ax),
+        lambda ax: plot.bias_on(alibi, xf.Grid(9, 9), query=40, head=0, ax=ax),
+        widths=[1.2, 1.2, 1.2],
+    )
+
+
+PICTURES: dict[str, Callable[[], Figure]] = {
+    "causal": lambda: row(matrix(Causal(), SEQUENCE), seen(Causal(), GRID, 24), seen(Causal(), DAG, 5)),
+    "local": lambda: row(
+        matrix(Local(2), SEQUENCE),
+        seen(Local(1.5), TIMES, 4),
+        seen(Local(2), GRID, 24),
+        seen(Local(2), GRAPH, 6),
+        widths=[1, 1.4, 1, 1],
+    ),
+    "border": border,
+    "dilated": lambda: row(matrix(Dilated(2, step=3), SEQUENCE), seen(Dilated(1, step=2), GRID, 24)),
+    "windows": lambda: row(
+        matrix(Windows(4), SEQUENCE),
+        matrix(Windows(4, shift=2), SEQUENCE),
+        seen(Windows(2), TIMES, 4),
+        seen(Windows(3, shift=1), GRID, 24),
+        widths=[1, 1, 1.4, 1],
+    ),
+    "axial": lambda: row(seen(Axial(1), GRID, 24), seen(Axial(0), GRID, 24)),
+    "edges": lambda: row(matrix(Edges(), GRAPH), seen(Edges(), GRAPH, 6), seen(Edges(), DAG, 5)),
+    "expander": lambda: row(matrix(Expander(4, seed=0), xf.Sequence(32)), seen(Expander(4, seed=0), GRAPH, 6)),
+    "general": general,
+    "algebra": lambda: row(
+        *(
+            matrix(mask, SEQUENCE)
+            for mask in (Causal() & Local(3), Local(2) | Global(1), Local(2) | Dilated(3, step=4))
+        ),
+        seen(Windows(3) & ~Local(0), GRID, 24),
+    ),
+    "sinusoidal": sinusoidal,
+    "rotary": rotary,
+    "decay": decay,
+}
+
+
+def as_svg(figure: Figure) -> bytes:
+    """The figure as an SVG file, the same bytes each time."""
+    buffer = io.BytesIO()
+    with plt.rc_context(STYLE):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+if __name__ == "__main__":
+    path = Path(__file__).parent / "assets" / "one-mask.png"
+    path.parent.mkdir(exist_ok=True)
+    one_mask().savefig(path, dpi=110, metadata={"Software": None})
+    print(f"drew {path}")

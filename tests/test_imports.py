@@ -1,0 +1,109 @@
+"""Who imports whom inside the package, and what importing the package costs."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "xformerlib"
+
+# Each layer may import the layers above it in this list; the parts of one layer do not import each other.
+LAYERS = [
+    {"domains"},
+    {"masks", "positions"},
+    {"kernels", "_cache"},
+    {"attention"},
+    {"blocks"},
+    {"time_series", "vision", "graph"},
+]
+LEVEL = {part: level for level, layer in enumerate(LAYERS) for part in layer}
+FRONT_ENDS = LAYERS[-1]
+LEAVES = {"interop", "plot"}  # may import everything, and are imported by nobody
+REQUIRED = {"torch", "einops", "jaxtyping"}
+
+FILES = sorted(path for path in PACKAGE.rglob("*.py"))
+
+
+def part_of(path: Path) -> str:
+    """The part of the package that a file belongs to; "" for the package's own ``__init__``."""
+    name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return "" if name == "__init__" else name
+
+
+def imports(path: Path) -> Iterator[tuple[int, str, bool]]:
+    """Line, absolute dotted name, and whether it runs when the file is imported, of each import in a file."""
+    package = path.relative_to(ROOT).parts[:-1]
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    inside = {id(node) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.Lambda) for node in ast.walk(f)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name, id(node) not in inside
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                yield node.lineno, f"{module}.{alias.name}", id(node) not in inside
+
+
+def test_every_part_has_its_place() -> None:
+    parts = {part_of(path) for path in FILES} - {""}
+    assert parts <= LEVEL.keys() | LEAVES
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_parts_import_only_what_is_below_them(path: Path) -> None:
+    part = part_of(path)
+    for line, name, _ in imports(path):
+        root, _, rest = name.partition(".")
+        target = rest.partition(".")[0]
+        if root != PACKAGE.name or target == part:
+            continue
+        where = f"{path.relative_to(ROOT)}:{line} imports {name}"
+        assert target not in LEAVES, f"{where}, which nobody may import"
+        if part not in LEAVES and part != "":
+            assert target in LEVEL, f"{where}: import it from the module that defines it"
+            assert LEVEL[target] < LEVEL[part], f"{where}, which is not below {part}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_core_imports_only_what_it_requires(path: Path) -> None:
+    part = part_of(path)
+    if part in LEAVES:
+        return
+    for line, name, when_imported in imports(path):
+        root = name.partition(".")[0]
+        if part in FRONT_ENDS and not when_imported:
+            continue  # a front end may ask for its extra where it is used
+        allowed = root in REQUIRED or root in sys.stdlib_module_names or root in (PACKAGE.name, "__future__")
+        assert allowed, f"{path.relative_to(ROOT)}:{line} imports {name}"
+
+
+MEASURE = """
+import json, sys, time
+def clock(statement):
+    start = time.process_time()
+    exec(statement)
+    return time.process_time() - start
+torch_seconds = clock("import torch, einops, jaxtyping")
+before = set(sys.modules)
+own_seconds = clock("import xformerlib")
+new = {name.partition(".")[0] for name in set(sys.modules) - before}
+print(json.dumps([torch_seconds, own_seconds, sorted(new - set(sys.stdlib_module_names))]))
+"""
+
+
+def test_importing_the_package_costs_little_beyond_torch() -> None:
+    run = subprocess.run([sys.executable, "-c", MEASURE], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    torch_seconds, own_seconds, new = json.loads(run.stdout)
+    # The extras, and the parts of torch that are slow to load, would show here as new packages (matplotlib, timm, sympy, ...).
+    assert set(new) <= {PACKAGE.name, "torch"}
+    assert own_seconds < 0.25 * torch_seconds
