@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,10 +58,17 @@ class Cache:
         else:
             if entry.keys.shape[0] != key.shape[0]:
                 raise ValueError(f"x must keep its batch size from step to step; got {key.shape[0]} after {entry.keys.shape[0]}")
+            entry = _reachable(entry, lookback)
             entry = _appended(entry, key, value, entry.domain.extended(domain))
-            entry = _trimmed(entry, key.shape[2], lookback)
         self._entries[layer] = entry
         return entry.keys[:, :, entry.first : entry.last], entry.values[:, :, entry.first : entry.last], entry.domain
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Cache:
+        """A cache that goes on by itself from here, of the same layers: beams of a search share what came before."""
+        other = Cache()
+        other._entries = {layer: copy.deepcopy(entry, memo) for layer, entry in self._entries.items()}
+        other._contexts = {layer: copy.deepcopy(context, memo) for layer, context in self._contexts.items()}
+        return other
 
     def holds_context(self, layer: Any) -> bool:
         """Whether the layer's context is here."""
@@ -92,9 +100,9 @@ def _appended(entry: _Entry, key: Tensor, value: Tensor, domain: Domain) -> _Ent
     return _Entry(entry.keys, entry.values, entry.first, entry.last + new, domain)
 
 
-def _trimmed(entry: _Entry, new: int, lookback: float | None) -> _Entry:
-    """The entry without the tokens that neither the ``new`` queries nor any later one can reach."""
+def _reachable(entry: _Entry, lookback: float | None) -> _Entry:
+    """The entry without the tokens that neither the next query nor any later one can reach."""
     if lookback is None or not entry.domain.counts_steps:
         return entry
-    needed = min(entry.last - entry.first, int(lookback) + new)
-    return _Entry(entry.keys, entry.values, entry.last - needed, entry.last, entry.domain.last(needed))
+    kept = int(min(entry.last - entry.first, lookback))
+    return _Entry(entry.keys, entry.values, entry.last - kept, entry.last, entry.domain.last(kept))

@@ -20,6 +20,7 @@ from .masks import Full, Mask
 from .positions import Bias, Position, Rotation
 
 BiasLike = Tensor | Bias
+MOST_PLANS = 64  # kept on one domain
 
 
 def attention(
@@ -204,7 +205,7 @@ class Attention(nn.Module):
             cache: keys and values of earlier tokens of the same sequence, which this call extends; of the context in cross attention,
                 which need then be given only at the first call.
         """
-        q, key, value, domain, keys = self._project(x, domain, context, context_domain, position, cache, mask)
+        q, key, value, domain, keys = self._project(x, domain, context, context_domain, position, cache)
         heads = attention(
             q, key, value, mask=self._mask(mask), bias=self._biases(position), domain=domain, key_domain=keys,
             dropout_p=self.dropout if self.training else 0.0, softcap=self.softcap, sinks=self.sinks, kernel=self.kernel,
@@ -232,15 +233,19 @@ class Attention(nn.Module):
         Each row sums to 1, to less where sinks take a share, and to 0 where a query sees nothing. Computed block by block of rows, so
         that beside the result no Tq x Tk tensor is held.
         """
-        q, key, _, domain, keys = self._project(x, domain, context, context_domain, position, None, mask)
-        full = self._mask(mask) or Full()
+        q, key, _, domain, keys = self._project(x, domain, context, context_domain, position, None)
+        own = self._mask(mask)
+        full = Full() if own is None else own
         terms = _bias_terms(self._biases(position))
         domain, keys = _resolve_domains(q, key, full, terms, domain, keys)
         problem = Problem(full, domain, keys, len(q), self.heads, self.kv_heads, self.head_dim, self.head_dim, q.dtype, q.device.type)
         scores = _scores(problem, terms, q, 1 / math.sqrt(self.head_dim), self.softcap, self.sinks)
         q, key, _ = _without_hidden(problem, scores, q, key, key)
         index = torch.arange(q.shape[2], device=q.device) if rows is None else torch.as_tensor(rows, device=q.device)
-        if index.numel() and not (0 <= int(index.min()) and int(index.max()) < q.shape[2]):
+        index = index if index.numel() else index.long()
+        if index.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"rows must be integers; got {index.dtype}")
+        if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < q.shape[2]):
             raise ValueError(f"rows must index the {q.shape[2]} queries; got {index.tolist()}")
         k_index = torch.arange(key.shape[2], device=q.device)
         blocks = []
@@ -257,7 +262,6 @@ class Attention(nn.Module):
         context_domain: Domain | None,
         position: Position | None,
         cache: Cache | None,
-        mask: Mask | None,
     ) -> tuple[Tensor, Tensor, Tensor, Domain, Domain]:
         """Queries, keys and values by head, normalised, rotated and joined with cached ones, and where they live."""
         domain = place("x", x, self.dim, domain)
@@ -273,8 +277,8 @@ class Attention(nn.Module):
                 q, key = rotation.rotate(q, key, domain)
             if cache is None:
                 return q, key, value, domain, domain
-            reach = self._mask(mask)
-            key, value, keys = cache.extend(self, key, value, domain, None if reach is None else reach.lookback())
+            # Not the mask of this call alone: later calls may look back further.
+            key, value, keys = cache.extend(self, key, value, domain, None if self.mask is None else self.mask.lookback())
             return q, key, value, domain, keys
         q = self.query_norm(self._heads(self._linear(domain.zero_padding(x), 0, own)))
         if context is None:
@@ -414,7 +418,16 @@ def _bias_kind(terms: tuple[BiasLike, ...]) -> str | None:
 
 
 def _plan(problem: Problem, kernel: str) -> Plan:
-    return problem.domain.fact(("plan", problem, kernel), lambda: kernels.choose(problem, kernel))
+    """The plan, kept on the domain of the queries: the last few, since a problem keeps its mask and its keys' domain in memory."""
+    if getattr(problem.mask, "device", None) is not None:  # a mask of tensors, more likely new at each call than given again
+        return kernels.choose(problem, kernel)
+    plans: dict[tuple[Problem, str], Plan] = problem.domain.fact(("plan",), dict)
+    known = plans.get((problem, kernel))
+    if known is not None:
+        return known
+    if len(plans) >= MOST_PLANS:
+        plans.pop(next(iter(plans)))
+    return plans.setdefault((problem, kernel), kernels.choose(problem, kernel))
 
 
 def _scores(
@@ -476,6 +489,11 @@ def _check_position(position: Position | None, heads: int) -> None:
         raise TypeError(f"position must be a position such as positions.Rotary(head_dim); got {type(position).__name__}")
     for embedding in position.embeddings:
         raise ValueError(f"{type(embedding).__name__} is added to the tokens once, by the model: give it to an Encoder, or call it on x")
+    check_bias_heads(position, heads)
+
+
+def check_bias_heads(position: Position, heads: int) -> None:
+    """Raise unless the biases of a position fit layers of so many heads."""
     for bias in position.biases:
         if bias.heads not in (1, heads):
             raise ValueError(f"position must score as many heads as the layer has, {heads}; got {bias!r} of {bias.heads}")

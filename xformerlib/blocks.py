@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence as SequenceOf
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._cache import Cache
-from .attention import Attention, place
+from .attention import Attention, check_bias_heads, place
 from .domains import Domain
 from .masks import Causal, Mask
 from .positions import Position
@@ -243,19 +244,23 @@ class _Stack(nn.Module):
         super().__init__()
         if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
             raise ValueError(f"depth must be a whole number >= 1; got depth={depth!r}")
-        layer_masks = [mask] * depth if mask is None or isinstance(mask, Mask) else list(mask)
+        if mask is not None and not isinstance(mask, (Mask, list, tuple)):
+            raise TypeError(f"mask must be a mask such as masks.Causal(), or a list of one for each layer; got {type(mask).__name__}")
+        layer_masks = list(mask) if isinstance(mask, (list, tuple)) else [mask] * depth
         if len(layer_masks) != depth:
             raise ValueError(f"mask must be one mask, or one for each of the {depth} layers; got {len(layer_masks)}")
         shared = position is None or isinstance(position, Position)
         if not shared and not callable(position):
             raise TypeError(f"position must be a position, or a function that makes one for each layer; got {type(position).__name__}")
+        if isinstance(position, Position):
+            check_bias_heads(position, heads)
         self.dim = dim
         self.position = position if isinstance(position, Position) else None
-        rates = [drop_path * layer / max(depth - 1, 1) for layer in range(depth)]
+        rates = [drop_path * layer / (depth - 1) for layer in range(depth)] if depth > 1 else [drop_path]
         self.blocks = nn.ModuleList(
             Block(
                 dim, heads, mask=layer_mask, position=None if shared else position(), norm=norm, norm_layer=norm_layer,  # type: ignore[arg-type, misc]
-                drop_path=rate, **block,
+                drop_path=rate, **copy.deepcopy(block),  # an activation that learns is each block's own
             )
             for layer_mask, rate in zip(layer_masks, rates, strict=True)
         )  # fmt: skip
@@ -308,6 +313,8 @@ class Encoder(_Stack):
         drop_path: float = 0.0,
         **block: Any,
     ) -> None:
+        if block.get("cross"):
+            raise ValueError("cross is for a Decoder: an Encoder is given no context to attend to; got cross=True")
         super().__init__(
             dim, depth, heads, mask=mask, position=position, norm=norm, norm_layer=norm_layer, final_norm=final_norm,
             drop_path=drop_path, **block,
@@ -386,7 +393,7 @@ class EncoderDecoder(nn.Module):
         dim, heads: channels and heads of both.
         encoder_depth, decoder_depth: blocks of each.
         mask, decoder_mask: self-attention masks of encoder and decoder.
-        position: a position that both share, or a function that makes one for each block.
+        position: a position, of which encoder and decoder each have a copy, or a function that makes one for each block.
         **stack: further arguments of ``Encoder`` and ``Decoder``.
 
     Example:
@@ -412,7 +419,9 @@ class EncoderDecoder(nn.Module):
         super().__init__()
         stack = {"position": position, "norm": norm, "activation": activation, **stack}
         self.encoder = Encoder(dim, encoder_depth, heads, mask=mask, **stack)
-        self.decoder = Decoder(dim, decoder_depth, heads, mask=decoder_mask, **stack)
+        # Each has a position of its own, as in T5: what source and target learn of distance differs.
+        own = copy.deepcopy(position) if isinstance(position, Position) else position
+        self.decoder = Decoder(dim, decoder_depth, heads, mask=decoder_mask, **{**stack, "position": own})
 
     def forward(
         self,

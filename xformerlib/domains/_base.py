@@ -99,7 +99,8 @@ class Domain(ABC):
     def fact(self, key: Hashable, make: Callable[[], Fact]) -> Fact:
         """A value that depends on the domain alone: made at the first call, kept for the next ones."""
         if key not in self._facts:
-            self._facts[key] = make()
+            with torch.inference_mode(False):  # what is kept may be needed in training later
+                self._facts[key] = make()
         return self._facts[key]
 
     def to(self, device: torch.device | str) -> Self:
