@@ -11,4 +11,11 @@ from .blocks import (
     EncoderDecoder as EncoderDecoder,
     FeedForward as FeedForward,
 )
-from .domains import Domain as Domain, Grid as Grid, Points as Points, Sequence as Sequence, Timeline as Timeline
+from .domains import (
+    Domain as Domain,
+    Graph as Graph,
+    Grid as Grid,
+    Points as Points,
+    Sequence as Sequence,
+    Timeline as Timeline,
+)

@@ -89,12 +89,12 @@ def test_layers_of_every_mask_position_and_option(kind, rng):
     where = DOMAINS[kind](rng)
     heads = rng.choice([2, 4])
     options = {
-        "mask": tree(rng, where, 1), "position": position(rng, heads, 16, where), "kv_heads": rng.choice([1, 2]),
+        "mask": tree(rng, where, 1), "position": position(rng, heads, 24, where), "kv_heads": rng.choice([1, 2]),
         "qk_norm": rng.choice([None, "rms", "layer"]), "gate": rng.random() < 0.5, "sinks": rng.random() < 0.5,
         "softcap": rng.choice([None, 3.0]), "qkv_bias": rng.random() < 0.5, "norm": rng.choice(["pre", "post", "sandwich", "parallel"]),
         "activation": rng.choice(["relu", "gelu", "swiglu", "geglu"]), "layer_scale": rng.choice([None, 0.5]),
     }  # fmt: skip
-    encoder = xf.Encoder(16, 2, heads, **options).double()
+    encoder = xf.Encoder(24, 2, heads, **options).double()
     for parameter in encoder.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     encoder.eval()
@@ -102,7 +102,7 @@ def test_layers_of_every_mask_position_and_option(kind, rng):
     for layer in oracle.modules():
         if isinstance(layer, xf.Attention):
             layer.kernel = "reference"
-    x = torch.randn(ROWS, where.num_tokens, 16, dtype=torch.float64)
+    x = torch.randn(ROWS, where.num_tokens, 24, dtype=torch.float64)
     if where.valid is not None:
         x[~where.valid] = float("nan")
     got, want = encoder(x, where), oracle(x, where)

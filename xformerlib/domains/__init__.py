@@ -1,6 +1,7 @@
 """Where tokens live: sequences, irregular time, grids, graphs and points."""
 
 from ._base import Domain as Domain
+from ._graph import Graph as Graph
 from ._grid import Grid as Grid
 from ._points import Points as Points
 from ._sequence import Sequence as Sequence, Timeline as Timeline

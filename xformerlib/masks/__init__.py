@@ -9,5 +9,6 @@ from ._general import (
     Segments as Segments,
     Where as Where,
 )
+from ._graph import Edges as Edges, Expander as Expander
 from ._grid import Axial as Axial
 from ._sequence import Causal as Causal, Dilated as Dilated, Local as Local, Windows as Windows

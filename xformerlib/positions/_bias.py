@@ -268,7 +268,7 @@ def _network(features: Float64[Tensor, "*pairs columns"], network: tuple[Tensor,
         scores = torch.cat([checkpoint(block, part, *network, use_reentrant=False) for part in rows.split(BLOCK_PAIRS)])
     else:
         scores = torch.cat([block(part, *network) for part in rows.split(BLOCK_PAIRS)])
-    return scores.reshape(*features.shape[:-1], -1)
+    return scores.reshape(*features.shape[:-1], network[-1].shape[0])
 
 
 class DistanceDecay(Bias):
