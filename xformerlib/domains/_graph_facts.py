@@ -221,10 +221,11 @@ def _from_keys(keys: Int[Tensor, " entries"], n: int) -> Neighbours:
     return neighbours_from_sorted(keys // max(n, 1), keys % max(n, 1), n)
 
 
-def ancestors(edges: Neighbours) -> Neighbours:
+def ancestors(edges: Neighbours, names: Int[Tensor, " nodes"]) -> Neighbours:
     """For each node of an acyclic graph the nodes from which a directed path leads to it, itself included.
 
     Node after node in topological order, those of equal depth together: the ancestors of a node are itself and those of its sources.
+    ``names`` are the numbers of nodes to speak of in the message.
 
     Raises:
         ValueError: the graph has a cycle, which is named; a self-loop is one.
@@ -233,10 +234,15 @@ def ancestors(edges: Neighbours) -> Neighbours:
     outgoing, waiting = edges.transpose(n), edges.rowptr.diff()
     begin, count = torch.zeros_like(waiting), torch.zeros_like(waiting)
     known, used = torch.empty(max(1024, 4 * n), dtype=torch.long, device=device), 0
-    ready = (waiting == 0).nonzero()[:, 0]
-    while ready.numel():
-        which, entry = edges.expand(ready)
+    queue = (waiting == 0).nonzero()[:, 0]
+    while queue.numel():
+        which, entry = edges.expand(queue)
         source = edges.col[entry]
+        # As many nodes as inherit BLOCK ancestors in all, but at least one.
+        work = torch.zeros_like(queue).index_add_(0, which, count[source]).cumsum(0)
+        most = max(1, int((work <= BLOCK).sum()))
+        ready, queue = queue[:most], queue[most:]
+        which, source = which[which < most], source[which < most]
         inherited, place = expand_ranges(begin[source], count[source])
         itself = torch.arange(ready.numel(), device=device) * n + ready
         keys = torch.unique(torch.cat([which[inherited] * n + known[place], itself]))
@@ -245,10 +251,12 @@ def ancestors(edges: Neighbours) -> Neighbours:
         known, used = _append(known, used, keys % n)
         target = outgoing.col[outgoing.expand(ready)[1]]
         waiting.index_add_(0, target, torch.full_like(target, -1))
-        ready = torch.unique(target[waiting[target] == 0])
+        queue = torch.cat([queue, torch.unique(target[waiting[target] == 0])])
     if bool((waiting > 0).any()):
+        cycle = [int(names[node]) for node in _some_cycle(edges, waiting > 0)]
+        shown = cycle if len(cycle) <= 9 else [*cycle[:4], "...", *cycle[-4:]]
         raise ValueError(
-            f"ancestors are defined on acyclic graphs only; got the cycle {_name_cycle(edges, waiting > 0)}. Drop an edge of it "
+            f"ancestors are defined on acyclic graphs only; got the cycle {' -> '.join(map(str, shown))}. Drop an edge of it "
             f"(a self-loop is a cycle too), or use Local(radius), which follows the direction of edges on any graph."
         )
     row, place = expand_ranges(begin, count)
@@ -268,13 +276,11 @@ def _append(store: Tensor, used: int, more: Tensor) -> tuple[Tensor, int]:
     return store, total
 
 
-def _name_cycle(edges: Neighbours, stuck: Tensor) -> str:
+def _some_cycle(edges: Neighbours, stuck: Tensor) -> list[int]:
     """One directed cycle among the ``stuck`` nodes, each of which has a source among them."""
     rowptr, col, waiting = edges.rowptr.tolist(), edges.col.tolist(), stuck.tolist()
     path, seen = [waiting.index(True)], {}
     while path[-1] not in seen:
         seen[path[-1]] = len(path) - 1
         path.append(next(j for j in col[rowptr[path[-1]] : rowptr[path[-1] + 1]] if waiting[j]))
-    cycle = path[seen[path[-1]] :][::-1]
-    shown = cycle if len(cycle) <= 9 else [*cycle[:4], "...", *cycle[-4:]]
-    return " -> ".join(map(str, shown))
+    return path[seen[path[-1]] :][::-1]

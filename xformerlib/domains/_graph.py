@@ -1,0 +1,368 @@
+"""Nodes and directed edges, one graph or many at once."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float64, Int, Integer, Shaped
+from torch import Tensor
+
+from . import _graph_facts as facts
+from ._base import Domain, as_lengths, check_count, offsets_of
+from ._neighbours import Neighbours, neighbours_of
+from ._random_walk import return_probabilities
+from ._spectral import laplacian_eigenvectors
+
+
+class HopTable(NamedTuple):
+    """Hop distances of all pairs within each graph: that of query q and key k is ``table[row[q] + place[k]]``.
+
+    Attributes:
+        table: the ``(n, n)`` tables of all graphs, targets by sources, flat and one behind the other; n where there is no path.
+        row: for each token where its row begins.
+        place: for each token its node's number within its graph.
+        size: for each token the number of nodes of its graph.
+    """
+
+    table: Integer[Tensor, " pairs"]
+    row: Int[Tensor, " tokens"]
+    place: Int[Tensor, " tokens"]
+    size: Int[Tensor, " tokens"]
+
+
+class Graph(Domain):
+    """Nodes joined by directed edges: one graph, or the disjoint union of a batch of graphs, as in PyTorch Geometric.
+
+    An edge j -> i (``edge_index[0] = j``, ``edge_index[1] = i``) lets query i attend to key j: the source speaks, the target listens. An
+    undirected graph has each edge in both directions. Graphs are always packed: ``offsets`` bounds the tokens of each one, and tokens of
+    different graphs never meet.
+
+    - distance: the fewest edges on a directed path from j to i; the number of nodes of the graph where there is no path.
+    - order: j is not later than i if a directed path leads from j to i (acyclic graphs only).
+    - coordinates: the first three nontrivial eigenvectors of the Laplacian, times the square root of the number of nodes.
+
+    Args:
+        edge_index: ``(2, edges)`` integers, sources above targets. Parallel edges and self-loops are kept.
+        num_nodes: nodes of all graphs together.
+        edge_attr: ``(edges, ...)`` features of the edges, kept as they are.
+        batch: ``(nodes,)`` the graph of each node, not falling. A number that is skipped is a graph without nodes.
+        virtual_nodes: tokens put in front of each graph's nodes, which belong to no place; ``num_tokens`` counts them.
+        num_graphs: number of graphs, if the last ones may have no nodes.
+
+    Raises:
+        ValueError, TypeError: anything that does not fit together; the message says what.
+
+    Example:
+        >>> path = Graph(torch.tensor([[0, 1, 2], [1, 2, 3]]), 4)  # 0 -> 1 -> 2 -> 3
+        >>> path.hop_distance(torch.tensor(3), torch.arange(4))  # to node 3 from each node
+        tensor([3, 2, 1, 0])
+    """
+
+    kind = "Graph"
+    continuous = True
+
+    def __init__(
+        self,
+        edge_index: Integer[Tensor, "2 edges"],
+        num_nodes: int,
+        *,
+        edge_attr: Shaped[Tensor, "edges ..."] | None = None,
+        batch: Integer[Tensor, " nodes"] | None = None,
+        virtual_nodes: int = 0,
+        num_graphs: int | None = None,
+    ) -> None:
+        self.num_nodes = check_count("num_nodes", num_nodes)
+        prefix = check_count("virtual_nodes", virtual_nodes)
+        self.edge_index = _check_edges(edge_index, self.num_nodes)
+        device = self.edge_index.device
+        self.edge_attr = _check_edge_attr(edge_attr, self.edge_index)
+        self.batch, self.sizes = _check_batch(batch, num_graphs, self.num_nodes, self.edge_index)
+        super().__init__(
+            num_tokens=self.num_nodes + prefix * self.sizes.numel(), ndim=3, prefix=prefix,
+            offsets=offsets_of(self.sizes + prefix), device=device,
+        )  # fmt: skip
+
+    @classmethod
+    def from_pyg(cls, data: Any, *, virtual_nodes: int = 0) -> Graph:
+        """From PyTorch Geometric's ``Data`` or ``Batch``, or anything with ``edge_index`` and ``num_nodes``.
+
+        ``edge_attr``, ``batch`` and ``num_graphs`` are read where they exist.
+
+        Example:
+            >>> from types import SimpleNamespace
+            >>> Graph.from_pyg(SimpleNamespace(edge_index=torch.tensor([[0], [1]]), num_nodes=2))
+            Graph(<1 edges>, 2)
+        """
+        edge_index, num_nodes = getattr(data, "edge_index", None), getattr(data, "num_nodes", None)
+        if edge_index is None or num_nodes is None:
+            missing = "edge_index" if edge_index is None else "num_nodes"
+            raise TypeError(
+                f"data must have edge_index and num_nodes; got {type(data).__name__} without {missing}. Give both to Graph itself."
+            )
+        batch = getattr(data, "batch", None)
+        return cls(
+            edge_index, num_nodes, edge_attr=getattr(data, "edge_attr", None), batch=batch, virtual_nodes=virtual_nodes,
+            num_graphs=None if batch is None else getattr(data, "num_graphs", None),
+        )  # fmt: skip
+
+    @property
+    def num_graphs(self) -> int:
+        """Graphs in the batch, those without nodes included."""
+        return self.sizes.numel()
+
+    @property
+    def num_edges(self) -> int:
+        """Edges of all graphs together."""
+        return self.edge_index.shape[1]
+
+    def to(self, device: torch.device | str) -> Graph:
+        def make(target: torch.device) -> Graph:
+            moved = Graph.__new__(Graph)
+            moved.num_nodes = self.num_nodes
+            moved.edge_index = self.edge_index.to(target)
+            moved.edge_attr = None if self.edge_attr is None else self.edge_attr.to(target)
+            moved.batch, moved.sizes = self.batch.to(target), self.sizes.to(target)
+            assert self.offsets is not None
+            Domain.__init__(
+                moved, num_tokens=self.num_tokens, ndim=3, prefix=self.prefix, offsets=self.offsets.to(target), device=target
+            )
+            return moved
+
+        return self._moved(device, make)
+
+    def __repr__(self) -> str:
+        batch = f", batch=<{self.num_graphs} graphs>" if self.num_graphs != 1 else ""
+        virtual = f", virtual_nodes={self.prefix}" if self.prefix else ""
+        features = "" if self.edge_attr is None else ", edge_attr=..."
+        return f"Graph(<{self.num_edges} edges>, {self.num_nodes}{features}{batch}{virtual})"
+
+    # -- nodes and tokens ------------------------------------------------------------------------------------------
+
+    @property
+    def node_tokens(self) -> Int[Tensor, " nodes"]:
+        """The token of each node."""
+        return self.fact("node_tokens", self._make_node_tokens)
+
+    def _make_node_tokens(self) -> Tensor:
+        return torch.arange(self.num_nodes, device=self.device) + self.prefix * (self.batch + 1)
+
+    def _by_token(self, by_node: Shaped[Tensor, "nodes *rest"], fill: float = 0) -> Shaped[Tensor, "tokens *rest"]:
+        """A table over nodes as one over tokens, ``fill`` for virtual nodes."""
+        if self.prefix == 0:
+            return by_node
+        table = by_node.new_full((self.num_tokens, *by_node.shape[1:]), fill)
+        table[self.node_tokens] = by_node
+        return table
+
+    @property
+    def _topology(self) -> facts.Topology:
+        first = offsets_of(self.sizes)[:-1]
+        return facts.Topology(self.edge_index[0], self.edge_index[1], self.batch, first, self.sizes)
+
+    # -- edges -----------------------------------------------------------------------------------------------------
+
+    @property
+    def csr(self) -> Neighbours:
+        """The sources of the edges into each token, parallel edges included; ``origin`` is the column of ``edge_index``."""
+        return self.fact("csr", self._make_csr)
+
+    def _make_csr(self) -> Neighbours:
+        source, target = self.node_tokens[self.edge_index]
+        return neighbours_of(target, source, self.num_tokens, self.num_tokens)
+
+    @property
+    def csr_transpose(self) -> Neighbours:
+        """The targets of the edges out of each token; ``origin`` is the entry of ``csr``."""
+        return self.fact("csr_transpose", lambda: self.csr.transpose(self.num_tokens))
+
+    @property
+    def degrees(self) -> tuple[Int[Tensor, " nodes"], Int[Tensor, " nodes"]]:
+        """The number of edges into each node and out of it; parallel edges and self-loops count."""
+        return self.fact("degrees", self._make_degrees)
+
+    def _make_degrees(self) -> tuple[Tensor, Tensor]:
+        source, target = (torch.bincount(ends, minlength=self.num_nodes) for ends in self.edge_index)
+        return target, source
+
+    # -- paths -----------------------------------------------------------------------------------------------------
+
+    @property
+    def hops(self) -> HopTable:
+        """Hop distances of all pairs within each graph.
+
+        Raises:
+            ValueError: more than 2^28 pairs.
+        """
+        return self.fact("hops", self._make_hops)
+
+    def _make_hops(self) -> HopTable:
+        table, begin = facts.hop_table(self._topology)
+        size = self.sizes[self.batch]
+        place = torch.arange(self.num_nodes, device=self.device) - self._topology.first[self.batch]
+        rows = begin[self.batch] + place * size
+        return HopTable(table, self._by_token(rows), self._by_token(place), self._by_token(size, 1))
+
+    def hop_distance(self, q: Tensor, k: Tensor) -> Int[Tensor, "..."]:
+        """The fewest edges on a directed path from node k to node q, both given as tokens: elementwise in broadcastable indices.
+
+        The number of nodes of the graph, which is longer than any path, where there is none; 0 where a virtual node is involved.
+        """
+        hops = self.hops
+        size = hops.size[q]
+        if hops.table.numel() == 0:  # no graph has a node
+            return torch.zeros_like(q + k)
+        distance = hops.table[hops.row[q] + torch.minimum(hops.place[k], size - 1)].long()
+        if self.items is not None:
+            distance = torch.where(self.items[q] == self.items[k], distance, size)
+        virtual = self.touches_prefix(self, q, q, k)
+        return distance if virtual is None else distance.masked_fill(virtual, 0)
+
+    def within_hops(self, radius: int) -> Neighbours:
+        """For each token the tokens from which a directed path of at most ``radius`` edges leads to it, itself included.
+
+        Raises:
+            ValueError: a negative radius, or more than 2^28 pairs.
+        """
+        radius = min(check_count("radius", radius), self.num_nodes)
+        return self.fact(("within_hops", radius), lambda: facts.within_hops(self.csr, radius))
+
+    @property
+    def ancestors(self) -> Neighbours:
+        """For each token the tokens from which a directed path leads to it, itself included.
+
+        Raises:
+            ValueError: the graph has a cycle, or more than 2^28 pairs.
+        """
+        return self.fact("ancestors", self._make_ancestors)
+
+    def _make_ancestors(self) -> Neighbours:
+        nodes = self._by_token(torch.arange(self.num_nodes, device=self.device))
+        return facts.ancestors(self.csr, nodes)
+
+    # -- encodings of nodes ------------------------------------------------------------------------------------------
+
+    def laplacian_eigenvectors(self, k: int) -> tuple[Float64[Tensor, "graphs k"], Float64[Tensor, "nodes k"]]:
+        """Eigenvalues and eigenvectors of the symmetric normalised Laplacian of each graph, the k lowest nontrivial ones.
+
+        ``L = I - D^-1/2 A D^-1/2`` of the simple undirected graph underneath. The null vectors, one of each connected component, are
+        dropped; columns beyond the last eigenvector are 0. Vectors have norm 1 within their graph, and the sign that makes the sum
+        of their cubes positive. Where eigenvalues coincide the vectors are one basis of many.
+
+        Small graphs are decomposed together, large ones by an iteration that needs products with the sparse matrix only; both in
+        float64.
+
+        Literature: Belkin and Niyogi 2003; as positional encoding Dwivedi and Bresson 2021 (arXiv:2012.09699).
+
+        Example:
+            >>> edges = torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]])  # 0 - 1 - 2
+            >>> values, vectors = Graph(edges, 3).laplacian_eigenvectors(3)
+            >>> values.round(decimals=3)
+            tensor([[1., 2., 0.]], dtype=torch.float64)
+        """
+        k = check_count("k", k)
+        return self.fact(("laplacian_eigenvectors", k), lambda: laplacian_eigenvectors(self._topology, k))
+
+    def random_walk(self, steps: int) -> Float64[Tensor, "nodes steps"]:
+        """The probability that a random walk from each node is back after 1, 2, ..., ``steps`` steps: ``diag((D^-1 A)^s)``.
+
+        A walk follows edges from source to target, each edge out of a node with the same probability (parallel edges count apart, so do
+        self-loops), and ends where no edge leads out. Isolated nodes hold 0.
+
+        Literature: RWSE, Dwivedi et al. 2022 (arXiv:2110.07875).
+
+        Example:
+            >>> edges = torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]])  # 0 - 1 - 2
+            >>> Graph(edges, 3).random_walk(2)[:, 1]
+            tensor([0.5000, 1.0000, 0.5000], dtype=torch.float64)
+        """
+        steps = check_count("steps", steps)
+        return self.fact(("random_walk", steps), lambda: return_probabilities(self._topology, steps))
+
+    # -- the vocabulary of domains -----------------------------------------------------------------------------------
+
+    def _make_coordinates(self) -> Tensor:
+        _, vectors = self.laplacian_eigenvectors(self.ndim)
+        return self._by_token(vectors * self.sizes[self.batch].double().sqrt()[:, None])
+
+    def coordinate(self, axis: int, b: Tensor, i: Tensor) -> Tensor:
+        return self.coordinates[..., axis][i]
+
+    def check_related(self, keys: Domain, what: str) -> None:
+        super().check_related(keys, what)
+        if keys is not self:
+            raise ValueError(
+                f"{what} compares places of queries and keys, so on graphs both must be on the same Graph object; got {self!r} and "
+                f"another {keys!r}. Leave key_domain out, or use Full(), Keys(valid), Prefix(n) or Where(fn) between graphs."
+            )
+
+    def precedes(self, keys: Domain, b: Tensor, q: Tensor, k: Tensor) -> Bool[Tensor, "..."]:
+        return self.ancestors.contains(q, k)
+
+    def distance(self, keys: Domain, b: Tensor, q: Tensor, k: Tensor) -> Int[Tensor, "..."]:
+        return self.hop_distance(q, k)
+
+    def within(self, keys: Domain, radius: tuple[float, ...], b: Tensor, q: Tensor, k: Tensor) -> Bool[Tensor, "..."]:
+        hops = int(min(radius[0], self.num_nodes))
+        if hops == 0:
+            return q == k
+        return self.csr.contains(q, k) | (q == k) if hops == 1 else self.within_hops(hops).contains(q, k)
+
+
+def _check_edges(edge_index: Any, num_nodes: int) -> Tensor:
+    """``edge_index`` as a plain int64 tensor, or an error that names it."""
+    if not isinstance(edge_index, Tensor) or edge_index.is_floating_point() or edge_index.is_complex() or edge_index.dtype == torch.bool:
+        came = edge_index.dtype if isinstance(edge_index, Tensor) else type(edge_index).__name__
+        raise TypeError(f"edge_index must be a (2, edges) tensor of integers; got {came}. Without edges: torch.empty(2, 0).long().")
+    if edge_index.ndim != 2 or edge_index.shape[0] != 2:
+        raise ValueError(f"edge_index must be (2, edges), sources above targets; got {tuple(edge_index.shape)}. Transpose a list of pairs.")
+    if type(edge_index) is not Tensor and hasattr(edge_index, "as_tensor"):  # PyTorch Geometric's EdgeIndex
+        edge_index = edge_index.as_tensor()
+    edge_index = edge_index.long()
+    if edge_index.numel():
+        low, high = (int(end) for end in edge_index.aminmax())
+        if low < 0 or high >= num_nodes:
+            raise ValueError(
+                f"edge_index must hold node numbers from 0 to num_nodes - 1 = {num_nodes - 1}; got {low if low < 0 else high}. Count "
+                f"nodes without edges in num_nodes too."
+            )
+    return edge_index
+
+
+def _check_edge_attr(edge_attr: Any, edge_index: Tensor) -> Tensor | None:
+    if edge_attr is None:
+        return None
+    if not isinstance(edge_attr, Tensor) or edge_attr.ndim == 0 or edge_attr.shape[0] != edge_index.shape[1]:
+        came = tuple(edge_attr.shape) if isinstance(edge_attr, Tensor) else type(edge_attr).__name__
+        raise ValueError(f"edge_attr must be a tensor with one row for each of the {edge_index.shape[1]} edges; got {came}")
+    if edge_attr.device != edge_index.device:
+        raise ValueError(f"edge_attr must be on the device of edge_index; got {edge_attr.device} and {edge_index.device}")
+    return edge_attr
+
+
+def _check_batch(batch: Any, num_graphs: int | None, num_nodes: int, edge_index: Tensor) -> tuple[Tensor, Tensor]:
+    """The graph of each node and the size of each graph."""
+    device = edge_index.device
+    count = None if num_graphs is None else check_count("num_graphs", num_graphs)
+    if batch is None:
+        if count not in (None, 1):
+            raise ValueError(f"num_graphs must come with batch, which says the graph of each node; got num_graphs={count} without it")
+        return torch.zeros(num_nodes, dtype=torch.long, device=device), torch.tensor([num_nodes], device=device)
+    batch = as_lengths("batch", batch)
+    if batch.numel() != num_nodes:
+        raise ValueError(f"batch must name the graph of each of the num_nodes={num_nodes} nodes; got {batch.numel()} entries")
+    if batch.device != device:
+        raise ValueError(f"batch must be on the device of edge_index; got {batch.device} and {device}")
+    if bool((batch.diff() < 0).any()):
+        raise ValueError("batch must not fall: the nodes of a graph stand together. Sort the nodes by batch first.")
+    source, target = batch[edge_index]
+    if bool((source != target).any()):
+        edge = int((source != target).nonzero()[0, 0])
+        raise ValueError(
+            f"edge_index must join nodes of the same graph; got edge {edge} from graph {int(source[edge])} to graph {int(target[edge])}. "
+            f"Shift the node numbers of each graph by the nodes before it, as PyTorch Geometric's Batch does."
+        )
+    least = int(batch[-1]) + 1 if batch.numel() else 0
+    if count is not None and count < least:
+        raise ValueError(f"num_graphs must exceed every entry of batch; got num_graphs={count} and a node of graph {least - 1}")
+    return batch, torch.bincount(batch, minlength=least if count is None else count)
