@@ -84,7 +84,7 @@ def undirected(*edges: tuple[int, int]) -> torch.Tensor:
 
 
 SEQUENCE = xf.Sequence(16)
-TIMES = xf.Timeline(torch.tensor([0.0, 0.4, 0.7, 2.0, 2.2, 3.1, 4.8, 5.0, 5.1, 6.9, 8.0]))
+TIMES = xf.Timeline(torch.tensor([0.0, 0.5, 0.9, 2.1, 2.6, 3.3, 4.9, 5.4, 5.8, 7.1, 8.0]))
 GRID = xf.Grid(7, 7)
 DAG = xf.Graph(torch.tensor([[0, 1, 2, 2, 3, 4, 1, 5, 6, 7], [2, 2, 3, 4, 5, 5, 6, 8, 7, 8]]), 9)
 # Two rings joined by a bond, with tails: the skeleton of a small molecule.

@@ -18,8 +18,10 @@ import pytest
 import torch
 
 import xformerlib as xf
+from xformerlib import plot
 
 matplotlib.use("Agg")
+from matplotlib import pyplot
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -68,7 +70,7 @@ def test_code_on_the_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.M
             run_block(page, block, names)
         except Exception as error:
             raise AssertionError(f"the block at {page.relative_to(ROOT)}:{block.line} failed: {error!r}") from error
-    matplotlib.pyplot.close("all")
+    pyplot.close("all")
 
 
 def modules() -> Iterator[ModuleType]:
@@ -78,8 +80,8 @@ def modules() -> Iterator[ModuleType]:
 
 
 def ambient_names() -> dict[str, Any]:
-    """What an example may use without saying so: torch, xf, and every public name of domains, masks, positions and xf itself."""
-    names: dict[str, Any] = {"torch": torch, "xf": xf}
+    """What an example may use without saying so: torch, xf, plot, and every public name of xf, domains, masks and positions."""
+    names: dict[str, Any] = {"torch": torch, "xf": xf, "plot": plot}
     for module in (xf, *(getattr(xf, part) for part in ("domains", "masks", "positions"))):
         names |= {name: value for name, value in vars(module).items() if not name.startswith("_")}
     return names

@@ -37,12 +37,19 @@ def part_of(path: Path) -> str:
     return "" if name == "__init__" else name
 
 
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
 def imports(path: Path) -> Iterator[tuple[int, str, bool]]:
-    """Line, absolute dotted name, and whether it runs when the file is imported, of each import in a file."""
+    """Line, absolute dotted name, and whether it runs when the file is imported, of each import that ever runs."""
     package = path.relative_to(ROOT).parts[:-1]
     tree = ast.parse(path.read_text(encoding="utf-8"))
+    unused = {id(node) for test in ast.walk(tree) if is_type_checking(test) for node in ast.walk(test)}
     inside = {id(node) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.Lambda) for node in ast.walk(f)}
     for node in ast.walk(tree):
+        if id(node) in unused:
+            continue
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield node.lineno, alias.name, id(node) not in inside

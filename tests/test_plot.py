@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import matplotlib
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 from matplotlib.axes import Axes
 from torch import Tensor
 
@@ -60,19 +60,22 @@ def one_row(allowed: Tensor, row: int) -> Tensor:
     return allowed if allowed.ndim == 2 else allowed[row, 0]
 
 
+@settings(max_examples=15)
 @given(st.sampled_from(sorted(DOMAINS)), st.sampled_from(MASKS), st.data())
 def test_a_mask_is_drawn_as_it_is(name: str, mask: masks.Mask, data: st.DataObject) -> None:
+    pyplot.close("all")
     domain = DOMAINS[name]
     row = data.draw(st.integers(0, (domain.batch_size or 1) - 1))
     allowed = one_row(mask.dense(domain), row)
     ax = plot.mask(mask, domain, row=row)
     assert torch.equal(image(ax), allowed.double())
     assert ax.get_title() == repr(mask)
-    pyplot.close("all")
 
 
+@settings(max_examples=30)
 @given(st.sampled_from(sorted(DOMAINS)), st.sampled_from(MASKS), st.data())
 def test_a_query_on_its_domain_shows_its_line_of_the_mask(name: str, mask: masks.Mask, data: st.DataObject) -> None:
+    pyplot.close("all")
     domain = DOMAINS[name]
     row = data.draw(st.integers(0, (domain.batch_size or 1) - 1))
     query = data.draw(st.integers(0, domain.num_tokens - 1))
@@ -80,7 +83,6 @@ def test_a_query_on_its_domain_shows_its_line_of_the_mask(name: str, mask: masks
     shown[query] = True
     ax = plot.mask_on(mask, domain, query=query, row=row)
     assert torch.equal(marks(ax), one_row(mask.dense(domain), row)[query][shown].double())
-    pyplot.close("all")
 
 
 def test_keys_may_live_elsewhere() -> None:
@@ -129,6 +131,20 @@ def test_distances_on_paper_follow_hops() -> None:
         same = apart.diagonal(hops)
         assert torch.allclose(same, same[:1].expand_as(same), rtol=0.02)
     assert apart[0, 1] < apart[0, 2] < apart[0, 3]
+
+
+def test_edges_are_lines_from_source_to_target() -> None:
+    def ends(graph: xf.Graph) -> set[tuple[int, int]]:
+        ax = plot.mask_on(masks.Full(), graph, query=graph.prefix)
+        places = torch.as_tensor(ax.collections[-1].get_offsets().data)
+        nearest = [
+            [(places - torch.tensor(end)).norm(dim=1).argmin().item() for end in (t.xyann, t.xy)] for t in ax.texts
+        ]
+        return {(source, target) for source, target in nearest}
+
+    assert ends(xf.Graph(RING, 6)) == {(i, (i + 1) % 6) for i in range(6)}
+    assert len(ends(xf.Graph(torch.cat([RING, RING.flip(0)], 1), 6))) == 6  # both directions in one line
+    assert ends(xf.Graph(RING, 6, virtual_nodes=2)) == {(i + 2, (i + 1) % 6 + 2) for i in range(6)}
 
 
 @pytest.mark.parametrize(

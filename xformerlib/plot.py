@@ -27,7 +27,7 @@ from .positions import Position, Rotary
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SEEN, UNSEEN, MARK, EDGE = "#2a6f97", "#e3e8ec", "#d1495b", "#b8c1c8"
+SEEN, UNSEEN, MARK, EDGE = "#2a6f97", "#e3e8ec", "#f2a900", "#a9b4bc"
 
 
 # -- one line per query, one column per key --------------------------------------------------------------------------
@@ -39,7 +39,7 @@ def mask(
     """The mask of queries on ``domain`` and keys on ``key_domain`` (``domain`` if not given): dark where a query may attend.
 
     Example:
-        >>> mask(Causal() & Local(3), Sequence(16)).get_title()
+        >>> plot.mask(Causal() & Local(3), Sequence(16)).get_title()
         'Causal() & Local(3)'
     """
     keys = domain if key_domain is None else key_domain
@@ -60,7 +60,7 @@ def bias(
     """What the biases of a position add to the scores of one head: red raises a score, blue lowers it.
 
     Example:
-        >>> picture = bias(DistanceDecay(heads=8), Sequence(16), head=2)
+        >>> picture = plot.bias(DistanceDecay(heads=8), Sequence(16), head=2)
     """
     keys = domain if key_domain is None else key_domain
     scores = _scores(position, domain, keys, torch.arange(domain.num_tokens)[:, None], row, head)
@@ -75,7 +75,7 @@ def rotation(position: Rotary, domain: Domain, *, row: int = 0, head: int = 0, a
     have these scores.
 
     Example:
-        >>> picture = rotation(Rotary(32), Sequence(16))
+        >>> picture = plot.rotation(Rotary(32), Sequence(16))
     """
     ax, drawn = _matrix(_alike(position, domain, row, head), domain, domain, ax, cmap="RdBu_r", vmin=-1, vmax=1)
     return _titled(ax, f"{_names(position)}, head {head}", drawn, "cosine")
@@ -94,7 +94,7 @@ def attention(
 
     Example:
         >>> layer = Attention(16, heads=2, mask=Causal())
-        >>> picture = attention(layer.weights(torch.randn(1, 9, 16), Sequence(9)), Sequence(9), head=1)
+        >>> picture = plot.attention(layer.weights(torch.randn(1, 9, 16), Sequence(9)), Sequence(9), head=1)
     """
     keys = domain if key_domain is None else key_domain
     ax, drawn = _matrix(_pick(weights, row, head), domain, keys, ax, cmap="Blues", vmin=0.0)
@@ -105,14 +105,14 @@ def embedding(position: Position, domain: Domain, *, dim: int, row: int = 0, ax:
     """What the embeddings of a position add to tokens: one line per token, one column for each of ``dim`` channels.
 
     Example:
-        >>> picture = embedding(Sinusoidal(32), Sequence(16), dim=32)
+        >>> picture = plot.embedding(Sinusoidal(32), Sequence(16), dim=32)
     """
     added = torch.zeros(domain.batch_size or 1, domain.num_tokens, dim)
     with torch.no_grad():
         for part in position.embeddings:
             added = part(added, domain)
     ax = _axes(ax)
-    drawn = ax.imshow(added[row], aspect="auto", interpolation="nearest", **_centred(added[row]))
+    drawn = ax.imshow(added[row].numpy(), aspect="auto", interpolation="nearest", **_centred(added[row]))
     ax.set(xlabel="channel", ylabel=f"token: {domain!r}")
     return _titled(ax, _names(position), drawn, "added")
 
@@ -121,7 +121,7 @@ def embedding(position: Position, domain: Domain, *, dim: int, row: int = 0, ax:
 
 
 def mask_on(mask: Mask, domain: Domain, *, query: int, row: int = 0, head: int = 0, ax: Axes | None = None) -> Axes:
-    """Which tokens one query may attend to, drawn where they are; the query has a red rim.
+    """Which tokens one query may attend to, drawn where they are; the query has an orange rim.
 
     Prefix tokens, which have no place, stand on the left. Of a packed domain the query's own item is drawn. A graph is laid out so
     that distances on paper follow hop distances.
@@ -130,7 +130,7 @@ def mask_on(mask: Mask, domain: Domain, *, query: int, row: int = 0, head: int =
         IndexError: the domain has no token ``query``.
 
     Example:
-        >>> picture = mask_on(Local(2) | Global(1), Grid(7, 7, prefix=1), query=25)
+        >>> picture = plot.mask_on(Local(2) | Global(1), Grid(7, 7, prefix=1), query=25)
     """
     tokens = _item(domain, query, row)
     allowed = mask.bind(domain)(torch.tensor(row), torch.tensor(head), torch.tensor(query), tokens)
@@ -144,7 +144,7 @@ def bias_on(
     """What the biases of a position add to the scores of one query, drawn where the keys are.
 
     Example:
-        >>> picture = bias_on(DistanceDecay(heads=8), Grid(7, 7), query=24)
+        >>> picture = plot.bias_on(DistanceDecay(heads=8), Grid(7, 7), query=24)
     """
     tokens = _item(domain, query, row)
     scores = _scores(position, domain, domain, torch.tensor(query), row, head)[tokens]
@@ -158,7 +158,7 @@ def rotation_on(
     """How alike a rotary position leaves one query to an equal token at each place; see ``rotation``.
 
     Example:
-        >>> picture = rotation_on(Rotary(32), Grid(7, 7), query=24)
+        >>> picture = plot.rotation_on(Rotary(32), Grid(7, 7), query=24)
     """
     tokens = _item(domain, query, row)
     alike = _alike(position, domain, row, head)[query, tokens]
@@ -178,7 +178,7 @@ def attention_on(
     """The attention weights of one query, drawn where the keys are.
 
     Example:
-        >>> picture = attention_on(torch.eye(49), Grid(7, 7), query=24)
+        >>> picture = plot.attention_on(torch.eye(49), Grid(7, 7), query=24)
     """
     tokens = _item(domain, query, row)
     ax, drawn = _tokens(
@@ -269,11 +269,12 @@ def _matrix(
     values: Shaped[Tensor, "queries keys"], domain: Domain, keys: Domain, ax: Axes | None, **colours: Any
 ) -> tuple[Axes, Any]:
     ax = _axes(ax)
-    drawn = ax.imshow(values.double(), interpolation="nearest", **colours)
+    drawn = ax.imshow(values.double().numpy(), interpolation="nearest", **colours)
     ax.set(xlabel=f"key: {keys!r}", ylabel=f"query: {domain!r}")
+    ax.locator_params(integer=True)
     if max(values.shape) <= 40:  # lines between cells while cells can be told apart
-        ax.set_xticks(torch.arange(1, values.shape[1]) - 0.5, minor=True)
-        ax.set_yticks(torch.arange(1, values.shape[0]) - 0.5, minor=True)
+        ax.set_xticks([column - 0.5 for column in range(1, values.shape[1])], minor=True)
+        ax.set_yticks([line - 0.5 for line in range(1, values.shape[0])], minor=True)
         ax.grid(which="minor", color="white", linewidth=0.8)
         ax.tick_params(which="minor", length=0)
     for where, line in ((domain, ax.axhline), (keys, ax.axvline)):
@@ -309,7 +310,7 @@ def _tokens(
     else:
         if isinstance(domain, Graph):
             _edges(ax, domain, tokens, places)
-        marks = ax.scatter(*places.T, s=90, zorder=2, **style)
+        marks = ax.scatter(*places.T.numpy(), s=90, zorder=2, **style)
         ax.margins(0.15)
     marks.set(array=values.detach().cpu().double().numpy(), cmap=cmap, clim=(vmin, vmax))
     _frame(ax, domain)
@@ -327,23 +328,25 @@ def _frame(ax: Axes, domain: Domain) -> None:
     if isinstance(domain, Grid) and not ax.yaxis_inverted():
         ax.invert_yaxis()  # row 0 on top, as images are shown
     if not isinstance(domain, Timeline):
-        ax.set_aspect("equal")
+        ax.set_aspect("equal", adjustable="box" if isinstance(domain, Sequence | Grid) else "datalim")
 
 
 def _edges(ax: Axes, graph: Graph, tokens: Int[Tensor, " tokens"], places: Float[Tensor, "tokens 2"]) -> None:
     """The edges between ``tokens`` as lines; with heads where not every edge has its reverse."""
+    pairs = set(map(tuple, _links(graph, tokens).T.tolist()))
+    undirected = all((j, i) in pairs for i, j in pairs)
+    style = {"arrowstyle": "-" if undirected else "-|>", "color": EDGE, "shrinkA": 0, "shrinkB": 0 if undirected else 6}
+    for i, j in sorted(pairs):
+        if not (undirected and i > j):
+            ax.annotate("", places[j].tolist(), places[i].tolist(), arrowprops=style, zorder=1)
+
+
+def _links(graph: Graph, tokens: Int[Tensor, " tokens"]) -> Int[Tensor, "2 links"]:
+    """The edges between different ones of ``tokens``, as places in that list."""
     order = torch.full((graph.num_tokens,), -1)
     order[tokens] = torch.arange(len(tokens))
-    pairs = {(i, j) for i, j in order[graph.edge_index.cpu()].T.tolist() if i >= 0 and j >= 0 and i != j}
-    if not pairs:
-        return
-    source, target = torch.tensor(sorted(pairs)).T
-    undirected = all((j, i) in pairs for i, j in pairs)
-    along = (places[target] - places[source]) * (1 if undirected else 0.85)  # heads end before the node they point at
-    heads = {"headwidth": 0, "headlength": 0, "headaxislength": 0} if undirected else {"headwidth": 5}
-    ax.quiver(
-        *places[source].T, *along.T, angles="xy", scale_units="xy", scale=1, width=0.004, color=EDGE, zorder=1, **heads
-    )
+    links = order[graph.node_tokens[graph.edge_index].cpu()]
+    return links[:, (links >= 0).all(0) & (links[0] != links[1])]
 
 
 # -- where tokens are on paper ---------------------------------------------------------------------------------------
@@ -359,7 +362,7 @@ def _places(domain: Domain, tokens: Int[Tensor, " tokens"], row: int) -> Float[T
     places[~prefix] = ordinary = _layout(domain, b, tokens[~prefix])
     low, high = (ordinary.amin(0), ordinary.amax(0)) if len(ordinary) else (places[0], places[0])
     step = 1.0 if isinstance(domain, Sequence | Grid) else 0.15 * (float((high - low).max()) or 1.0)
-    rank = torch.arange(int(prefix.sum()))
+    rank = torch.arange(int(prefix.sum()), dtype=torch.float64)
     places[prefix, 0] = low[0] - 1.5 * step
     places[prefix, 1] = (low[1] + high[1]) / 2 + step * (rank - (len(rank) - 1) / 2)
     return places
@@ -367,7 +370,7 @@ def _places(domain: Domain, tokens: Int[Tensor, " tokens"], row: int) -> Float[T
 
 def _layout(domain: Domain, b: Tensor, tokens: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens 2"]:
     if isinstance(domain, Graph):
-        return _stress_layout(domain.distance(domain, b, tokens[:, None], tokens).double())
+        return _stress_layout(_links(domain, tokens), len(tokens))
     axes = [domain.coordinate(axis, b, tokens).double() for axis in range(domain.ndim)]
     if isinstance(domain, Grid):
         axes.reverse()  # the last axis of a grid runs to the right
@@ -376,16 +379,18 @@ def _layout(domain: Domain, b: Tensor, tokens: Int[Tensor, " tokens"]) -> Float[
     return torch.stack([axes[0], axes[1] if len(axes) > 1 else torch.zeros_like(axes[0])], -1)
 
 
-def _stress_layout(hops: Float[Tensor, "nodes nodes"], rounds: int = 200) -> Float[Tensor, "nodes 2"]:
-    """Places on the plane whose distances come close to hop distances, short ones above all.
+def _stress_layout(links: Int[Tensor, "2 links"], nodes: int, rounds: int = 200) -> Float[Tensor, "nodes 2"]:
+    """Places on the plane whose distances come close to hop distances on the undirected graph, short ones above all.
 
     Minimises ``sum_ij (|x_i - x_j| - d_ij)^2 / d_ij^2`` by majorisation, from a circle (Gansner, Koren and North 2005, Graph drawing
     by stress majorization).
     """
-    nodes = len(hops)
-    apart = torch.minimum(hops, hops.mT)
-    known = apart[apart.isfinite()]
-    apart = apart.clamp(max=float(known.max()) + 1 if known.numel() else 1.0)
+    apart = torch.full((nodes, nodes), torch.inf, dtype=torch.float64).fill_diagonal_(0)
+    apart[links[0], links[1]] = apart[links[1], links[0]] = 1
+    for via in range(nodes):  # Floyd and Warshall
+        apart = torch.minimum(apart, apart[:, via, None] + apart[via])
+    finite = apart[apart.isfinite()]
+    apart = apart.clamp(max=float(finite.max()) + 1 if nodes else 1.0)
     weight = torch.where(apart > 0, apart**-2, 0.0)
     solve = torch.linalg.pinv(torch.diag(weight.sum(1)) - weight)
     angle = torch.arange(nodes, dtype=torch.float64) * (2 * math.pi / max(nodes, 1))
@@ -394,4 +399,4 @@ def _stress_layout(hops: Float[Tensor, "nodes nodes"], rounds: int = 200) -> Flo
         drawn = torch.cdist(places, places)
         pull = torch.where(drawn > 1e-9, weight * apart / drawn, 0.0)
         places = solve @ ((torch.diag(pull.sum(1)) - pull) @ places)
-    return places
+    return places @ torch.linalg.eigh(places.mT @ places).eigenvectors.flip(1)  # the longest way runs to the right
