@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import torch
 from jaxtyping import Bool, Shaped
@@ -24,6 +24,8 @@ from torch.nn import functional as F
 from ..attention import Attention
 from ..blocks import Activation, Block, Decoder, Encoder, EncoderDecoder
 from ..masks import Causal, Dense, Full, Keys, Mask
+
+Stack = TypeVar("Stack", Encoder, Decoder)
 
 
 @overload
@@ -50,9 +52,10 @@ def from_torch(module: nn.Module) -> nn.Module:
     result has no mask of its own, not even a decoder: masks come with each call (see ``from_torch_mask``). Cross attention, theirs of
     ``query, key, value``, is ours with ``context``, both key and value.
 
-    Three things differ. A query that may see nothing gets NaN from most of their code paths, and attention output 0 from ours. At
-    padded places a ``TransformerEncoder`` in evaluation mode may output something else than without its nested tensors. And in
-    evaluation without gradients they treat any ``nn.GELU`` as the exact one: ours is what the activation says in both modes.
+    Three things differ. A query that may see nothing gets NaN from most of their code paths, and nothing, heads of 0, from ours. At
+    padded places a ``TransformerEncoder`` outputs 0 (before its norm) in evaluation without gradients, and something else otherwise: with
+    ``from_torch_mask`` ours is the latter in both modes. And in evaluation without gradients they take any ``nn.GELU`` for the exact
+    one: ours is what the activation says in both modes.
 
     Raises:
         TypeError: another module, a subclass that changes what is computed, or weights that are not plain parameters.
@@ -101,17 +104,21 @@ def from_torch_mask(
         mask = _pairs(_allowed("attn_mask", attn_mask), heads)
     if is_causal:
         if isinstance(mask, Dense) and not bool((mask.allowed == torch.ones_like(mask.allowed).tril()).all()):
-            raise ValueError("is_causal says that attn_mask is the causal mask, but it is another one; leave out is_causal or attn_mask")
+            raise ValueError(
+                "is_causal says that attn_mask is the causal mask, but it is another one; leave out is_causal or attn_mask"
+            )
         mask = Causal()
     if key_padding_mask is not None:
         mask = mask & Keys(_allowed("key_padding_mask", key_padding_mask))
     return mask
 
 
-def _allowed(name: str, mask: Tensor) -> Bool[Tensor, "..."]:
+def _allowed(name: str, mask: Tensor) -> Bool[Tensor, "*shape"]:
     """Where a mask of theirs lets attention through."""
     if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
-        raise TypeError(f"{name} must be a bool or floating-point tensor; got {getattr(mask, 'dtype', type(mask).__name__)}")
+        raise TypeError(
+            f"{name} must be a bool or floating-point tensor; got {getattr(mask, 'dtype', type(mask).__name__)}"
+        )
     if mask.dtype == torch.bool:
         return ~mask
     allowed = mask == 0
@@ -130,7 +137,10 @@ def _pairs(allowed: Tensor, heads: int | None) -> Dense:
     if allowed.ndim != 3:
         raise ValueError(f"attn_mask must be (Tq, Tk) or (B * H, Tq, Tk); got {tuple(allowed.shape)}")
     if heads is None or heads < 1 or len(allowed) % heads:
-        raise ValueError(f"attn_mask of shape {tuple(allowed.shape)} has an entry for each row and head; give heads, a divisor of {len(allowed)}; got heads={heads}")
+        raise ValueError(
+            f"attn_mask of shape {tuple(allowed.shape)} has one table for each row and head: give heads, a divisor of {len(allowed)}; "
+            f"got heads={heads}"
+        )
     return Dense(allowed.unflatten(0, (-1, heads)))
 
 
@@ -140,7 +150,9 @@ def _pairs(allowed: Tensor, heads: int | None) -> Dense:
 def _attention(theirs: nn.MultiheadAttention, memo: dict[int, Any]) -> Attention:
     _check_unchanged(theirs, nn.MultiheadAttention)
     if theirs.bias_k is not None or theirs.bias_v is not None:
-        raise ValueError("add_bias_kv=True cannot be taken over: our Attention has no learned key and value beside those of tokens")
+        raise ValueError(
+            "add_bias_kv=True cannot be taken over: our Attention has no learned key and value beside those of tokens"
+        )
     if theirs.kdim != theirs.embed_dim or theirs.vdim != theirs.embed_dim:
         raise ValueError(
             f"kdim and vdim must be embed_dim={theirs.embed_dim}, since our Attention projects tokens and context by one matrix; got "
@@ -187,17 +199,26 @@ def _encoder(theirs: nn.TransformerEncoder, memo: dict[int, Any]) -> Encoder:
     _check_unchanged(theirs, nn.TransformerEncoder)
     blocks = _blocks(theirs, nn.TransformerEncoderLayer, memo)
     with torch.device("meta"):
-        ours = Encoder(blocks[0].attention.dim, 1, blocks[0].attention.heads).train(theirs.training)
-    ours.blocks, ours.norm = nn.ModuleList(blocks), _final_norm(theirs, memo)
-    return ours
+        ours = Encoder(blocks[0].attention.dim, len(blocks), blocks[0].attention.heads, final_norm=False)
+    return _filled(ours, blocks, theirs, memo)
 
 
 def _decoder(theirs: nn.TransformerDecoder, memo: dict[int, Any]) -> Decoder:
     _check_unchanged(theirs, nn.TransformerDecoder)
     blocks = _blocks(theirs, nn.TransformerDecoderLayer, memo)
     with torch.device("meta"):
-        ours = Decoder(blocks[0].attention.dim, 1, blocks[0].attention.heads, mask=Full()).train(theirs.training)
-    ours.blocks, ours.norm = nn.ModuleList(blocks), _final_norm(theirs, memo)
+        ours = Decoder(blocks[0].attention.dim, len(blocks), blocks[0].attention.heads, mask=Full(), final_norm=False)
+    return _filled(ours, blocks, theirs, memo)
+
+
+def _filled(
+    ours: Stack, blocks: list[Block], theirs: nn.TransformerEncoder | nn.TransformerDecoder, memo: dict[int, Any]
+) -> Stack:
+    ours.train(theirs.training)
+    for number, block in enumerate(blocks):
+        ours.blocks[number] = block
+    if theirs.norm is not None:
+        ours.norm = copy.deepcopy(theirs.norm, memo)
     return ours
 
 
@@ -226,17 +247,17 @@ _CONVERTERS: dict[type[nn.Module], Any] = {
 }
 
 
-def _blocks(theirs: nn.TransformerEncoder | nn.TransformerDecoder, kind: type[nn.Module], memo: dict[int, Any]) -> list[Block]:
+def _blocks(
+    theirs: nn.TransformerEncoder | nn.TransformerDecoder, kind: type[nn.Module], memo: dict[int, Any]
+) -> list[Block]:
     if len(theirs.layers) == 0:
         raise ValueError("num_layers must be >= 1; got a stack of no layers")
     for number, layer in enumerate(theirs.layers):
         if not isinstance(layer, kind):
-            raise TypeError(f"layers[{number}] must be an nn.{kind.__name__} to be taken over; got {type(layer).__name__}")
+            raise TypeError(
+                f"layers[{number}] must be an nn.{kind.__name__} to be taken over; got {type(layer).__name__}"
+            )
     return [_block(layer, memo) for layer in theirs.layers]  # type: ignore[arg-type]
-
-
-def _final_norm(theirs: nn.TransformerEncoder | nn.TransformerDecoder, memo: dict[int, Any]) -> nn.Module:
-    return nn.Identity() if theirs.norm is None else copy.deepcopy(theirs.norm, memo)
 
 
 def _linear(name: str, theirs: nn.Module, memo: dict[int, Any]) -> nn.Linear:
@@ -251,7 +272,9 @@ def _linear(name: str, theirs: nn.Module, memo: dict[int, Any]) -> nn.Linear:
 
 def _parameter(name: str, theirs: Tensor, memo: dict[int, Any]) -> nn.Parameter:
     if not isinstance(theirs, nn.Parameter):
-        raise TypeError(f"{name} must be a plain parameter to be taken over; got {type(theirs).__name__}. Remove its parametrization first.")
+        raise TypeError(
+            f"{name} must be a plain parameter to be taken over; got {type(theirs).__name__}. Remove its parametrization first."
+        )
     return copy.deepcopy(theirs, memo)
 
 
@@ -268,4 +291,6 @@ def _check_unchanged(module: nn.Module, base: type[nn.Module]) -> None:
     for name, method in inspect.getmembers(base, inspect.isfunction):
         own = name in vars(base) and name != "__init__"
         if own and (getattr(type(module), name) is not method or name in vars(module)):
-            raise TypeError(f"{type(module).__name__} has a {name} of its own, so it may compute something else than nn.{base.__name__}")
+            raise TypeError(
+                f"{type(module).__name__} has a {name} of its own, so it may compute something else than nn.{base.__name__}"
+            )
