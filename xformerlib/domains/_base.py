@@ -165,6 +165,9 @@ class Domain(ABC):
                 f"{self!r} and keys on {keys!r}. Use Full(), Keys(valid), Prefix(n) or Where(fn) between different kinds."
             )
 
+    def check_ordered(self) -> None:
+        """Raise unless one token can be said to be not later than another."""
+
     def precedes(self, keys: Domain, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
         """Whether key ``k`` is not later than query ``q`` (itself included), both ordinary tokens."""
         return keys.coordinate(0, b, k) <= self.coordinate(0, b, q)

@@ -116,21 +116,6 @@ class Graph(Domain):
         """Edges of all graphs together."""
         return self.edge_index.shape[1]
 
-    def to(self, device: torch.device | str) -> Graph:
-        def make(target: torch.device) -> Graph:
-            moved = Graph.__new__(Graph)
-            moved.num_nodes = self.num_nodes
-            moved.edge_index = self.edge_index.to(target)
-            moved.edge_attr = None if self.edge_attr is None else self.edge_attr.to(target)
-            moved.batch, moved.sizes = self.batch.to(target), self.sizes.to(target)
-            assert self.offsets is not None
-            Domain.__init__(
-                moved, num_tokens=self.num_tokens, ndim=3, prefix=self.prefix, offsets=self.offsets.to(target), device=target
-            )
-            return moved
-
-        return self._moved(device, make)
-
     def __repr__(self) -> str:
         batch = f", batch=<{self.num_graphs} graphs>" if self.num_graphs != 1 else ""
         virtual = f", virtual_nodes={self.prefix}" if self.prefix else ""
@@ -147,7 +132,7 @@ class Graph(Domain):
     def _make_node_tokens(self) -> Tensor:
         return torch.arange(self.num_nodes, device=self.device) + self.prefix * (self.batch + 1)
 
-    def _by_token(self, by_node: Shaped[Tensor, "nodes *rest"], fill: float = 0) -> Shaped[Tensor, "tokens *rest"]:
+    def _by_token(self, by_node: Shaped[Tensor, "nodes ..."], fill: float = 0) -> Shaped[Tensor, "tokens ..."]:
         """A table over nodes as one over tokens, ``fill`` for virtual nodes."""
         if self.prefix == 0:
             return by_node
@@ -203,7 +188,7 @@ class Graph(Domain):
         rows = begin[self.batch] + place * size
         return HopTable(table, self._by_token(rows), self._by_token(place), self._by_token(size, 1))
 
-    def hop_distance(self, q: Tensor, k: Tensor) -> Int[Tensor, "..."]:
+    def hop_distance(self, q: Tensor, k: Tensor) -> Int[Tensor, "*pairs"]:
         """The fewest edges on a directed path from node k to node q, both given as tokens: elementwise in broadcastable indices.
 
         The number of nodes of the graph, which is longer than any path, where there is none; 0 where a virtual node is involved.
@@ -296,13 +281,18 @@ class Graph(Domain):
                 f"another {keys!r}. Leave key_domain out, or use Full(), Keys(valid), Prefix(n) or Where(fn) between graphs."
             )
 
-    def precedes(self, keys: Domain, b: Tensor, q: Tensor, k: Tensor) -> Bool[Tensor, "..."]:
+    def check_ordered(self) -> None:
+        _ = self.ancestors  # raises on a cycle, when a mask is bound and not when it is first evaluated
+
+    def precedes(self, keys: Domain, b: Tensor, q: Tensor, k: Tensor) -> Bool[Tensor, "*pairs"]:
         return self.ancestors.contains(q, k)
 
-    def distance(self, keys: Domain, b: Tensor, q: Tensor, k: Tensor) -> Int[Tensor, "..."]:
+    def distance(self, keys: Domain, b: Tensor, q: Tensor, k: Tensor) -> Int[Tensor, "*pairs"]:
         return self.hop_distance(q, k)
 
-    def within(self, keys: Domain, radius: tuple[float, ...], b: Tensor, q: Tensor, k: Tensor) -> Bool[Tensor, "..."]:
+    def within(
+        self, keys: Domain, radius: tuple[float, ...], b: Tensor, q: Tensor, k: Tensor
+    ) -> Bool[Tensor, "*pairs"]:
         hops = int(min(radius[0], self.num_nodes))
         if hops == 0:
             return q == k
@@ -311,11 +301,20 @@ class Graph(Domain):
 
 def _check_edges(edge_index: Any, num_nodes: int) -> Tensor:
     """``edge_index`` as a plain int64 tensor, or an error that names it."""
-    if not isinstance(edge_index, Tensor) or edge_index.is_floating_point() or edge_index.is_complex() or edge_index.dtype == torch.bool:
+    if (
+        not isinstance(edge_index, Tensor)
+        or edge_index.is_floating_point()
+        or edge_index.is_complex()
+        or edge_index.dtype == torch.bool
+    ):
         came = edge_index.dtype if isinstance(edge_index, Tensor) else type(edge_index).__name__
-        raise TypeError(f"edge_index must be a (2, edges) tensor of integers; got {came}. Without edges: torch.empty(2, 0).long().")
+        raise TypeError(
+            f"edge_index must be a (2, edges) tensor of integers; got {came}. Without edges: torch.empty(2, 0).long()."
+        )
     if edge_index.ndim != 2 or edge_index.shape[0] != 2:
-        raise ValueError(f"edge_index must be (2, edges), sources above targets; got {tuple(edge_index.shape)}. Transpose a list of pairs.")
+        raise ValueError(
+            f"edge_index must be (2, edges), sources above targets; got {tuple(edge_index.shape)}. Transpose a list of pairs."
+        )
     if type(edge_index) is not Tensor and hasattr(edge_index, "as_tensor"):  # PyTorch Geometric's EdgeIndex
         edge_index = edge_index.as_tensor()
     edge_index = edge_index.long()
@@ -334,9 +333,13 @@ def _check_edge_attr(edge_attr: Any, edge_index: Tensor) -> Tensor | None:
         return None
     if not isinstance(edge_attr, Tensor) or edge_attr.ndim == 0 or edge_attr.shape[0] != edge_index.shape[1]:
         came = tuple(edge_attr.shape) if isinstance(edge_attr, Tensor) else type(edge_attr).__name__
-        raise ValueError(f"edge_attr must be a tensor with one row for each of the {edge_index.shape[1]} edges; got {came}")
+        raise ValueError(
+            f"edge_attr must be a tensor with one row for each of the {edge_index.shape[1]} edges; got {came}"
+        )
     if edge_attr.device != edge_index.device:
-        raise ValueError(f"edge_attr must be on the device of edge_index; got {edge_attr.device} and {edge_index.device}")
+        raise ValueError(
+            f"edge_attr must be on the device of edge_index; got {edge_attr.device} and {edge_index.device}"
+        )
     return edge_attr
 
 
@@ -346,13 +349,17 @@ def _check_batch(batch: Any, num_graphs: int | None, num_nodes: int, edge_index:
     count = None if num_graphs is None else check_count("num_graphs", num_graphs)
     if batch is None:
         if count not in (None, 1):
-            raise ValueError(f"num_graphs must come with batch, which says the graph of each node; got num_graphs={count} without it")
+            raise ValueError(
+                f"num_graphs must come with batch, which says the graph of each node; got num_graphs={count} without it"
+            )
         return torch.zeros(num_nodes, dtype=torch.long, device=device), torch.tensor([num_nodes], device=device)
-    batch = as_lengths("batch", batch)
-    if batch.numel() != num_nodes:
-        raise ValueError(f"batch must name the graph of each of the num_nodes={num_nodes} nodes; got {batch.numel()} entries")
-    if batch.device != device:
+    if isinstance(batch, Tensor) and batch.device != device:
         raise ValueError(f"batch must be on the device of edge_index; got {batch.device} and {device}")
+    batch = as_lengths("batch", batch).to(device)
+    if batch.numel() != num_nodes:
+        raise ValueError(
+            f"batch must name the graph of each of the num_nodes={num_nodes} nodes; got {batch.numel()} entries"
+        )
     if bool((batch.diff() < 0).any()):
         raise ValueError("batch must not fall: the nodes of a graph stand together. Sort the nodes by batch first.")
     source, target = batch[edge_index]
@@ -364,5 +371,7 @@ def _check_batch(batch: Any, num_graphs: int | None, num_nodes: int, edge_index:
         )
     least = int(batch[-1]) + 1 if batch.numel() else 0
     if count is not None and count < least:
-        raise ValueError(f"num_graphs must exceed every entry of batch; got num_graphs={count} and a node of graph {least - 1}")
+        raise ValueError(
+            f"num_graphs must exceed every entry of batch; got num_graphs={count} and a node of graph {least - 1}"
+        )
     return batch, torch.bincount(batch, minlength=least if count is None else count)

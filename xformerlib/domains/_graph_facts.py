@@ -127,7 +127,7 @@ def _floyd_warshall(stack: Stack) -> Int16[Tensor, "graphs n n"]:
     return distance
 
 
-def _search_all(stack: Stack, table: Int16[Tensor, "n n"]) -> None:
+def _search_all(stack: Stack, table: Integer[Tensor, "n n"]) -> None:
     """Hop distances of one large graph into ``table``, by breadth-first search from many sources at a time."""
     n = stack.n
     edges = torch.unique(stack.target * n + stack.source)
@@ -193,7 +193,9 @@ def within_hops(edges: Neighbours, radius: int) -> Neighbours:
             assert result is not None
             return result
         square = _product(power, power)
-        if square.col.numel() == power.col.numel():  # closed: no path leads further, so the rest of the radius adds nothing
+        if (
+            square.col.numel() == power.col.numel()
+        ):  # closed: no path leads further, so the rest of the radius adds nothing
             return square
         power = square
 

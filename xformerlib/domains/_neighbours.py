@@ -38,7 +38,7 @@ class Neighbours(NamedTuple):
         rows = torch.arange(self.num_rows, device=self.col.device)
         return torch.repeat_interleave(rows, self.rowptr.diff(), output_size=self.col.numel())
 
-    def contains(self, row: Tensor, col: Tensor) -> Bool[Tensor, "..."]:
+    def contains(self, row: Tensor, col: Tensor) -> Bool[Tensor, "*pairs"]:
         """Whether key ``col`` is among those of query ``row``: elementwise in broadcastable indices, by bisection."""
         if self.col.numel() == 0:
             return torch.zeros_like(row + col, dtype=torch.bool)

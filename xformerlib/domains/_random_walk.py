@@ -33,11 +33,12 @@ def return_probabilities(topology: Topology, steps: int) -> Float64[Tensor, "nod
 def _of_small(stack: Stack, steps: int) -> Float64[Tensor, "graphs n steps"]:
     adjacency = stack.adjacency(torch.float64)
     walk = adjacency / adjacency.sum(-1, keepdim=True).clamp(min=1)
-    power, diagonals = walk, []
+    result = walk.new_empty(*walk.shape[:2], steps)
+    power = walk
     for step in range(steps):
-        power = walk if step == 0 else power @ walk
-        diagonals.append(power.diagonal(dim1=1, dim2=2))
-    return torch.stack(diagonals, -1)
+        result[:, :, step] = power.diagonal(dim1=1, dim2=2)
+        power = power @ walk
+    return result
 
 
 class _Step(NamedTuple):

@@ -6,10 +6,10 @@ import math
 import warnings
 
 import torch
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Float64, Int
 from torch import Tensor
 
-from ._graph_facts import BLOCK, Stack, Topology, stacks
+from ._graph_facts import Stack, Topology, stacks
 
 # Dense eigendecomposition up to this many nodes, a filtered subspace iteration beyond.
 LARGEST_DENSE_SPECTRUM = 1000
@@ -23,7 +23,9 @@ AMPLIFICATION = 1e10
 # -- Laplacian eigenvectors ----------------------------------------------------------------------------------------
 
 
-def laplacian_eigenvectors(topology: Topology, k: int) -> tuple[Float64[Tensor, "graphs k"], Float64[Tensor, "nodes k"]]:
+def laplacian_eigenvectors(
+    topology: Topology, k: int
+) -> tuple[Float64[Tensor, "graphs k"], Float64[Tensor, "nodes k"]]:
     """The k lowest nontrivial eigenpairs of each graph's symmetric normalised Laplacian, padded with 0 where there are fewer."""
     device = topology.graph.device
     values = torch.zeros(topology.size.numel(), k, dtype=torch.float64, device=device)
@@ -114,7 +116,9 @@ class _Laplacian:
         roots, self.component = torch.unique(component, return_inverse=True)
         self.num_components = roots.numel()
         weight = degree.clamp(min=1)
-        volume = torch.zeros(self.num_components, dtype=torch.float64, device=device).index_add_(0, self.component, weight)
+        volume = torch.zeros(self.num_components, dtype=torch.float64, device=device).index_add_(
+            0, self.component, weight
+        )
         self.null = (weight / volume[self.component]).sqrt()[:, None]
         self.matrix = self._sparse(self.values)
 
@@ -149,7 +153,10 @@ def _lowest_of_large(stack: Stack, component: Tensor, k: int) -> tuple[Tensor, T
     laplacian = _Laplacian(stack, component)
     rank = stack.n - laplacian.num_components
     wanted, width = min(k, rank), min(2 * k + 8, rank)
-    values, vectors = component.new_zeros(1, k, dtype=torch.float64), component.new_zeros(1, stack.n, k, dtype=torch.float64)
+    values, vectors = (
+        component.new_zeros(1, k, dtype=torch.float64),
+        component.new_zeros(1, stack.n, k, dtype=torch.float64),
+    )
     if wanted == 0:
         return values, vectors
     start = torch.randn(stack.n, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

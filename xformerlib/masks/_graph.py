@@ -46,10 +46,8 @@ class Edges(Leaf):
         neighbours: Neighbours = domain.csr  # type: ignore[attr-defined]
 
         def joined(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            result = neighbours.contains(q, k)
-            if self.self_loops:
-                result = result | (q == k)
-            result = either(result, domain.touches_prefix(keys, b, q, k))
+            edge = neighbours.contains(q, k)
+            result = either(edge | (q == k) if self.self_loops else edge, domain.touches_prefix(keys, b, q, k))
             assert result is not None
             return result
 
@@ -105,14 +103,16 @@ class Expander(Leaf):
         shared, tokens = domain.valid is None, domain.num_tokens
 
         def linked(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            result = either(neighbours.contains(q if shared else b * tokens + q, k), domain.touches_prefix(keys, b, q, k))
+            result = either(
+                neighbours.contains(q if shared else b * tokens + q, k), domain.touches_prefix(keys, b, q, k)
+            )
             assert result is not None
             return result
 
         return linked
 
     def neighbours(self, domain: Domain) -> Neighbours:
-        """The links of each token, itself among them. Where ``valid`` gives rows of their own tokens, row b, token i is ``b * tokens + i``."""
+        """The links of each token, itself among them. Where ``valid`` differs by row, token i of row b is ``b * num_tokens + i``."""
         return domain.fact(("expander", self.degree, self.seed), lambda: _links(domain, self.degree, self.seed))
 
     def is_reflexive(self, domain: Domain) -> bool:

@@ -57,6 +57,7 @@ class Causal(Leaf):
 
     def check(self, domain: Domain, keys: Domain) -> None:
         super().check(domain, keys)
+        domain.check_ordered()
         if domain.kind == "Grid" and domain.sizes[1:] != keys.sizes[1:]:  # type: ignore[attr-defined]
             raise ValueError(f"Causal needs grids with the same rows, to have one row-major order; got {domain!r} and {keys!r}")
 
