@@ -12,6 +12,7 @@ import xformerlib as xf
 from xformerlib import masks, positions
 from xformerlib.masks._algebra import Leaf
 
+HEADS = 4
 ROWS = 2  # rows of the batch wherever a domain or a mask has facts of each row
 
 
@@ -90,7 +91,7 @@ def _rows(rng: Random, tokens: int, make: Callable[..., torch.Tensor]) -> torch.
 def _numbers(rng: Random, domain: xf.Domain, least: int) -> int | float | tuple[int, ...]:
     if domain.kind == "Grid" and rng.random() < 0.5:
         return tuple(rng.randint(least, 3) for _ in range(domain.ndim))
-    return rng.uniform(least, 3) + 0.01 if domain.continuous else rng.randint(least, 3)
+    return rng.uniform(least, 3) + 0.01 if domain.continuous and domain.kind != "Graph" else rng.randint(least, 3)
 
 
 def _local(rng: Random, domain: xf.Domain) -> masks.Mask:
@@ -112,7 +113,7 @@ LEAVES: dict[type[Leaf], Callable[[Random, xf.Domain], masks.Mask]] = {
     masks.Prefix: lambda rng, domain: masks.Prefix(rng.randint(0, 3)),
     masks.Segments: lambda rng, domain: masks.Segments(_rows(rng, domain.num_tokens, _bools).long()),
     masks.Keys: lambda rng, domain: masks.Keys(_rows(rng, domain.num_tokens, _bools)),
-    masks.Dense: lambda rng, domain: masks.Dense(_bools(rng, *rng.choice([(), (1, 1), (ROWS, 1), (ROWS, 4)]), domain.num_tokens, domain.num_tokens)),
+    masks.Dense: lambda rng, domain: masks.Dense(_bools(rng, *rng.choice([(), (1, 1), (ROWS, 1), (ROWS, HEADS)]), domain.num_tokens, domain.num_tokens)),
     masks.Where: lambda rng, domain: masks.Where(rng.choice([lambda b, h, q, k: (q + k) % 2 == 0, lambda b, h, q, k: (q + h + b) % 3 != 0])),
 }  # fmt: skip
 
@@ -149,10 +150,10 @@ POSITIONS: dict[type[positions.Position], tuple[tuple[str, ...], Callable[[int, 
     positions.Sinusoidal: (EVERYWHERE, lambda heads, dim, domain: positions.Sinusoidal(dim)),
     positions.Learned: (("Sequence", "Grid", "Graph"), _learned),
     positions.RandomWalk: (("Graph",), lambda heads, dim, domain: positions.RandomWalk(dim, 4)),
-    positions.Rotary: (EVERYWHERE, lambda heads, dim, domain: positions.Rotary(dim // heads, mixed=heads == 2)),
+    positions.Rotary: (EVERYWHERE, lambda heads, dim, domain: positions.Rotary(dim // heads, mixed=dim % 48 == 24)),
     positions.RelativeBias: (EVERYWHERE, _relative),
     positions.ContinuousBias: (EVERYWHERE, lambda heads, dim, domain: positions.ContinuousBias(heads, hidden=8)),
-    positions.DistanceDecay: (EVERYWHERE, lambda heads, dim, domain: positions.DistanceDecay(heads, learned=heads == 2)),
+    positions.DistanceDecay: (EVERYWHERE, lambda heads, dim, domain: positions.DistanceDecay(heads, learned=dim % 48 == 24)),
 }  # fmt: skip
 
 

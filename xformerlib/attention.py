@@ -272,7 +272,7 @@ class Attention(nn.Module):
         if not cross:
             parts = self._linear(domain.zero_padding(x), 0, None)
             q, key, value = self._heads(parts[..., :own]), *(self._heads(part) for part in parts[..., own:].chunk(2, -1))
-            q, key = self.query_norm(q), self.key_norm(key)
+            q, key = _normed(self.query_norm, q), _normed(self.key_norm, key)
             for rotation in self._rotations(position):
                 q, key = rotation.rotate(q, key, domain)
             if cache is None:
@@ -280,14 +280,14 @@ class Attention(nn.Module):
             # Not the mask of this call alone: later calls may look back further.
             key, value, keys = cache.extend(self, key, value, domain, None if self.mask is None else self.mask.lookback())
             return q, key, value, domain, keys
-        q = self.query_norm(self._heads(self._linear(domain.zero_padding(x), 0, own)))
+        q = _normed(self.query_norm, self._heads(self._linear(domain.zero_padding(x), 0, own)))
         if context is None:
             assert cache is not None
             key, value, keys = cache.context(self)
         else:
             keys = place("context", context, self.dim, context_domain)
             key, value = (self._heads(part) for part in self._linear(keys.zero_padding(context), own, None).chunk(2, -1))
-            key = self.key_norm(key)
+            key = _normed(self.key_norm, key)
             if cache is not None:
                 cache.keep_context(self, key, value, keys)
         for rotation in self._rotations(position):
@@ -497,6 +497,12 @@ def check_bias_heads(position: Position, heads: int) -> None:
     for bias in position.biases:
         if bias.heads not in (1, heads):
             raise ValueError(f"position must score as many heads as the layer has, {heads}; got {bias!r} of {bias.heads}")
+
+
+def _normed(norm: nn.Module, x: Tensor) -> Tensor:
+    """Normalised in the precision of the norm's parameters, under autocast too."""
+    parameter = next(norm.parameters(), None)
+    return norm(x) if parameter is None else norm(x.to(parameter.dtype)).to(x.dtype)
 
 
 def _qk_norm(kind: str | Callable[[int], nn.Module] | None, head_dim: int) -> nn.Module:

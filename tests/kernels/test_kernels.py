@@ -65,9 +65,9 @@ def test_a_row_of_minus_infinities_is_empty(kernel):
 def test_dropout_keeps_the_mean_and_follows_the_seed(kernel):
     q, k, v = (t.detach() for t in qkv(batch=1, tokens=6))
     want = xf.attention(q, k, v, mask=masks.Causal(), kernel=kernel)
-    many = torch.stack([xf.attention(q, k, v, mask=masks.Causal(), dropout_p=0.3, kernel=kernel) for _ in range(2000)])
+    many = torch.stack([xf.attention(q, k, v, mask=masks.Causal(), dropout_p=0.3, kernel=kernel) for _ in range(300)])
     assert not torch.equal(many[0], want)
-    assert (many.mean(0) - want).abs().max() < 6 * float(many.std(0).max()) / math.sqrt(2000)
+    assert (many.mean(0) - want).abs().max() < 6 * float(many.std(0).max()) / math.sqrt(300)
     runs = []
     for _ in range(2):
         torch.manual_seed(3)
@@ -76,8 +76,8 @@ def test_dropout_keeps_the_mean_and_follows_the_seed(kernel):
 
 
 def test_dropout_is_the_same_when_chunks_are_recomputed(monkeypatch):
-    monkeypatch.setattr(_chunked, "BLOCK_SCORES", 64)
-    q, k, v = qkv()
+    monkeypatch.setattr(_chunked, "BLOCK_SCORES", 20)
+    q, k, v = qkv(batch=1, heads=2, kv_heads=1, tokens=5, dim=2)
 
     def loss(q):
         torch.manual_seed(5)

@@ -13,10 +13,10 @@ import torch
 from hypothesis import given, settings
 
 import xformerlib as xf
-from tests.strategies import DOMAINS, ROWS, POSITIONS, position, randoms, tree
+from tests.strategies import DOMAINS, HEADS, POSITIONS, ROWS, position, randoms, tree
 from xformerlib import kernels, masks
 
-HEADS, KV_HEADS, DIM, VALUE_DIM = 4, 2, 4, 3
+KV_HEADS, DIM, VALUE_DIM = 2, 4, 3
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 2e-2}
 
 
@@ -53,7 +53,7 @@ def run(tensors: dict[str, torch.Tensor], modules: list, seed: int, **options) -
 @pytest.mark.parametrize("kind", DOMAINS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @given(rng=randoms)
-@settings(max_examples=40)
+@settings(max_examples=20)
 def test_every_kernel_agrees_with_the_oracle(kind, dtype, rng):
     where = DOMAINS[kind](rng)
     mask = tree(rng, where)
@@ -84,17 +84,17 @@ def test_every_kernel_agrees_with_the_oracle(kind, dtype, rng):
 
 @pytest.mark.parametrize("kind", DOMAINS)
 @given(rng=randoms)
+@settings(max_examples=15)
 def test_layers_of_every_mask_position_and_option(kind, rng):
     """A layer trains through whatever kernel fits, and equals itself on the oracle; rotations and embeddings included."""
     where = DOMAINS[kind](rng)
-    heads = rng.choice([2, 4])
     options = {
-        "mask": tree(rng, where, 1), "position": position(rng, heads, 24, where), "kv_heads": rng.choice([1, 2]),
+        "mask": tree(rng, where, 1), "position": position(rng, HEADS, 24, where), "kv_heads": rng.choice([1, 2]),
         "qk_norm": rng.choice([None, "rms", "layer"]), "gate": rng.random() < 0.5, "sinks": rng.random() < 0.5,
         "softcap": rng.choice([None, 3.0]), "qkv_bias": rng.random() < 0.5, "norm": rng.choice(["pre", "post", "sandwich", "parallel"]),
         "activation": rng.choice(["relu", "gelu", "swiglu", "geglu"]), "layer_scale": rng.choice([None, 0.5]),
     }  # fmt: skip
-    encoder = xf.Encoder(24, 2, heads, **options).double()
+    encoder = xf.Encoder(24, 2, HEADS, **options).double()
     for parameter in encoder.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     encoder.eval()

@@ -156,6 +156,8 @@ class Timeline(Domain):
             )
         rows = times.shape[0] if times.ndim == 2 else None
         self.times = times
+        # With a place, never read, for each prefix token, so that a token's index finds its time.
+        self._at = torch.cat([times.new_zeros(*times.shape[:-1], prefix), times], -1) if prefix else times
         super().__init__(
             num_tokens=prefix + times.shape[-1], ndim=1, prefix=prefix, batch_size=rows, device=times.device,
             valid=valid if valid is None or prefix == 0 else torch.cat([valid.new_ones(valid.shape[0], prefix), valid], 1),
@@ -172,14 +174,10 @@ class Timeline(Domain):
         return domain
 
     def coordinate(self, axis: int, b: Tensor, i: Tensor) -> Tensor:
-        place = (i - self.prefix).clamp(min=0) if self.prefix else i
-        return self.times[place] if self.times.ndim == 1 else self.times[b, place]
+        return self._at[i] if self._at.ndim == 1 else self._at[b, i]
 
     def _make_coordinates(self) -> Tensor:
-        if self.times.shape[-1] == 0:  # nothing to gather from
-            shape = (self.num_tokens, 1) if self.batch_size is None else (self.batch_size, self.num_tokens, 1)
-            return self.times.new_zeros(shape)
-        return super()._make_coordinates()
+        return self._at[..., None]
 
     def check_extendable(self) -> None:
         if self.offsets is not None or self.valid is not None:

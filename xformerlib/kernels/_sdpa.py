@@ -20,6 +20,8 @@ def refuse(problem: Problem) -> str | None:
         return "it has no soft cap"
     if problem.sinks:
         return "it returns no log-sum-exp, which sinks need"
+    if problem.bias is not None and problem.dtype.itemsize < 4 and (problem.bias == "trained" or problem.device != "cpu"):
+        return f"it would add the bias in {problem.dtype}"
     if problem.num_queries * problem.num_keys <= SMALL_PAIRS:
         return None
     size = f"{problem.num_queries:,} x {problem.num_keys:,}"
@@ -55,7 +57,7 @@ def run(
     if bias is None:
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, **options)
     else:
-        bias = bias.to(query.dtype)
+        bias = bias.to(torch.promote_types(query.dtype, torch.float32))  # the CPU takes an fp32 bias beside half-precision inputs
         if empty is not None:
             bias = bias.masked_fill(empty, 0)
         if allowed is not None:
