@@ -99,7 +99,7 @@ def test_sets_within_hops_take_memory_of_their_own_size():
     nodes = torch.arange(n)
     ring = xf.Graph(torch.stack([nodes, nodes.roll(-1)]), n)
     assert ring.within_hops(5).col.numel() == 6 * n
-    with limits(MOST_ENTRIES=500), pytest.raises(ValueError, match="at most 500 entries; got .* Use a smaller radius"):
+    with limits(MOST_ENTRIES=500), pytest.raises(ValueError, match=r"at most 500 entries; got .* Use a smaller radius"):
         ring.within_hops(3)
 
 
