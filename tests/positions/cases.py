@@ -58,7 +58,7 @@ def domain(name: str) -> Domain:
         "points": lambda: Points(rand(6, 3)),
         "sets of points": lambda: Points(rand(2, 5, 2)),
         "packed points": lambda: Points(rand(6, 2), batch=torch.tensor([0, 0, 1, 1, 1, 1])),
-        "graph": lambda: Graph(torch.tensor([[0, 1, 2, 3, 5], [1, 2, 3, 4, 4]]), 6),
+        "graph": lambda: Graph(torch.tensor([[0, 1, 2, 3, 5, 4], [1, 2, 3, 4, 4, 3]]), 6),
         "graphs": lambda: Graph(
             torch.tensor([[0, 1, 1, 2, 3, 4], [1, 0, 2, 1, 4, 5]]), 6,
             batch=torch.tensor([0, 0, 0, 1, 1, 1]), virtual_nodes=1,
@@ -68,7 +68,7 @@ def domain(name: str) -> Domain:
 
 def embeddings(on: Domain) -> list[Embedding]:
     """Every embedding that is defined on a domain, in the variants that it has there."""
-    result: list[Embedding] = [Sinusoidal(DIM), Sinusoidal(DIM + 1, theta=100.0, scale=2.0)]
+    result: list[Embedding] = [Sinusoidal(DIM), Sinusoidal(DIM + 1, theta=100.0, scale=2.0, eigenvectors=3)]
     if isinstance(on, (Sequence, Graph)):
         result += [Learned(DIM, 10), Learned(DIM, 10, prefix=on.prefix)]
     if isinstance(on, Grid):
@@ -80,7 +80,12 @@ def embeddings(on: Domain) -> list[Embedding]:
 
 def rotations(on: Domain) -> list[Rotation]:
     """Every rotation that is defined on a domain, in the variants that it has there."""
-    options: list[dict[str, object]] = [{}, {"layout": "interleaved"}, {"fraction": 0.7}, {"mixed": True, "heads": HEADS}]
+    options: list[dict[str, object]] = [
+        {},
+        {"layout": "interleaved"},
+        {"fraction": 0.7},
+        {"mixed": True, "heads": HEADS},
+    ]
     if isinstance(on, Grid):
         options += [{"coordinates": "resized"}, {"coordinates": "normalized", "theta": 100.0}]
     return [redrawn(Rotary(DIM, **option)) for option in options]
@@ -94,10 +99,13 @@ def biases(on: Domain) -> list[Bias]:
         DistanceDecay(HEADS, learned=True, scale=0.3),
     ]
     if isinstance(on, (Sequence, Grid)):
-        result.append(RelativeBias(HEADS, size=(3,) * on.ndim, prefix=True))
+        result.append(RelativeBias(HEADS, size=(3,) * on.ndim, prefix=on.prefix > 0))
     if not isinstance(on, Grid):
         options = {"buckets": 6, "max_distance": 8, "scale": 1.7}
-        result += [RelativeBias(HEADS, **options), RelativeBias(HEADS, **options, bidirectional=False, prefix=True)]
+        result += [
+            RelativeBias(HEADS, **options),
+            RelativeBias(HEADS, **options, bidirectional=False, prefix=on.prefix > 0),
+        ]
     return [redrawn(position) for position in result]
 
 

@@ -12,4 +12,4 @@ from ._base import (
 from ._bias import ContinuousBias as ContinuousBias, DistanceDecay as DistanceDecay, RelativeBias as RelativeBias
 from ._graph import RandomWalk as RandomWalk
 from ._rotary import Rotary as Rotary
-from ._scaling import Interpolation as Interpolation, NTK as NTK, Scaling as Scaling, YaRN as YaRN
+from ._scaling import NTK as NTK, Interpolation as Interpolation, Scaling as Scaling, YaRN as YaRN

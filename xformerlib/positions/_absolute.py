@@ -10,7 +10,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..domains import Domain, Graph, Grid, Points, Sequence, Timeline
+from ..domains import Domain, Graph, Grid, Sequence, Timeline
 from ._base import Embedding, at_least_fp32, check_positive, check_tokens, check_width, no_meaning, places
 from ._graph import on_nodes, random_signs, spectral_axes
 from ._scaling import frequencies
@@ -38,7 +38,7 @@ class Sinusoidal(Embedding):
         dim: channels of a token.
         theta: ratio of the longest wavelength to the shortest (one step beyond the longest, to be exact).
         scale: what coordinates are multiplied by, the highest frequency in radians per unit of time or space.
-        eigenvectors: how many eigenvectors a ``Graph`` is asked for.
+        eigenvectors: how many eigenvectors a ``Graph`` is asked for. Default: 8, or as many as there are pairs of channels.
 
     Shapes:
         ``forward(x, domain)``: x (B, T, dim) or (T, dim), returned in the same shape and dtype.
@@ -51,17 +51,19 @@ class Sinusoidal(Embedding):
         tensor([[ 0.0000, -1.3254,  0.0000,  0.9798]])
     """
 
-    def __init__(self, dim: int, *, theta: float = 10_000.0, scale: float = 1.0, eigenvectors: int = 8) -> None:
+    def __init__(
+        self, dim: int, *, theta: float = 10_000.0, scale: float = 1.0, eigenvectors: int | None = None
+    ) -> None:
         super().__init__()
         self.dim = check_width("dim", dim, least=2)
         self.theta = check_positive("theta", theta)
         self.scale = check_positive("scale", scale)
-        self.eigenvectors = check_width("eigenvectors", eigenvectors)
+        self.eigenvectors = min(8, dim // 2) if eigenvectors is None else check_width("eigenvectors", eigenvectors)
 
     def forward(self, x: Float[Tensor, "*batch tokens dim"], domain: Domain) -> Float[Tensor, "*batch tokens dim"]:
         check_tokens(self, x, domain, self.dim, "dim")
         if isinstance(domain, Graph) and self.training:
-            return x + self._of_graph(domain, x, random_signs(domain, self.eigenvectors, x.device)).to(x.dtype)
+            return x + self._of_graph(domain, random_signs(domain, self.eigenvectors)).to(x.dtype)
         dtype = at_least_fp32(x.dtype)
         key = ("sinusoidal", self.dim, self.theta, self.scale, self.eigenvectors, dtype, x.device)
         table = domain.fact(key, lambda: self._table(domain, x).to(dtype))
@@ -70,7 +72,7 @@ class Sinusoidal(Embedding):
     def _table(self, domain: Domain, x: Tensor) -> Float64[Tensor, "*batch tokens dim"]:
         """The embedding of every token."""
         if isinstance(domain, Graph):
-            return self._of_graph(domain, x, None)
+            return self._of_graph(domain, None)
         where = places(domain, x.device) * self.scale
         if isinstance(domain, (Sequence, Timeline)):
             angles = where * frequencies(self.theta, self.dim / 2).to(x.device)
@@ -85,13 +87,15 @@ class Sinusoidal(Embedding):
         """For each axis a block of sines and a block of cosines; leftover channels are 0."""
         bands = self.dim // (2 * where.shape[-1])
         if bands == 0:
-            raise ValueError(f"dim must be at least 2 channels for each of the {where.shape[-1]} axes; got dim={self.dim}")
+            raise ValueError(
+                f"dim must be at least 2 channels for each of the {where.shape[-1]} axes; got dim={self.dim}"
+            )
         angles = where[..., None] * frequencies(self.theta, bands).to(where.device)
         blocks = torch.cat([angles.sin(), angles.cos()], -1).flatten(-2)
         return F.pad(blocks, (0, self.dim - blocks.shape[-1]))
 
-    def _of_graph(self, domain: Graph, x: Tensor, signs: Tensor | None) -> Float64[Tensor, "tokens dim"]:
-        axes = spectral_axes(domain, self.eigenvectors).to(x.device) * self.scale
+    def _of_graph(self, domain: Graph, signs: Tensor | None) -> Float64[Tensor, "tokens dim"]:
+        axes = spectral_axes(domain, self.eigenvectors) * self.scale
         return on_nodes(domain, self._blocks(axes if signs is None else axes * signs))
 
     def extra_repr(self) -> str:
@@ -113,7 +117,7 @@ class Learned(Embedding):
         prefix: rows for prefix tokens, whose number must then agree with the domain's; with 0 their embedding is 0.
         directed: add a table for out-degrees; then only a ``Graph`` is possible.
 
-    Parameters:
+    Weights:
         ``table`` (rows, dim), ``prefix_table`` (prefix, dim), ``out_table`` (rows, dim), drawn from a normal distribution of std 0.02.
 
     Raises:
@@ -156,21 +160,33 @@ class Learned(Embedding):
         if isinstance(domain, Graph) and isinstance(self.size, int):
             return self._of_graph(domain, self.size)
         if self.out_table is not None:
-            raise no_meaning(self, domain, "directed=True embeds in- and out-degrees; use a Graph, or leave directed out.")
+            raise no_meaning(
+                self, domain, "directed=True embeds in- and out-degrees; use a Graph, or leave directed out."
+            )
         if isinstance(domain, Sequence) and isinstance(self.size, int):
             return self._of_sequence(domain, self.size)
         if isinstance(domain, Grid) and isinstance(self.size, tuple):
             return self._of_grid(domain, self.size)
         if isinstance(domain, (Sequence, Graph)):
-            raise no_meaning(self, domain, f"With size={self.size} it is defined on a Grid; give one number, e.g. size=512.")
+            raise no_meaning(
+                self, domain, f"With size={self.size} it is defined on a Grid; give one number, e.g. size=512."
+            )
         if isinstance(domain, Grid):
-            raise no_meaning(self, domain, f"With size={self.size} it is defined on a Sequence or Graph; give a size for each axis.")
-        raise no_meaning(self, domain, "Real coordinates have no table; use Sinusoidal(dim), Rotary(head_dim) or ContinuousBias(heads).")
+            raise no_meaning(
+                self, domain, f"With size={self.size} it is defined on a Sequence or Graph; give a size for each axis."
+            )
+        raise no_meaning(
+            self,
+            domain,
+            "Real coordinates have no table; use Sinusoidal(dim), Rotary(head_dim) or ContinuousBias(heads).",
+        )
 
     def _of_sequence(self, domain: Sequence, size: int) -> Tensor:
         last = domain.fact("last position", lambda: _last_position(domain))
         if last >= size:
-            raise ValueError(f"Learned has a table of size={size} positions; got {domain!r}, which reaches position {last}. Raise size.")
+            raise ValueError(
+                f"Learned has a table of size={size} positions; got {domain!r}, which reaches position {last}. Raise size."
+            )
         if domain.lengths is None:
             return self._with_prefix(self.table[domain.start : domain.start + domain.length], domain, front=True)
         i = torch.arange(domain.num_tokens, device=self.table.device)
@@ -182,9 +198,10 @@ class Learned(Embedding):
         if len(size) != domain.ndim:
             raise ValueError(f"size must have one number for each axis; got size={size} and {domain!r}")
         table = self.table.reshape(*size, self.dim)
-        if domain.item_sizes is None:
+        table_of_sizes = domain.item_sizes
+        if table_of_sizes is None:
             return self._with_prefix(_resample(table, domain.sizes).flatten(0, -2), domain, front=True)
-        sizes = domain.fact("list of sizes", lambda: [tuple(row) for row in domain.item_sizes.tolist()])
+        sizes = domain.fact("list of sizes", lambda: [tuple(row) for row in table_of_sizes.tolist()])
         resampled = {item: _resample(table, item).flatten(0, -2) for item in dict.fromkeys(sizes)}
         front = self._prefix_rows(domain)
         return torch.cat([part for item in sizes for part in (front, resampled[item])]) if sizes else front[:0]
@@ -226,17 +243,24 @@ def _last_position(domain: Sequence) -> int:
 
 
 def _resample(table: Float[Tensor, "*size dim"], size: tuple[int, ...]) -> Float[Tensor, "*new dim"]:
-    """A table of one to three axes resampled to another size, bicubic with antialiasing along each axis."""
-    old = tuple(table.shape[:-1])
-    if old == size:
-        return table
-    if math.prod(size) == 0:
-        return table.new_zeros(*size, table.shape[-1])
-    if len(size) == 3:  # cubic interpolation is separable: the plane first, then the depth
-        planes = torch.stack([_resample(plane, size[1:]) for plane in table.unbind(0)])
-        return _resample(planes.reshape(old[0], -1), size[:1]).reshape(*size, -1)
-    image = table.movedim(-1, 0)[None].to(at_least_fp32(table.dtype))
-    if len(size) == 1:
-        image, size = image[:, :, None], (1, *size)
-    image = F.interpolate(image, size=size, mode="bicubic", antialias=True)
-    return image[0].movedim(0, -1).reshape(*size[2 - len(old) :], -1).to(table.dtype)
+    """A table of one to three axes resampled to another size, bicubic with antialiasing along each axis.
+
+    Not by ``F.interpolate``: it knows no such thing for three axes, and on the CPU its result is wrong where the new width is 1.
+    """
+    resampled = table
+    for axis, (old, new) in enumerate(zip(table.shape[:-1], size, strict=True)):
+        if old != new:
+            resampled = torch.tensordot(_bicubic(old, new).to(table.device), resampled.double(), ([1], [axis])).movedim(
+                0, axis
+            )
+    return resampled.to(table.dtype)
+
+
+def _bicubic(old: int, new: int) -> Float64[Tensor, "new old"]:
+    """Weights of the old places at the new ones: Keys' cubic kernel with a = -1/2, widened where the new places are fewer."""
+    scale = old / max(new, 1)
+    centres = scale * (torch.arange(new, dtype=torch.float64) + 0.5)
+    x = (torch.arange(old, dtype=torch.float64) + 0.5 - centres[:, None]).abs() / max(scale, 1.0)
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+    return weights / weights.sum(1, keepdim=True)

@@ -98,7 +98,14 @@ class PairBias(ABC):
     """
 
     def __init__(
-        self, domain: Domain, keys: Domain, tensors: tuple[Tensor, ...], *, heads: int, batch_size: int | None, relative: bool = False
+        self,
+        domain: Domain,
+        keys: Domain,
+        tensors: tuple[Tensor, ...],
+        *,
+        heads: int,
+        batch_size: int | None,
+        relative: bool = False,
     ) -> None:
         self.domain = domain
         self.keys = keys
@@ -108,7 +115,10 @@ class PairBias(ABC):
         self.relative = relative
 
     def at(
-        self, q_index: Int[Tensor, "*#pairs"], k_index: Int[Tensor, "*#pairs"], b_index: Int[Tensor, "*#pairs"] | None = None
+        self,
+        q_index: Int[Tensor, "*#pairs"],
+        k_index: Int[Tensor, "*#pairs"],
+        b_index: Int[Tensor, "*#pairs"] | None = None,
     ) -> Float[Tensor, "heads *pairs"]:
         """Scores of the pairs that the indices make when broadcast together, e.g. ``(tq, 1)`` and ``(1, tk)``.
 
@@ -217,7 +227,9 @@ class Sum(Position):
     def pair(self, domain: Domain, key_domain: Domain | None = None, *, dtype: torch.dtype | None = None) -> PairBias:
         """The sum of the biases, bound to the domains of queries and keys."""
         if not self.biases:
-            raise ValueError(f"this sum has no bias to evaluate; its parts are {', '.join(type(part).__name__ for part in self.parts)}")
+            raise ValueError(
+                f"this sum has no bias to evaluate; its parts are {', '.join(type(part).__name__ for part in self.parts)}"
+            )
         return SumPair(tuple(bias.pair(domain, key_domain, dtype=dtype) for bias in self.biases))
 
 
@@ -270,7 +282,9 @@ def check_tokens(position: Position, x: Tensor, domain: Domain, width: int, name
 def check_device(domain: Domain, device: torch.device) -> None:
     """Raise where the domain's tensors are on another device."""
     if domain.device is not None and domain.device != device:
-        raise ValueError(f"tokens and domain must be on the same device; got {device} and {domain.device}. Use domain.to({str(device)!r}).")
+        raise ValueError(
+            f"tokens and domain must be on the same device; got {device} and {domain.device}. Use domain.to({str(device)!r})."
+        )
 
 
 def in_steps(domain: Domain) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..domains import Domain, Graph, Grid, Points, Sequence, Timeline
+from ..domains import Domain, Graph, Grid, Points
 from ._base import Bias, PairBias, at_least_fp32, check_positive, check_width, in_steps, no_meaning
 from ._tables import PREFIX_ENTRIES, HopPair, Offsets, StepPair, TablePair, largest_graph
 
@@ -39,14 +39,14 @@ class RelativeBias(Bias):
         heads: attention heads, of the queries.
         size: None, a number (Sequence), or one number for each axis (Grid).
         buckets: rows of a table without ``size``.
-        max_distance: distance from which on all share a bucket, > buckets / 2.
+        max_distance: distance from which on all share a bucket, > buckets / 2. Hops have no buckets and do not use it.
         bidirectional: whether keys before and after a query have buckets of their own, half each; if not, all later keys are in bucket
             0. Of distances on Points and Graph, which have no direction, it says nothing.
         prefix: learn three scores for pairs with prefix tokens, as BEiT does: prefix query and ordinary key, ordinary query and prefix
             key, both prefix. If not, their score is 0.
-        scale: what coordinates are multiplied by before they are put into buckets.
+        scale: what distances are multiplied by before they are put into buckets; hops are not.
 
-    Parameters:
+    Weights:
         ``table`` (rows, heads) and ``prefix_table`` (3, heads), drawn from a truncated normal distribution of std 0.02.
 
     Raises:
@@ -72,14 +72,22 @@ class RelativeBias(Bias):
     ) -> None:
         super().__init__()
         self.heads = check_width("heads", heads)
-        self.size = None if size is None else tuple(check_width("size", n) for n in ((size,) if isinstance(size, int) else size))
+        self.size = (
+            None
+            if size is None
+            else tuple(check_width("size", n) for n in ((size,) if isinstance(size, int) else size))
+        )
         if self.size is not None and (buckets, max_distance, bidirectional, scale) != (32, 128, True, 1.0):
-            raise ValueError("buckets, max_distance, bidirectional and scale make buckets; a table with size= has none. Leave them out.")
+            raise ValueError(
+                "buckets, max_distance, bidirectional and scale make buckets; a table with size= has none. Leave them out."
+            )
         if self.size is not None and not 1 <= len(self.size) <= 3:
             raise ValueError(f"size must be a number, or one to three for the axes of a Grid; got size={size}")
         self.buckets = check_width("buckets", buckets, least=4)
         if bidirectional and buckets % 2:
-            raise ValueError(f"buckets must be even, half for each direction; got buckets={buckets}. Or give bidirectional=False.")
+            raise ValueError(
+                f"buckets must be even, half for each direction; got buckets={buckets}. Or give bidirectional=False."
+            )
         self.max_distance = check_positive("max_distance", max_distance)
         if max_distance <= buckets // 2:
             raise ValueError(f"max_distance must be > buckets / 2 = {buckets // 2}; got max_distance={max_distance}")
@@ -113,7 +121,9 @@ class RelativeBias(Bias):
 
     def _check_size(self, domain: Domain) -> None:
         if self.size is None and isinstance(domain, Grid):
-            raise no_meaning(self, domain, f"Give the size of its table: size={domain.sizes}. Or use ContinuousBias(heads).")
+            raise no_meaning(
+                self, domain, f"Give the size of its table: size={domain.sizes}. Or use ContinuousBias(heads)."
+            )
         if self.size is not None and len(self.size) != domain.ndim:
             raise ValueError(f"size must have one number for each axis; got size={self.size} and {domain!r}")
 
@@ -176,7 +186,7 @@ class ContinuousBias(Bias):
         scale: what offsets are multiplied by first, one number or one for each axis. Swin v2 has 8 / (window - 1), and a factor 1/3
             around the logarithm, which is one on W1.
 
-    Parameters:
+    Weights:
         ``inner`` (W1, b1) and ``outer`` (W2), weights drawn from a truncated normal distribution of std 0.02, b1 = 0.
 
     Raises:
@@ -216,9 +226,13 @@ class ContinuousBias(Bias):
         network = (self.inner.weight[:, :columns].to(dtype), self.inner.bias.to(dtype), self.outer.weight.to(dtype))
         if in_steps(domain):
             offsets = Offsets(domain, keys)
-            return StepPair(domain, keys, offsets, _network(self._features(offsets.all(network[0].device).double()), network))
+            return StepPair(
+                domain, keys, offsets, _network(self._features(offsets.all(network[0].device).double()), network)
+            )
         if isinstance(domain, Graph):
-            return HopPair(domain, keys, _network(self._hop_features(largest_graph(domain), network[0].device), network), None)
+            return HopPair(
+                domain, keys, _network(self._hop_features(largest_graph(domain), network[0].device), network), None
+            )
         return _NetworkPair(self, domain, keys, network)
 
     def _features(self, offset: Float64[Tensor, "*pairs ndim"]) -> Float64[Tensor, "*pairs ndim"]:
@@ -242,7 +256,9 @@ class ContinuousBias(Bias):
 class _NetworkPair(PairBias):
     """A network evaluated at each pair of real places."""
 
-    def __init__(self, bias: ContinuousBias, domain: Domain, keys: Domain, network: tuple[Tensor, Tensor, Tensor]) -> None:
+    def __init__(
+        self, bias: ContinuousBias, domain: Domain, keys: Domain, network: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
         super().__init__(domain, keys, network, heads=bias.heads, batch_size=_rows_of_batch(domain, keys))
         self.bias = bias
 
@@ -289,7 +305,7 @@ class DistanceDecay(Bias):
         learned: train the slopes, which start as above and stay positive.
         scale: what distances are multiplied by.
 
-    Parameters:
+    Weights:
         ``log_slopes`` (heads,), if ``learned``.
 
     Raises:
@@ -332,7 +348,9 @@ class DistanceDecay(Bias):
         return _DecayPair(domain, keys, slopes * self.scale)
 
     def extra_repr(self) -> str:
-        return f"{self.heads}, learned={self.log_slopes is not None}" + (f", scale={self.scale:g}" if self.scale != 1 else "")
+        return f"{self.heads}, learned={self.log_slopes is not None}" + (
+            f", scale={self.scale:g}" if self.scale != 1 else ""
+        )
 
 
 class _DecayPair(PairBias):

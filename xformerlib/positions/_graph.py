@@ -65,24 +65,10 @@ def on_nodes(domain: Graph, rows: Shaped[Tensor, "nodes dim"]) -> Shaped[Tensor,
 def spectral_axes(domain: Graph, count: int) -> Float64[Tensor, "nodes count"]:
     """The lowest nontrivial Laplacian eigenvectors, times the square root of the graph's size, so that entries are about 1."""
     _, vectors = domain.laplacian_eigenvectors(count)
-    return vectors.double() * _sizes(domain).double().sqrt()[:, None]
+    return vectors * domain.sizes[domain.batch].double().sqrt()[:, None]
 
 
-def random_signs(domain: Graph, count: int, device: torch.device) -> Float[Tensor, "nodes count"]:
+def random_signs(domain: Graph, count: int) -> Float[Tensor, "nodes count"]:
     """A random sign for each eigenvector of each graph, from torch's generator, spread over the graph's nodes."""
-    signs = 2.0 * torch.randint(0, 2, (domain.num_items, count), device=device) - 1.0
-    return signs[_graph_of_node(domain).to(device)]
-
-
-def _graph_of_node(domain: Graph) -> Tensor:
-    tokens = domain.node_tokens
-    return torch.zeros_like(tokens) if domain.items is None else domain.items[tokens]
-
-
-def _sizes(domain: Graph) -> Tensor:
-    """The number of nodes of each node's graph."""
-    if domain.items is None:
-        tokens = domain.node_tokens
-        return torch.full_like(tokens, tokens.numel())
-    assert domain.offsets is not None
-    return (domain.offsets.diff() - domain.prefix)[_graph_of_node(domain)]
+    signs = 2.0 * torch.randint(0, 2, (domain.num_graphs, count), device=domain.device) - 1.0
+    return signs[domain.batch]

@@ -92,11 +92,15 @@ class Rotary(Rotation):
         if scaling is not None and not isinstance(scaling, Scaling):
             raise TypeError(f"scaling must be Interpolation, NTK or YaRN; got {scaling!r}")
         if scaling is not None and mixed:
-            raise ValueError("scaling changes the frequencies of theta, but mixed=True learns them; leave out one of the two")
+            raise ValueError(
+                "scaling changes the frequencies of theta, but mixed=True learns them; leave out one of the two"
+            )
         self.scaling = scaling
         self.heads = check_width("heads", heads)
         if heads != 1 and not mixed:
-            raise ValueError(f"heads counts the sets of mixed frequencies and needs mixed=True; got heads={heads} without it")
+            raise ValueError(
+                f"heads counts the sets of mixed frequencies and needs mixed=True; got heads={heads} without it"
+            )
         self.coordinates = _check_choice("coordinates", coordinates, ("index", "resized", "normalized"))
         self.reference = _check_reference(coordinates, reference)
         self.scale = check_positive("scale", scale)
@@ -169,7 +173,11 @@ class Rotary(Rotation):
     def _check_axes(self, domain: Domain) -> int:
         most = self.pairs if self.frequencies is None else self.frequencies.shape[1]
         if domain.ndim > most:
-            what = f"{self.pairs} pairs of channels to turn" if self.frequencies is None else "mixed frequencies for 3 axes"
+            what = (
+                f"{self.pairs} pairs of channels to turn"
+                if self.frequencies is None
+                else "mixed frequencies for 3 axes"
+            )
             raise ValueError(f"Rotary has {what}, fewer than the {domain.ndim} axes of {domain!r}")
         return domain.ndim
 
@@ -178,9 +186,13 @@ class Rotary(Rotation):
         if self.coordinates == "index":
             return places(domain, device) * self.scale
         if not isinstance(domain, Grid):
-            raise ValueError(f"coordinates={self.coordinates!r} need the size of a Grid; got {domain!r}. Use coordinates='index'.")
+            raise ValueError(
+                f"coordinates={self.coordinates!r} need the size of a Grid; got {domain!r}. Use coordinates='index'."
+            )
         if isinstance(self.reference, tuple) and len(self.reference) != domain.ndim:
-            raise ValueError(f"reference must be one size or one for each axis; got reference={self.reference} for {domain!r}")
+            raise ValueError(
+                f"reference must be one size or one for each axis; got reference={self.reference} for {domain!r}"
+            )
         sizes = _sizes(domain, device)
         if self.coordinates == "resized":
             reference = torch.tensor(self.reference, dtype=torch.float64, device=device)
@@ -225,7 +237,9 @@ def _sizes(domain: Grid, device: torch.device) -> Float[Tensor, "#tokens ndim"]:
     """The size of the grid that each token is in, at least 1."""
     i = torch.arange(domain.num_tokens, device=device)
     zero = i.new_zeros(())
-    last = [torch.as_tensor(domain.extent(axis, zero, i)[1], device=device).expand(i.shape) for axis in range(domain.ndim)]
+    last = [
+        torch.as_tensor(domain.extent(axis, zero, i)[1], device=device).expand(i.shape) for axis in range(domain.ndim)
+    ]
     return (torch.stack(last, -1) + 1).clamp(min=1).double()
 
 
@@ -248,7 +262,9 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
 def _check_reference(coordinates: str, reference: int | SequenceOf[int] | None) -> int | tuple[int, ...] | None:
     if coordinates != "resized":
         if reference is not None:
-            raise ValueError(f"reference is used by coordinates='resized' only; got reference={reference} and coordinates={coordinates!r}")
+            raise ValueError(
+                f"reference is used by coordinates='resized' only; got reference={reference} and coordinates={coordinates!r}"
+            )
         return None
     if reference is None:
         return 16

@@ -98,7 +98,9 @@ class YaRN(Scaling):
         if not self.original_length > 0:
             raise ValueError(f"original_length must be > 0; got original_length={self.original_length}")
         if not self.beta_fast > self.beta_slow > 0:
-            raise ValueError(f"beta_fast must be > beta_slow > 0; got beta_fast={self.beta_fast} and beta_slow={self.beta_slow}")
+            raise ValueError(
+                f"beta_fast must be > beta_slow > 0; got beta_fast={self.beta_fast} and beta_slow={self.beta_slow}"
+            )
 
     @property
     def temperature(self) -> float:

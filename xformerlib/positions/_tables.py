@@ -43,7 +43,11 @@ class TablePair(PairBias):
         super().__init__(domain, keys, (table,), heads=table.shape[1], batch_size=batch_size, relative=relative)
 
     def scores(self, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return self.tensors[0][self.index(b, q, k)].movedim(-1, 0)
+        table, index = self.tensors[0], self.index(b, q, k)
+        # Its backward is twice as fast as that of indexing; on a GPU it would add with atomics, in no fixed order.
+        if table.is_cpu:
+            return table.index_select(0, index.flatten()).reshape(*index.shape, self.heads).movedim(-1, 0)
+        return table[index].movedim(-1, 0)
 
     def index(self, b: Tensor, q: Tensor, k: Tensor) -> Int[Tensor, "..."]:
         """The row of each pair."""
@@ -73,7 +77,9 @@ class Offsets:
     def __init__(self, domain: Domain, keys: Domain) -> None:
         spans = [(_span(domain, axis), _span(keys, axis)) for axis in range(domain.ndim)]
         self.low = tuple(queries[0] - others[1] for queries, others in spans)
-        self.counts = tuple(max(queries[1] - others[0] - low + 1, 1) for (queries, others), low in zip(spans, self.low, strict=True))
+        self.counts = tuple(
+            max(queries[1] - others[0] - low + 1, 1) for (queries, others), low in zip(spans, self.low, strict=True)
+        )
         self.strides = tuple(math.prod(self.counts[axis + 1 :]) for axis in range(domain.ndim))
         self.first = sum(low * stride for low, stride in zip(self.low, self.strides, strict=True))
 
@@ -112,29 +118,14 @@ class HopPair(TablePair):
     """A row for each number of hops; the last but one for all that are more, the last for pairs without a path."""
 
     def row(self, b: Tensor, q: Tensor, k: Tensor) -> Int[Tensor, "..."]:
-        hops = self.domain.distance(self.keys, b, q, k).long()
-        reachable = hops < graph_size(self.domain, q)
-        return torch.where(reachable, hops.clamp(max=self.rows - 2), self.rows - 1)
-
-
-def graph_size(domain: Domain, i: Tensor) -> Tensor | int:
-    """The number of nodes of the graph that token ``i`` is in."""
-    if domain.items is None:
-        return domain.num_tokens - domain.prefix
-    assert domain.offsets is not None
-    return (domain.offsets.diff() - domain.prefix)[domain.items[i]]
+        assert isinstance(self.domain, Graph)
+        hops = self.domain.hop_distance(q, k)
+        return torch.where(hops < self.domain.hops.size[q], hops.clamp(max=self.rows - 2), self.rows - 1)
 
 
 def largest_graph(domain: Graph) -> int:
     """The number of nodes of the largest graph."""
-
-    def largest() -> int:
-        if domain.offsets is None:
-            return domain.num_tokens - domain.prefix
-        sizes = domain.offsets.diff() - domain.prefix
-        return int(sizes.max()) if sizes.numel() else 0
-
-    return domain.fact("largest graph", largest)
+    return domain.fact("largest graph", lambda: int(domain.sizes.max()) if domain.sizes.numel() else 0)
 
 
 def _span(domain: Domain, axis: int) -> tuple[int, int]:
