@@ -48,10 +48,11 @@ Draw = Callable[[Axes], object]
 
 
 def row(*draws: Draw, widths: SequenceOf[float] | None = None, height: float = 2.8) -> Figure:
-    """Pictures side by side."""
+    """Pictures side by side, on at most the width of a page, so that letters are as large in all of them."""
     widths = widths or [1.0] * len(draws)
+    scale = min(1.0, 9.0 / (height * sum(widths) * 1.05))
     with plt.rc_context(STYLE):
-        size = (height * sum(widths) * 1.05, height)
+        size = (scale * height * sum(widths) * 1.05, scale * height)
         figure, axes = plt.subplots(
             1, len(draws), figsize=size, width_ratios=widths, layout="constrained", squeeze=False
         )

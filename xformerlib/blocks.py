@@ -335,10 +335,11 @@ class Encoder(_Stack):
 class Decoder(_Stack):
     """A stack of blocks that attend to what came before and, with ``cross=True``, to a context (Vaswani et al. 2017).
 
+    Arguments that are not listed are those of ``Encoder``.
+
     Args:
         mask: of self attention; ``Causal()`` if not given.
         cross: whether the blocks attend to a context. Without it the stack is a decoder-only model.
-        Others as in ``Encoder``.
 
     Example:
         >>> decoder = Decoder(32, 2, 4)
