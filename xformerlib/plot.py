@@ -298,20 +298,20 @@ def _tokens(
     """Draw one mark per token where it is, coloured by its value; return the axes and the marks."""
     ax = _axes(ax)
     places = _places(domain, tokens, row)
-    own = [token == query for token in tokens.tolist()]
-    style = {"edgecolors": [MARK if o else "white" for o in own], "linewidths": [2.5 if o else 0.8 for o in own]}
     if isinstance(domain, Sequence | Grid):
         from matplotlib.collections import PatchCollection
         from matplotlib.patches import Rectangle
 
         cells = [Rectangle((x - 0.45, y - 0.45), 0.9, 0.9) for x, y in places.tolist()]
-        marks: Any = ax.add_collection(PatchCollection(cells, **style))
+        marks: Any = ax.add_collection(PatchCollection(cells))
         ax.autoscale_view()
     else:
         if isinstance(domain, Graph):
             _edges(ax, domain, tokens, places)
-        marks = ax.scatter(*places.T.numpy(), s=90, zorder=2, **style)
+        marks = ax.scatter(places[:, 0].numpy(), places[:, 1].numpy(), s=90, zorder=2)
         ax.margins(0.15)
+    own = (tokens == query).tolist()
+    marks.set(edgecolors=[MARK if o else "white" for o in own], linewidths=[2.5 if o else 0.8 for o in own])
     marks.set(array=values.detach().cpu().double().numpy(), cmap=cmap, clim=(vmin, vmax))
     _frame(ax, domain)
     return ax, marks
@@ -338,7 +338,7 @@ def _edges(ax: Axes, graph: Graph, tokens: Int[Tensor, " tokens"], places: Float
     style = {"arrowstyle": "-" if undirected else "-|>", "color": EDGE, "shrinkA": 0, "shrinkB": 0 if undirected else 6}
     for i, j in sorted(pairs):
         if not (undirected and i > j):
-            ax.annotate("", places[j].tolist(), places[i].tolist(), arrowprops=style, zorder=1)
+            ax.annotate("", tuple(places[j].tolist()), tuple(places[i].tolist()), arrowprops=style, zorder=1)
 
 
 def _links(graph: Graph, tokens: Int[Tensor, " tokens"]) -> Int[Tensor, "2 links"]:
