@@ -25,7 +25,7 @@ class _TorchRandom:
 torch_random = _TorchRandom()  # Hypothesis keeps only a weak reference
 hypothesis.register_random(torch_random)
 hypothesis.settings.register_profile(
-    "default", deadline=None, max_examples=25, phases=[hypothesis.Phase.explicit, hypothesis.Phase.reuse, hypothesis.Phase.generate], suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    "default", deadline=None, max_examples=25, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.register_profile("ci", hypothesis.settings.get_profile("default"), derandomize=True, database=None)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")

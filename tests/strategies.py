@@ -33,14 +33,18 @@ def _sequence(rng: Random) -> xf.Domain:
 
 def _timeline(rng: Random) -> xf.Domain:
     count = rng.randint(0, 7)
-    times = torch.tensor([[rng.choice([0.0, 0.5, 1.25, 2.0, 7.5]) for _ in range(count)] for _ in range(ROWS)]).reshape(ROWS, count)
+    times = torch.tensor([[rng.choice([0.0, 0.5, 1.25, 2.0, 7.5]) for _ in range(count)] for _ in range(ROWS)]).reshape(
+        ROWS, count
+    )
     how = rng.choice(["shared", "rows", "valid", "packed"])
     if how == "packed":
         first = rng.randint(0, count)
         return xf.Timeline.packed(times[0], [first, count - first])
     prefix = rng.choice([0, 1])
     if how == "valid":
-        valid = torch.tensor([[rng.random() < 0.7 for _ in range(count)] for _ in range(ROWS)], dtype=torch.bool).reshape(ROWS, count)
+        valid = torch.tensor(
+            [[rng.random() < 0.7 for _ in range(count)] for _ in range(ROWS)], dtype=torch.bool
+        ).reshape(ROWS, count)
         return xf.Timeline(times.masked_fill(~valid, float("nan")), valid=valid, prefix=prefix)
     return xf.Timeline(times[0] if how == "shared" else times, prefix=prefix)
 
@@ -65,12 +69,21 @@ def _graph(rng: Random) -> xf.Domain:
 
 def _points(rng: Random) -> xf.Domain:
     count, ndim = rng.randint(0, 7), rng.randint(1, 3)
-    places = torch.tensor([[[rng.uniform(-2, 2) for _ in range(ndim)] for _ in range(count)] for _ in range(ROWS)]).reshape(ROWS, count, ndim)
+    places = torch.tensor(
+        [[[rng.uniform(-2, 2) for _ in range(ndim)] for _ in range(count)] for _ in range(ROWS)]
+    ).reshape(ROWS, count, ndim)
     how = rng.choice(["one", "rows", "valid", "packed"])
     if how == "packed":
-        return xf.Points(places[0], batch=torch.tensor(sorted(rng.randint(0, 2) for _ in range(count)), dtype=torch.long))
+        return xf.Points(
+            places[0], batch=torch.tensor(sorted(rng.randint(0, 2) for _ in range(count)), dtype=torch.long)
+        )
     if how == "valid":
-        return xf.Points(places, valid=torch.tensor([[rng.random() < 0.7 for _ in range(count)] for _ in range(ROWS)], dtype=torch.bool).reshape(ROWS, count))
+        return xf.Points(
+            places,
+            valid=torch.tensor(
+                [[rng.random() < 0.7 for _ in range(count)] for _ in range(ROWS)], dtype=torch.bool
+            ).reshape(ROWS, count),
+        )
     return xf.Points(places[0] if how == "one" else places)
 
 
@@ -109,12 +122,18 @@ LEAVES: dict[type[Leaf], Callable[[Random, xf.Domain], masks.Mask]] = {
     masks.Axial: lambda rng, domain: masks.Axial(rng.randrange(-domain.ndim, domain.ndim)),
     masks.Edges: lambda rng, domain: masks.Edges(self_loops=rng.random() < 0.5),
     masks.Expander: lambda rng, domain: masks.Expander(rng.randint(1, 4), seed=rng.randint(0, 3)),
-    masks.Global: lambda rng, domain: masks.Global(rng.randint(0, 2) if domain.num_tokens == 0 or rng.random() < 0.5 else [rng.randrange(domain.num_tokens)]),
+    masks.Global: lambda rng, domain: masks.Global(
+        rng.randint(0, 2) if domain.num_tokens == 0 or rng.random() < 0.5 else [rng.randrange(domain.num_tokens)]
+    ),
     masks.Prefix: lambda rng, domain: masks.Prefix(rng.randint(0, 3)),
     masks.Segments: lambda rng, domain: masks.Segments(_rows(rng, domain.num_tokens, _bools).long()),
     masks.Keys: lambda rng, domain: masks.Keys(_rows(rng, domain.num_tokens, _bools)),
-    masks.Dense: lambda rng, domain: masks.Dense(_bools(rng, *rng.choice([(), (1, 1), (ROWS, 1), (ROWS, HEADS)]), domain.num_tokens, domain.num_tokens)),
-    masks.Where: lambda rng, domain: masks.Where(rng.choice([lambda b, h, q, k: (q + k) % 2 == 0, lambda b, h, q, k: (q + h + b) % 3 != 0])),
+    masks.Dense: lambda rng, domain: masks.Dense(
+        _bools(rng, *rng.choice([(), (1, 1), (ROWS, 1), (ROWS, HEADS)]), domain.num_tokens, domain.num_tokens)
+    ),
+    masks.Where: lambda rng, domain: masks.Where(
+        rng.choice([lambda b, h, q, k: (q + k) % 2 == 0, lambda b, h, q, k: (q + h + b) % 3 != 0])
+    ),
 }  # fmt: skip
 
 
@@ -137,7 +156,11 @@ def tree(rng: Random, domain: xf.Domain, depth: int = 2) -> masks.Mask:
 
 def _relative(heads: int, dim: int, domain: xf.Domain) -> positions.Position:
     sized = domain.kind == "Grid"
-    return positions.RelativeBias(heads, size=(3,) * domain.ndim) if sized else positions.RelativeBias(heads, buckets=8, max_distance=6)
+    return (
+        positions.RelativeBias(heads, size=(3,) * domain.ndim)
+        if sized
+        else positions.RelativeBias(heads, buckets=8, max_distance=6)
+    )
 
 
 def _learned(heads: int, dim: int, domain: xf.Domain) -> positions.Position:

@@ -25,7 +25,9 @@ def redraw(module: nn.Module) -> nn.Module:
 def test_the_layer_is_its_formula():
     layer = redraw(xf.Attention(12, 3, gate=True, sinks=True, softcap=2.0, mask=masks.Causal()))
     x = torch.randn(2, 5, 12, dtype=torch.float64)
-    q, k, v = (t.unflatten(-1, (3, 4)).transpose(1, 2) for t in F.linear(x, layer.qkv.weight, layer.qkv.bias).chunk(3, -1))
+    q, k, v = (
+        t.unflatten(-1, (3, 4)).transpose(1, 2) for t in F.linear(x, layer.qkv.weight, layer.qkv.bias).chunk(3, -1)
+    )
     s = 2 * torch.tanh(q @ k.mT / 2 / 2)
     e = torch.exp(s) * torch.ones(5, 5).tril()
     o = (e @ v) / (e.sum(-1, keepdim=True) + torch.exp(layer.sinks)[:, None, None])
@@ -40,7 +42,13 @@ def test_grouped_heads_share_keys():
     q, k, v = layer.qkv.weight.split([20, 10, 10])
     qb, kb, vb = layer.qkv.bias.split([20, 10, 10])
     repeat = lambda t: t.unflatten(0, (2, 5)).repeat_interleave(2, 0).flatten(0, 1)  # noqa: E731
-    wide.load_state_dict({**layer.state_dict(), "qkv.weight": torch.cat([q, repeat(k), repeat(v)]), "qkv.bias": torch.cat([qb, repeat(kb), repeat(vb)])})
+    wide.load_state_dict(
+        {
+            **layer.state_dict(),
+            "qkv.weight": torch.cat([q, repeat(k), repeat(v)]),
+            "qkv.bias": torch.cat([qb, repeat(kb), repeat(vb)]),
+        }
+    )
     x = torch.randn(2, 6, 12, dtype=torch.float64)
     assert torch.allclose(layer(x), wide(x), atol=1e-13)
 
@@ -66,7 +74,9 @@ def test_unbatched_and_packed_tokens():
 @pytest.mark.parametrize("rows", [None, [0, 3], torch.tensor([4])])
 def test_weights_are_those_that_made_the_output(rows):
     position = positions.Rotary(4) + positions.DistanceDecay(2)
-    layer = redraw(xf.Attention(8, 2, sinks=True, softcap=3.0, mask=masks.Causal() & ~masks.Prefix(1), position=position))
+    layer = redraw(
+        xf.Attention(8, 2, sinks=True, softcap=3.0, mask=masks.Causal() & ~masks.Prefix(1), position=position)
+    )
     x = torch.randn(2, 5, 8, dtype=torch.float64)
     weights = layer.weights(x, S(5), rows)
     value = F.linear(x, layer.qkv.weight[16:], layer.qkv.bias[16:]).unflatten(-1, (2, 4)).transpose(1, 2)
@@ -94,7 +104,13 @@ def test_training_drops_weights_and_evaluation_does_not():
 
 
 def test_autocast_and_half_precision():
-    layer = xf.Attention(16, 2, mask=masks.Local(2) & ~masks.Prefix(1), position=positions.Rotary(8) + positions.DistanceDecay(2), qk_norm="rms")
+    layer = xf.Attention(
+        16,
+        2,
+        mask=masks.Local(2) & ~masks.Prefix(1),
+        position=positions.Rotary(8) + positions.DistanceDecay(2),
+        qk_norm="rms",
+    )
     x = torch.randn(2, 9, 16)
     want = layer(x)
     with torch.autocast("cpu", torch.bfloat16):

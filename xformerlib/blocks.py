@@ -19,8 +19,8 @@ from .positions import Position
 
 NormLayer = Literal["layer", "rms"] | Callable[[int], nn.Module]
 Activation = str | nn.Module | Callable[[Tensor], Tensor]
-_GATED = {"swiglu": F.silu, "geglu": F.gelu}
-_PLAIN = {"relu": F.relu, "gelu": F.gelu}
+_GATED: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": F.silu, "geglu": F.gelu}
+_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 
 
 class FeedForward(nn.Module):
@@ -42,11 +42,19 @@ class FeedForward(nn.Module):
     """
 
     def __init__(
-        self, dim: int, *, hidden: int | None = None, activation: Activation = "gelu", dropout: float = 0.0, bias: bool = True
+        self,
+        dim: int,
+        *,
+        hidden: int | None = None,
+        activation: Activation = "gelu",
+        dropout: float = 0.0,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         if isinstance(activation, str) and activation not in _PLAIN | _GATED:
-            raise ValueError(f"activation must be one of {', '.join(map(repr, _PLAIN | _GATED))}, or a module; got activation={activation!r}")
+            raise ValueError(
+                f"activation must be one of {', '.join(map(repr, _PLAIN | _GATED))}, or a module; got activation={activation!r}"
+            )
         gated = isinstance(activation, str) and activation in _GATED
         default = -(-8 * dim // 3 // 8) * 8 if gated else 4 * dim
         self.hidden = default if hidden is None else hidden
@@ -92,7 +100,9 @@ class DropPath(nn.Module):
         if self.p == 0 or not self.training:
             return x
         items = domain.items
-        kept = x.new_empty(*x.shape[:-2], domain.num_items if items is not None else 1).bernoulli_(1 - self.p) / (1 - self.p)
+        kept = x.new_empty(*x.shape[:-2], domain.num_items if items is not None else 1).bernoulli_(1 - self.p) / (
+            1 - self.p
+        )
         return x * (kept if items is None else kept.index_select(-1, items))[..., None]
 
     def extra_repr(self) -> str:
@@ -102,7 +112,15 @@ class DropPath(nn.Module):
 class _Residual(nn.Module):
     """A branch around which the input is added: norm before, after, or both, layer scale, dropout and stochastic depth."""
 
-    def __init__(self, dim: int, norm: str, make: Callable[[int], nn.Module], scale: float | None, dropout: float, drop_path: float) -> None:
+    def __init__(
+        self,
+        dim: int,
+        norm: str,
+        make: Callable[[int], nn.Module],
+        scale: float | None,
+        dropout: float,
+        drop_path: float,
+    ) -> None:
         super().__init__()
         self.norm_after_sum = norm == "post"
         self.norm = make(dim)
@@ -202,11 +220,13 @@ class Block(nn.Module):
 
         def attend_context(y: Tensor) -> Tensor:
             assert self.cross_attention is not None
-            return self.cross_attention(y, domain, context=context, context_domain=context_domain, mask=context_mask, cache=cache)
+            return self.cross_attention(
+                y, domain, context=context, context_domain=context_domain, mask=context_mask, cache=cache
+            )
 
         if self.parallel:
             branches = [attend] + ([attend_context] if self.cross_attention is not None else []) + [self.feed_forward]
-            x = self.attention_residual(x, lambda y: sum(branch(y) for branch in branches), domain)  # type: ignore[misc]
+            x = self.attention_residual(x, lambda y: sum(branch(y) for branch in branches), domain)
         else:
             x = self.attention_residual(x, attend, domain)
             if self.cross_residual is not None:
@@ -215,13 +235,19 @@ class Block(nn.Module):
             x = self.feed_forward_residual(x, self.feed_forward, domain)
         return domain.zero_padding(x)
 
-    def _check_context(self, context: Tensor | None, domain: Domain | None, mask: Mask | None, cache: Cache | None) -> None:
+    def _check_context(
+        self, context: Tensor | None, domain: Domain | None, mask: Mask | None, cache: Cache | None
+    ) -> None:
         if self.cross_attention is None:
             for name, value in (("context", context), ("context_domain", domain), ("context_mask", mask)):
                 if value is not None:
-                    raise ValueError(f"{name} is for blocks with cross attention, and this one has none; build it with cross=True")
+                    raise ValueError(
+                        f"{name} is for blocks with cross attention, and this one has none; build it with cross=True"
+                    )
         elif context is None and not (cache is not None and cache.holds_context(self.cross_attention)):
-            raise ValueError("context must be given to a block with cross=True, at least at the first call with a cache; got None")
+            raise ValueError(
+                "context must be given to a block with cross=True, at least at the first call with a cache; got None"
+            )
 
 
 class _Stack(nn.Module):
@@ -245,13 +271,17 @@ class _Stack(nn.Module):
         if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
             raise ValueError(f"depth must be a whole number >= 1; got depth={depth!r}")
         if mask is not None and not isinstance(mask, (Mask, list, tuple)):
-            raise TypeError(f"mask must be a mask such as masks.Causal(), or a list of one for each layer; got {type(mask).__name__}")
+            raise TypeError(
+                f"mask must be a mask such as masks.Causal(), or a list of one for each layer; got {type(mask).__name__}"
+            )
         layer_masks = list(mask) if isinstance(mask, (list, tuple)) else [mask] * depth
         if len(layer_masks) != depth:
             raise ValueError(f"mask must be one mask, or one for each of the {depth} layers; got {len(layer_masks)}")
         shared = position is None or isinstance(position, Position)
         if not shared and not callable(position):
-            raise TypeError(f"position must be a position, or a function that makes one for each layer; got {type(position).__name__}")
+            raise TypeError(
+                f"position must be a position, or a function that makes one for each layer; got {type(position).__name__}"
+            )
         if isinstance(position, Position):
             check_bias_heads(position, heads)
         self.dim = dim
@@ -437,7 +467,9 @@ class EncoderDecoder(nn.Module):
     ) -> Float[Tensor, "*batch tokens dim"]:
         """Teacher forcing: all targets at once. To decode step by step, call ``encoder`` once and ``decoder`` with a ``Cache``."""
         context = self.encoder(source, source_domain, mask=source_mask)
-        return self.decoder(target, domain, context=context, context_domain=source_domain, mask=mask, context_mask=context_mask)
+        return self.decoder(
+            target, domain, context=context, context_domain=source_domain, mask=mask, context_mask=context_mask
+        )
 
 
 def norm_factory(norm_layer: NormLayer) -> Callable[[int], nn.Module]:
@@ -445,5 +477,7 @@ def norm_factory(norm_layer: NormLayer) -> Callable[[int], nn.Module]:
     if callable(norm_layer):
         return norm_layer
     if norm_layer not in ("layer", "rms"):
-        raise ValueError(f"norm_layer must be 'layer', 'rms' or a callable that makes a module from dim; got norm_layer={norm_layer!r}")
+        raise ValueError(
+            f"norm_layer must be 'layer', 'rms' or a callable that makes a module from dim; got norm_layer={norm_layer!r}"
+        )
     return nn.LayerNorm if norm_layer == "layer" else nn.RMSNorm

@@ -48,7 +48,9 @@ def test_points_layouts():
     assert torch.equal(packed.coordinates, places)
     one = torch.zeros((), dtype=torch.long)
     index = torch.arange(5)
-    assert torch.allclose(P(places).distance(P(places), one, index[:, None], index), torch.cdist(places, places), atol=1e-6)
+    assert torch.allclose(
+        P(places).distance(P(places), one, index[:, None], index), torch.cdist(places, places), atol=1e-6
+    )
 
 
 @given(rng=randoms)

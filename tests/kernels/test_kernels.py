@@ -22,7 +22,11 @@ def qkv(batch=2, heads=4, kv_heads=2, tokens=7, dim=4, value_dim=3, dtype=torch.
 
 def test_the_oracle_is_the_formula():
     q, k, v = qkv()
-    mask, bias, sinks = masks.Causal() & masks.Local(2), torch.randn(4, 7, 7, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    mask, bias, sinks = (
+        masks.Causal() & masks.Local(2),
+        torch.randn(4, 7, 7, dtype=torch.float64),
+        torch.randn(4, dtype=torch.float64),
+    )
     got = xf.attention(q, k, v, mask=mask, bias=bias, sinks=sinks, softcap=1.5, kernel="reference")
     allowed = mask.dense(S(7))
     for h in range(4):
@@ -116,7 +120,9 @@ def _peak(tokens: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        xf.attention(q, k, v, mask=masks.Windows(16) | masks.Global(2), bias=positions.DistanceDecay(2), kernel="chunked")
+        xf.attention(
+            q, k, v, mask=masks.Windows(16) | masks.Global(2), bias=positions.DistanceDecay(2), kernel="chunked"
+        )
     return sum(kept.values())
 
 

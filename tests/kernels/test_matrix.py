@@ -27,11 +27,17 @@ def close(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype, what: str) 
         assert error <= TOLERANCE[dtype] * want.double().abs().max().clamp(min=1), f"{what}: {error:.2e}"
 
 
-def inputs(rng: Random, where: xf.Domain, keys: xf.Domain, mask: masks.Mask, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def inputs(
+    rng: Random, where: xf.Domain, keys: xf.Domain, mask: masks.Mask, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
     """Queries, keys and values, NaN where a query sees nothing and where a key is seen by nobody."""
     shapes = {"query": (HEADS, where, DIM), "key": (KV_HEADS, keys, DIM), "value": (KV_HEADS, keys, VALUE_DIM)}
-    result = {name: torch.randn(ROWS, heads, at.num_tokens, dim, dtype=dtype) for name, (heads, at, dim) in shapes.items()}
-    allowed = mask.dense(where, keys, batch_size=ROWS, heads=HEADS).expand(ROWS, HEADS, where.num_tokens, keys.num_tokens)
+    result = {
+        name: torch.randn(ROWS, heads, at.num_tokens, dim, dtype=dtype) for name, (heads, at, dim) in shapes.items()
+    }
+    allowed = mask.dense(where, keys, batch_size=ROWS, heads=HEADS).expand(
+        ROWS, HEADS, where.num_tokens, keys.num_tokens
+    )
     hidden = ~allowed.any(-2).unflatten(1, (KV_HEADS, -1)).any(2)
     result["query"].masked_fill_(~allowed.any(-1)[..., None], float("nan"))
     result["key"].masked_fill_(hidden[..., None], float("nan"))
@@ -41,7 +47,10 @@ def inputs(rng: Random, where: xf.Domain, keys: xf.Domain, mask: masks.Mask, dty
 
 def run(tensors: dict[str, torch.Tensor], modules: list, seed: int, **options) -> dict[str, torch.Tensor]:
     """Output and gradients of a random projection of it, by name."""
-    leaves = {**tensors, **{f"{n}.{name}": p for n, module in enumerate(modules) for name, p in module.named_parameters()}}
+    leaves = {
+        **tensors,
+        **{f"{n}.{name}": p for n, module in enumerate(modules) for name, p in module.named_parameters()},
+    }
     extra = {"sinks": options["sinks"]} if options.get("sinks") is not None else {}
     out = xf.attention(tensors["query"], tensors["key"], tensors["value"], **options)
     up = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(out.dtype)
@@ -60,8 +69,14 @@ def test_every_kernel_agrees_with_the_oracle(kind, dtype, rng):
     bias = position(rng, HEADS, HEADS * DIM, where)
     terms = [] if bias is None else [*bias.biases]
     if rng.random() < 0.3:
-        terms.append(torch.randn(rng.choice([1, ROWS]), rng.choice([1, HEADS]), where.num_tokens, where.num_tokens).to(dtype))
-    modules = [copy.deepcopy(term).to(torch.float64 if dtype == torch.float64 else torch.float32) for term in terms if isinstance(term, torch.nn.Module)]
+        terms.append(
+            torch.randn(rng.choice([1, ROWS]), rng.choice([1, HEADS]), where.num_tokens, where.num_tokens).to(dtype)
+        )
+    modules = [
+        copy.deepcopy(term).to(torch.float64 if dtype == torch.float64 else torch.float32)
+        for term in terms
+        if isinstance(term, torch.nn.Module)
+    ]
     for module in modules:
         for parameter in module.parameters():
             torch.nn.init.normal_(parameter)
@@ -123,7 +138,9 @@ def test_queries_and_keys_of_different_lengths(rng):
     ends = sorted(rng.randint(0, 9) for _ in range(3))
     where, keys = xf.Sequence(ends[2] - ends[1], start=ends[1]), xf.Sequence(ends[2] - ends[0], start=ends[0])
     choices = [masks.Causal(), masks.Local(2), masks.Windows(3), masks.Global(2), masks.Prefix(4), masks.Dilated(1, 2)]
-    mask = rng.choice(choices) | rng.choice(choices) if rng.random() < 0.5 else rng.choice(choices) & ~rng.choice(choices)
+    mask = (
+        rng.choice(choices) | rng.choice(choices) if rng.random() < 0.5 else rng.choice(choices) & ~rng.choice(choices)
+    )
     tensors = inputs(rng, where, keys, mask, torch.float64)
     bias = xf.positions.DistanceDecay(HEADS).double()
     options = {"mask": mask, "domain": where, "key_domain": keys, "bias": bias}

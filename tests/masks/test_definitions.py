@@ -30,7 +30,9 @@ def tokens_of(domain: xf.Domain, row: int) -> list[Token]:
     """A domain spelled out, from what it was built of."""
     result: list[Token] = []
 
-    def add(item: int, prefix: int, places: list[tuple[float, ...]], exists: list[bool], start: int, last: tuple[float, ...]) -> None:
+    def add(
+        item: int, prefix: int, places: list[tuple[float, ...]], exists: list[bool], start: int, last: tuple[float, ...]
+    ) -> None:
         for rank in range(prefix):
             result.append(Token(row, len(result), item, True, True, rank, (0,) * domain.ndim, last))
         for local, (place, here) in enumerate(zip(places, exists, strict=True)):
@@ -41,10 +43,24 @@ def tokens_of(domain: xf.Domain, row: int) -> list[Token]:
         lengths = [domain.length] if domain.lengths is None else domain.lengths.tolist()
         if domain.valid is not None:
             own = lengths[row]
-            add(0, domain.prefix, [(start + i,) for i in range(domain.length)], [i < own for i in range(domain.length)], start, (start + own - 1,))
+            add(
+                0,
+                domain.prefix,
+                [(start + i,) for i in range(domain.length)],
+                [i < own for i in range(domain.length)],
+                start,
+                (start + own - 1,),
+            )
         else:
             for item, length in enumerate(lengths):
-                add(item, domain.prefix, [(start + i,) for i in range(length)], [True] * length, start, (start + length - 1,))
+                add(
+                    item,
+                    domain.prefix,
+                    [(start + i,) for i in range(length)],
+                    [True] * length,
+                    start,
+                    (start + length - 1,),
+                )
     elif isinstance(domain, xf.Grid):
         for item, sizes in enumerate([domain.sizes] if domain.item_sizes is None else domain.item_sizes.tolist()):
             cells = list(torch.cartesian_prod(*(torch.arange(n) for n in sizes)).reshape(-1, domain.ndim).tolist())
@@ -77,7 +93,10 @@ def defined(mask: masks.Mask, domain: xf.Domain, i: Token, j: Token, head: int) 
                 return j.prefix and (not i.prefix or j.rank <= i.rank)
             return j.index <= i.index if isinstance(domain, xf.Grid) else j.at[0] <= i.at[0]
         case masks.Local(radius=radius, border="clamp"):
-            starts = [max(min(a - r, last - 2 * r), first) for a, r, last, first in zip(i.at, _axes(radius, ndim), j.last, _first(domain), strict=True)]
+            starts = [
+                max(min(a - r, last - 2 * r), first)
+                for a, r, last, first in zip(i.at, _axes(radius, ndim), j.last, _first(domain), strict=True)
+            ]
             return all(s <= b <= s + 2 * r for s, b, r in zip(starts, j.at, _axes(radius, ndim), strict=True))
         case masks.Local(radius=radius):
             if isinstance(domain, xf.Points):
@@ -90,7 +109,9 @@ def defined(mask: masks.Mask, domain: xf.Domain, i: Token, j: Token, head: int) 
             # In the precision of the coordinates, as on any device.
             kind = torch.float32 if domain.continuous else torch.float64
             at = torch.tensor([i.at, j.at], dtype=kind)
-            a, b = torch.floor((at - torch.tensor(_axes(shift, ndim), dtype=kind)) / torch.tensor(_axes(size, ndim), dtype=kind))
+            a, b = torch.floor(
+                (at - torch.tensor(_axes(shift, ndim), dtype=kind)) / torch.tensor(_axes(size, ndim), dtype=kind)
+            )
             return torch.equal(a, b)
         case masks.Axial(axis=axis):
             return all(a == b for n, (a, b) in enumerate(zip(i.at, j.at, strict=True)) if n != axis % ndim)
@@ -128,7 +149,10 @@ def test_leaves_mean_what_they_say(kind, rng):
         tokens = tokens_of(domain, row)
         assert len(tokens) == domain.num_tokens
         for head in range(4):
-            want = [[i.exists and j.exists and i.item == j.item and defined(mask, domain, i, j, head) for j in tokens] for i in tokens]
+            want = [
+                [i.exists and j.exists and i.item == j.item and defined(mask, domain, i, j, head) for j in tokens]
+                for i in tokens
+            ]
             assert dense[row, head].tolist() == want, f"{mask!r} on {domain!r}"
 
 

@@ -49,10 +49,14 @@ class Grid(Domain):
         """
         table = torch.as_tensor(sizes)
         if table.ndim != 2 or not 1 <= table.shape[1] <= 3:
-            raise ValueError(f"sizes must be a list of (height, width) or of 1 to 3 sizes each; got shape {tuple(table.shape)}")
+            raise ValueError(
+                f"sizes must be a list of (height, width) or of 1 to 3 sizes each; got shape {tuple(table.shape)}"
+            )
         as_lengths("sizes", table.reshape(-1))
         table = table.long()
-        domain = cls(*(int(size) for size in (table.amax(0) if len(table) else torch.zeros(table.shape[1]))), prefix=prefix)
+        domain = cls(
+            *(int(size) for size in (table.amax(0) if len(table) else torch.zeros(table.shape[1]))), prefix=prefix
+        )
         domain.item_sizes = table
         domain.offsets = offsets_of(table.prod(1) + prefix)
         domain.num_tokens = int(domain.offsets[-1])
@@ -65,8 +69,8 @@ class Grid(Domain):
             stride, size = math.prod(self.sizes[axis + 1 :]), self.sizes[axis]
             return place // max(stride, 1) % max(size, 1) if axis else place // max(stride, 1)
         sizes = self.item_sizes[0] if self.items is None else self.item_sizes[self.items[i]]
-        stride = sizes[..., axis + 1 :].prod(-1)
-        return torch.div(place, stride.clamp(min=1), rounding_mode="floor") % sizes[..., axis].clamp(min=1)
+        strides = sizes[..., axis + 1 :].prod(-1)
+        return torch.div(place, strides.clamp(min=1), rounding_mode="floor") % sizes[..., axis].clamp(min=1)
 
     def precedes(self, keys: Domain, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
         """Row-major order."""

@@ -38,7 +38,9 @@ class Points(Domain):
     ) -> None:
         if not isinstance(coordinates, Tensor) or coordinates.ndim not in (2, 3) or coordinates.shape[-1] == 0:
             shape = tuple(coordinates.shape) if isinstance(coordinates, Tensor) else type(coordinates).__name__
-            raise ValueError(f"coordinates must be a tensor (tokens, ndim) or (batch, tokens, ndim) with ndim >= 1; got {shape}")
+            raise ValueError(
+                f"coordinates must be a tensor (tokens, ndim) or (batch, tokens, ndim) with ndim >= 1; got {shape}"
+            )
         places = coordinates if coordinates.is_floating_point() else coordinates.double()
         if valid is not None:
             places, valid = _check_valid(places, valid, axes=1)
@@ -74,7 +76,9 @@ def _offsets_of_batch(places: Tensor, batch: Tensor) -> Tensor:
     """Item boundaries from the item of each token, checked."""
     batch = as_lengths("batch", batch)
     if places.ndim != 2 or batch.numel() != places.shape[0]:
-        raise ValueError(f"batch must name the item of each of the (tokens, ndim) points; got {batch.numel()} for {tuple(places.shape)}")
+        raise ValueError(
+            f"batch must name the item of each of the (tokens, ndim) points; got {batch.numel()} for {tuple(places.shape)}"
+        )
     if batch.device != places.device:
         raise ValueError(f"batch must be on the device of the coordinates; got {batch.device} and {places.device}")
     if batch.numel() and bool((batch.diff() < 0).any()):

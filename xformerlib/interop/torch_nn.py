@@ -62,7 +62,7 @@ def from_torch(module: nn.Module) -> nn.Module:
         ValueError: ``add_bias_kv``, ``kdim`` or ``vdim`` other than ``embed_dim``, and stacks of no layers, which ours cannot express.
 
     Example:
-        >>> from_torch(torch.nn.Transformer(32, 4, 2, 2, dim_feedforward=64)).decoder.blocks[0].feed_forward.hidden
+        >>> from_torch(torch.nn.Transformer(32, 4, 2, 2, dim_feedforward=64, batch_first=True)).decoder.blocks[0].feed_forward.hidden
         64
     """
     for kind, convert in _CONVERTERS.items():
@@ -185,7 +185,7 @@ def _block(theirs: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer, memo
     ours.feed_forward.up, ours.feed_forward.down = up, down
     ours.feed_forward.dropout = copy.deepcopy(theirs.dropout, memo)
     residuals = [ours.attention_residual, ours.feed_forward_residual]
-    if decoder:
+    if isinstance(theirs, nn.TransformerDecoderLayer):
         ours.cross_attention = _attention(theirs.multihead_attn, memo)
         residuals.insert(1, ours.cross_residual)
     for number, residual in enumerate(residuals, start=1):
@@ -257,7 +257,7 @@ def _blocks(
             raise TypeError(
                 f"layers[{number}] must be an nn.{kind.__name__} to be taken over; got {type(layer).__name__}"
             )
-    return [_block(layer, memo) for layer in theirs.layers]  # type: ignore[arg-type]
+    return [_block(layer, memo) for layer in theirs.layers]
 
 
 def _linear(name: str, theirs: nn.Module, memo: dict[int, Any]) -> nn.Linear:

@@ -54,7 +54,9 @@ class Mask:
         return Not(self)
 
     def __bool__(self) -> bool:
-        raise TypeError(f"a mask has no truth value, so 'and', 'or' and 'not' cannot combine masks: use & | ~ instead; got {self!r}")
+        raise TypeError(
+            f"a mask has no truth value, so 'and', 'or' and 'not' cannot combine masks: use & | ~ instead; got {self!r}"
+        )
 
     # -- the meaning ---------------------------------------------------------------------------------------------
 
@@ -102,7 +104,12 @@ class Mask:
         return mask_mod
 
     def dense(
-        self, domain: Domain, key_domain: Domain | None = None, *, batch_size: int | None = None, heads: int | None = None
+        self,
+        domain: Domain,
+        key_domain: Domain | None = None,
+        *,
+        batch_size: int | None = None,
+        heads: int | None = None,
     ) -> Bool[Tensor, "*batch_heads queries keys"]:
         """The whole mask as a bool tensor ``(Tq, Tk)``, with leading ``(B, H)`` only where it varies over rows or heads.
 
@@ -189,7 +196,7 @@ class _Combination(Mask):
         return iter(self.parts)
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and set(self.parts) == set(other.parts)  # type: ignore[attr-defined]
+        return type(self) is type(other) and set(self.parts) == set(other.parts)
 
     def __hash__(self) -> int:
         return hash((type(self), frozenset(self.parts)))
@@ -203,7 +210,9 @@ class _Combination(Mask):
             {n for part in self.parts if (n := part.extent()[axis]) is not None and n != 1} for axis in (0, 1)
         )
         if len(batch) > 1 or len(heads) > 1:
-            raise ValueError(f"the parts of a mask must agree on batch and heads; got {batch or None} rows and {heads or None} heads in {self!r}")
+            raise ValueError(
+                f"the parts of a mask must agree on batch and heads; got {batch or None} rows and {heads or None} heads in {self!r}"
+            )
         varies = [any(part.extent()[axis] is not None for part in self.parts) for axis in (0, 1)]
         return Extent(next(iter(batch), 1 if varies[0] else None), next(iter(heads), 1 if varies[1] else None))
 

@@ -37,7 +37,9 @@ class Axial(SpatialLeaf):
     def check(self, domain: Domain, keys: Domain) -> None:
         super().check(domain, keys)
         if not -domain.ndim <= self.axis < domain.ndim:
-            raise ValueError(f"axis must be one of the {domain.ndim} axes of the grid; got axis={self.axis} on {domain!r}")
+            raise ValueError(
+                f"axis must be one of the {domain.ndim} axes of the grid; got axis={self.axis} on {domain!r}"
+            )
 
     def relates(self, domain: Domain, keys: Domain):  # type: ignore[no-untyped-def]
         others = [axis for axis in range(domain.ndim) if axis != self.axis % domain.ndim]

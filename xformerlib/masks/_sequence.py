@@ -59,7 +59,9 @@ class Causal(Leaf):
         super().check(domain, keys)
         domain.check_ordered()
         if domain.kind == "Grid" and domain.sizes[1:] != keys.sizes[1:]:  # type: ignore[attr-defined]
-            raise ValueError(f"Causal needs grids with the same rows, to have one row-major order; got {domain!r} and {keys!r}")
+            raise ValueError(
+                f"Causal needs grids with the same rows, to have one row-major order; got {domain!r} and {keys!r}"
+            )
 
     def allows(self, domain: Domain, keys: Domain) -> Predicate:
         def not_later(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -67,7 +69,9 @@ class Causal(Leaf):
             query_prefix, key_prefix = domain.is_prefix(b, q), keys.is_prefix(b, k)
             if query_prefix is not None:
                 earlier = keys.place(k) <= domain.place(q)
-                result = torch.where(query_prefix, earlier if key_prefix is not None else torch.zeros_like(earlier), result)
+                result = torch.where(
+                    query_prefix, earlier if key_prefix is not None else torch.zeros_like(earlier), result
+                )
             if key_prefix is not None:
                 result = result | (key_prefix if query_prefix is None else key_prefix & ~query_prefix)
             return result
@@ -115,7 +119,9 @@ class Local(SpatialLeaf):
             raise TypeError(f"radius on a graph is a number of hops, an integer; got radius={self.radius!r}")
         if self.border == "clamp":
             if domain.kind not in ("Sequence", "Grid"):
-                raise ValueError(f'border="clamp" is defined on Sequence and Grid, which have a rim; got {domain!r}. Use border="cut".')
+                raise ValueError(
+                    f'border="clamp" is defined on Sequence and Grid, which have a rim; got {domain!r}. Use border="cut".'
+                )
             if not all(isinstance(radius, int) for radius in radii):
                 raise TypeError(f'border="clamp" needs whole radii; got radius={self.radius!r}')
 
@@ -130,7 +136,9 @@ class Local(SpatialLeaf):
                 first, last = keys.extent(axis, b, k)
                 centre, key = domain.coordinate(axis, b, q), keys.coordinate(axis, b, k)
                 # The window starts radius before the query, but no later than leaves room for all of it, and not before the rim.
-                start = torch.maximum(torch.minimum(centre - radius, _like(last - 2 * radius, centre)), _like(first, centre))
+                start = torch.maximum(
+                    torch.minimum(centre - radius, _like(last - 2 * radius, centre)), _like(first, centre)
+                )
                 here = (key >= start) & (key <= start + 2 * radius)
                 inside = here if inside is None else inside & here
             assert inside is not None
@@ -267,12 +275,12 @@ class Windows(SpatialLeaf):
 def check_sizes(name: str, value: object, *, least: float | None = None, above: bool = False, whole: bool = False):  # type: ignore[no-untyped-def]
     """A number, or a tuple of one per axis, checked; whole numbers come back as int, so that equal masks are equal."""
     if isinstance(value, (tuple, list)):
-        if not 1 <= len(value):
+        if not len(value) >= 1:
             raise ValueError(f"{name} must be a number or one per axis; got {name}={value!r}")
         return tuple(check_sizes(name, part, least=least, above=above, whole=whole) for part in value)
     if isinstance(value, bool) or not (hasattr(value, "__index__") or isinstance(value, float)):
         raise TypeError(f"{name} must be a number, or a tuple of one per axis; got {name}={value!r}")
-    number = value.__index__() if hasattr(value, "__index__") else float(value)  # type: ignore[arg-type]
+    number = value.__index__() if hasattr(value, "__index__") else float(value)
     if math.isnan(number) or (least is not None and (number <= least if above else number < least)):
         raise ValueError(f"{name} must be {'>' if above else '>='} {least}; got {name}={value!r}")
     if isinstance(number, float) and number.is_integer():
@@ -288,9 +296,11 @@ def per_axis(name: str, value: Sizes, domain: Domain) -> tuple[int | float, ...]
         return (value,) if domain.kind != "Grid" else (value,) * domain.ndim
     if domain.kind == "Graph" or len(value) != domain.ndim:
         axes = 1 if domain.kind == "Graph" else domain.ndim
-        raise ValueError(f"{name} must be one number or one per axis of the domain; got {name}={value!r} on {domain!r} of {axes} axes")
+        raise ValueError(
+            f"{name} must be one number or one per axis of the domain; got {name}={value!r} on {domain!r} of {axes} axes"
+        )
     return value
 
 
-def _like(value: Tensor | int, other: Tensor) -> Tensor:
+def _like(value: Tensor | int | float, other: Tensor) -> Tensor:
     return value if isinstance(value, Tensor) else torch.full_like(other, value)
