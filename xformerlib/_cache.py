@@ -49,8 +49,11 @@ class Cache:
         value: Float[Tensor, "batch kv_heads tokens value_dim"],
         domain: Domain,
         lookback: float | None = None,
-    ) -> tuple[Tensor, Tensor, Domain]:
-        """Append a layer's new keys and values, and return all that its new queries may need, and where these live."""
+    ) -> tuple[Tensor, Tensor, Domain, Domain]:
+        """Append a layer's new keys and values.
+
+        Returns all keys and values that the new queries may need, and where the queries and these keys live.
+        """
         entry = self._entries.get(layer)
         if entry is None:
             domain.check_extendable()
@@ -58,10 +61,10 @@ class Cache:
         else:
             if entry.keys.shape[0] != key.shape[0]:
                 raise ValueError(f"x must keep its batch size from step to step; got {key.shape[0]} after {entry.keys.shape[0]}")
-            entry = _reachable(entry, lookback)
-            entry = _appended(entry, key, value, entry.domain.extended(domain))
+            entry, earlier = _reachable(entry, lookback), entry.domain
+            entry, domain = _appended(entry, key, value, entry.domain.extended(domain)), domain.continuing(earlier)
         self._entries[layer] = entry
-        return entry.keys[:, :, entry.first : entry.last], entry.values[:, :, entry.first : entry.last], entry.domain
+        return entry.keys[:, :, entry.first : entry.last], entry.values[:, :, entry.first : entry.last], domain, entry.domain
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Cache:
         """A cache that goes on by itself from here, of the same layers: beams of a search share what came before."""

@@ -278,7 +278,8 @@ class Attention(nn.Module):
             if cache is None:
                 return q, key, value, domain, domain
             # Not the mask of this call alone: later calls may look back further.
-            key, value, keys = cache.extend(self, key, value, domain, None if self.mask is None else self.mask.lookback())
+            lookback = None if self.mask is None else self.mask.lookback()
+            key, value, domain, keys = cache.extend(self, key, value, domain, lookback)
             return q, key, value, domain, keys
         q = _normed(self.query_norm, self._heads(self._linear(domain.zero_padding(x), 0, own)))
         if context is None:

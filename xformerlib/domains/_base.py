@@ -65,6 +65,7 @@ class Domain(ABC):
         self.valid = valid
         self._batch_size = batch_size
         self._device = device
+        self._rank_offset = 0
         self._facts: dict[Hashable, Any] = {}
 
     # -- which tokens ------------------------------------------------------------------------------------------
@@ -103,6 +104,13 @@ class Domain(ABC):
                 self._facts[key] = make()
         return self._facts[key]
 
+    def _own_facts(self) -> dict[Hashable, Any]:
+        """The facts without plans and copies on other devices, which refer back to the domain."""
+        return {key: fact for key, fact in self._facts.items() if not (isinstance(key, tuple) and key[0] in ("to", "plan"))}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_facts": self._own_facts()}
+
     def to(self, device: torch.device | str) -> Self:
         """The same domain with its tensors, and the facts already computed, on ``device``; one copy per device."""
         target = torch.empty(0, device=device).device  # "cuda" means "cuda:0" here as it does for tensors
@@ -113,8 +121,7 @@ class Domain(ABC):
             moved = copy.copy(self)
             moved.__dict__ = {name: _to_device(value, target) for name, value in self.__dict__.items() if name != "_facts"}
             moved._device = target
-            known = {key: fact for key, fact in self._facts.items() if not (isinstance(key, tuple) and key[0] in ("to", "plan"))}
-            moved._facts = _to_device(known, target)
+            moved._facts = _to_device(self._own_facts(), target)
             return moved
 
         return self.fact(("to", target), move)
@@ -149,7 +156,8 @@ class Domain(ABC):
 
     def rank(self, b: Tensor, i: Tensor) -> Tensor:
         """Place of token ``i`` in its whole item, from 0 at the front, prefix tokens included."""
-        return self.place(i)
+        place = self.place(i)
+        return place + self._rank_offset if self._rank_offset else place
 
     def is_prefix(self, b: Tensor, i: Tensor) -> Tensor | None:
         """Whether token ``i`` is a prefix token; None where the domain has none."""
@@ -233,6 +241,21 @@ class Domain(ABC):
         """This domain with the tokens of ``later`` appended, for caches."""
         self.check_extendable()
         raise AssertionError(f"{self.kind} says it can be extended, but not how")
+
+    def continuing(self, earlier: Domain) -> Self:
+        """This domain as what follows ``earlier``, from whose front ranks are then counted."""
+        return self._ranked_from(earlier.num_tokens)
+
+    def _ranked_from(self, offset: int) -> Self:
+        if offset == 0:
+            return self
+        piece = copy.copy(self)
+        piece._facts, piece._rank_offset = {}, offset
+        return piece
+
+    def begins_with(self, keys: Domain) -> bool:
+        """Whether indices of queries and of keys count from the same token, as far as that can be said."""
+        return self._rank_offset == keys._rank_offset
 
     def last(self, count: int) -> Domain:
         """The last ``count`` tokens of a domain that counts steps."""

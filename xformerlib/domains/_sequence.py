@@ -77,7 +77,7 @@ class Sequence(Domain):
 
     def rank(self, b: Tensor, i: Tensor) -> Tensor:
         # A chunk that starts at 41 continues an item: its first token is not the item's front.
-        place = self.place(i)
+        place = super().rank(b, i)
         if self.start == 0:
             return place
         return torch.where(place < self.prefix, place, place + self.start) if self.prefix else place + self.start
@@ -105,11 +105,17 @@ class Sequence(Domain):
             raise ValueError(f"the next tokens of a cached sequence start where the last ones ended: Sequence(n, start={end}); got {later!r}")
         return Sequence(self.length + later.length, start=self.start, prefix=self.prefix)
 
+    def continuing(self, earlier: Domain) -> Sequence:
+        return self._ranked_from(earlier.prefix)  # ``start`` counts the others
+
+    def begins_with(self, keys: Domain) -> bool:
+        return super().begins_with(keys) and (not isinstance(keys, Sequence) or self.start == keys.start)
+
     def last(self, count: int) -> Sequence:
         return Sequence(count, start=self.start + self.length - count)
 
     def _value(self) -> Hashable:
-        return (self.length, self.start, self.prefix) if self.lengths is None else None
+        return (self.length, self.start, self.prefix, self._rank_offset) if self.lengths is None else None
 
     def __repr__(self) -> str:
         options = "".join(f", {name}={value}" for name, value in (("start", self.start), ("prefix", self.prefix)) if value)

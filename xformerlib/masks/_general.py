@@ -46,6 +46,11 @@ class Global(Leaf):
 
     def check(self, domain: Domain, keys: Domain) -> None:
         super().check(domain, keys)
+        if isinstance(self.tokens, tuple) and not domain.begins_with(keys):
+            raise ValueError(
+                f"tokens by index say nothing where queries and keys are different pieces of a sequence, whose indices begin anew; got "
+                f"{self!r} on {domain!r} and {keys!r}. Name a count from the front, Global(g)."
+            )
         for where in (domain, keys):
             if isinstance(self.tokens, tuple) and self.tokens and self.tokens[-1] >= where.num_tokens:
                 raise ValueError(f"tokens must be < num_tokens; got index {self.tokens[-1]} on {where!r} of {where.num_tokens} tokens")
