@@ -250,9 +250,8 @@ def _resample(table: Float[Tensor, "*size dim"], size: tuple[int, ...]) -> Float
     resampled = table
     for axis, (old, new) in enumerate(zip(table.shape[:-1], size, strict=True)):
         if old != new:
-            resampled = torch.tensordot(_bicubic(old, new).to(table.device), resampled.double(), ([1], [axis])).movedim(
-                0, axis
-            )
+            weights = _bicubic(old, new).to(table.device)
+            resampled = (resampled.double().movedim(axis, -1) @ weights.T).movedim(-1, axis)
     return resampled.to(table.dtype)
 
 

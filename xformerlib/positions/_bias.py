@@ -361,17 +361,20 @@ class _DecayPair(PairBias):
         super().__init__(domain, keys, (slopes,), heads=slopes.numel(), batch_size=rows, relative=in_steps(domain))
 
     def scores(self, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        distance = self._distance(b, q, k).detach().to(self.tensors[0].dtype)
+        distance = self._distance(b, q, k).detach()
         prefix = self.domain.touches_prefix(self.keys, b, q, k)
         if prefix is not None:
             distance = torch.where(prefix, 0.0, distance)
         return -self.tensors[0].reshape(-1, *(1,) * distance.ndim) * distance
 
     def _distance(self, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        dtype = self.tensors[0].dtype
         if not isinstance(self.domain, Grid):
-            return self.domain.distance(self.keys, b, q, k)
-        squares = [self.domain.offset(axis, self.keys, b, q, k).double() ** 2 for axis in range(self.domain.ndim)]
-        return torch.stack(torch.broadcast_tensors(*squares)).sum(0).sqrt()
+            return self.domain.distance(self.keys, b, q, k).to(dtype)
+        squares = self.domain.offset(0, self.keys, b, q, k) ** 2
+        for axis in range(1, self.domain.ndim):
+            squares = squares + self.domain.offset(axis, self.keys, b, q, k) ** 2
+        return squares.to(dtype).sqrt()
 
 
 def _rows_of_batch(domain: Domain, keys: Domain) -> int | None:
