@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -702,6 +704,28 @@ def test_pickling() -> None:
     x = tokens(2, 5)
     wanted = model(x)  # after a call: nothing that was kept for the next one is in the way
     assert torch.equal(pickle.loads(pickle.dumps(model))(x), wanted)
+
+
+def test_domains_that_were_used_copy_and_pickle() -> None:
+    model = redrawn(xf.Encoder(DIM, 1, 2, mask=masks.Local(1) | masks.Global(1), position=positions.Rotary(DIM // 2)))
+    graph = xf.Graph(torch.tensor([[0, 1, 2, 0], [1, 2, 3, 2]]), 4)
+    for domain in (xf.Sequence(4), xf.Sequence.packed([3, 1]), xf.Timeline(torch.rand(4)), xf.Grid(2, 2), graph):
+        x = tokens(4)
+        wanted = model(x, domain)
+        for twin in (copy.copy(domain), copy.deepcopy(domain), pickle.loads(pickle.dumps(domain))):
+            assert torch.equal(model(x, twin), wanted)
+
+
+def test_masks_of_a_call_are_not_kept() -> None:
+    model, x = xf.Encoder(DIM, 1, HEADS), torch.randn(1, 5, DIM)
+    given_masks = [masks.Dense(torch.ones(5, 5, dtype=torch.bool)) for _ in range(3)]
+    seen = [weakref.ref(mask.allowed) for mask in given_masks]
+    for mask in given_masks:
+        model(x, mask=mask)
+        model(x, mask=mask & masks.Causal())
+    del mask, given_masks
+    gc.collect()
+    assert [ref() for ref in seen] == [None] * 3
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------------
