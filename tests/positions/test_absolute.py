@@ -104,6 +104,18 @@ def test_points_on_a_grid_have_its_features_axis_by_axis() -> None:
     torch.testing.assert_close(points, added(Sinusoidal(8), grid, 8).unflatten(-1, (2, 4)).flip(-2).flatten(-2))
 
 
+def test_tables_are_kept_on_the_domain_for_equal_settings_only() -> None:
+    domain = Grid(3, 3)
+    settings = [{}, {"theta": 10.0}, {"scale": 2.0}]
+    results = [added(Sinusoidal(8, **setting), domain, 8) for setting in settings]
+    kept = len(domain._facts)
+    for setting, result in zip(settings, results, strict=True):
+        torch.testing.assert_close(result, added(Sinusoidal(8, **setting), Grid(3, 3), 8), rtol=0, atol=0)
+        added(Sinusoidal(8, **setting), domain, 8)
+    assert len(domain._facts) == kept
+    assert not torch.equal(results[0], results[1])
+
+
 # -- learned -----------------------------------------------------------------------------------------------------------
 
 

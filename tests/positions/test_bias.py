@@ -143,6 +143,23 @@ def test_queries_and_keys_may_have_grids_of_different_size() -> None:
         torch.testing.assert_close(part, all_pairs[:, :2, :5])
 
 
+def test_rows_are_kept_on_the_domain_for_equal_settings_only() -> None:
+    domain = Sequence(20)
+    settings = [
+        {},
+        {"buckets": 8},
+        {"max_distance": 17},
+        {"bidirectional": False},
+        {"scale": 3.0},
+        {"size": 3},
+        {"size": 4},
+    ]
+    for setting in settings:
+        bias = redrawn(RelativeBias(2, **setting))
+        torch.testing.assert_close(scores(bias, domain), scores(bias, Sequence(20)), rtol=0, atol=0)
+        torch.testing.assert_close(scores(bias, Sequence(3), domain), scores(bias, Sequence(20))[:, :3], rtol=0, atol=0)
+
+
 def test_the_gradient_of_a_table_is_accurate_over_many_pairs() -> None:
     bias = RelativeBias(1)
     n = 1024

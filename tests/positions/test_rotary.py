@@ -290,13 +290,23 @@ def test_rotations_can_be_compared_across_domains_of_a_kind() -> None:
 
 
 def test_angles_are_kept_on_the_domain_and_shared_by_equal_settings() -> None:
-    domain, x = Sequence(16), draw(1, 1, 16, 8)
-    Rotary(8).rotate_one(x, domain)
-    kept = dict(domain._facts)
-    Rotary(8).rotate_one(x, domain)
-    assert domain._facts.keys() == kept.keys()
-    other = Rotary(8, theta=50.0).rotate_one(x, domain)
-    torch.testing.assert_close(other, Rotary(8, theta=50.0).rotate_one(x, Sequence(16)))
+    domain, x = Grid(4, 4), draw(1, 1, 16, 8)
+    settings = [
+        {},
+        {"theta": 50.0},
+        {"fraction": 0.5},
+        {"scale": 2.0},
+        {"coordinates": "resized"},
+        {"coordinates": "resized", "reference": 8},
+        {"coordinates": "normalized"},
+        *({"scaling": scaling} for scaling in SCALINGS[1:]),
+    ]
+    results = [Rotary(8, **setting).rotate_one(x, domain) for setting in settings]
+    kept = len(domain._facts)
+    for setting, result in zip(settings, results, strict=True):
+        torch.testing.assert_close(result, Rotary(8, **setting).rotate_one(x, Grid(4, 4)), rtol=0, atol=0)
+        Rotary(8, layout="interleaved", **setting).rotate_one(x, domain)
+    assert len(domain._facts) == kept
 
 
 def test_repr_says_what_is_not_usual() -> None:
