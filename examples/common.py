@@ -25,16 +25,22 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    # cuBLAS repeats its bits only with a workspace of fixed size, and reads this when it is first used.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    if torch.cuda.is_available():
+        # cuBLAS repeats its bits only with a workspace of fixed size; it reads this when it is first used.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def choose_device(name: str) -> torch.device:
     """``"auto"`` is the GPU where there is one, and the CPU otherwise; anything else is torch's own name of a device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch that was built without CUDA
+        raise ValueError(
+            f"--device must be auto or a device of this machine, such as cpu; got {name!r}: {error}"
+        ) from error
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -51,6 +57,15 @@ def cosine_schedule(optimizer: Optimizer, *, warmup: int, steps: int) -> LambdaL
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
     return LambdaLR(optimizer, factor)
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """End the program with the message alone where the user's input is at fault (ValueError); a traceback would only hide it."""
+    try:
+        yield
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 @contextmanager
@@ -71,10 +86,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def random_state() -> dict[str, Any]:
     """The state of every random number generator that :func:`seed_everything` has started."""
-    name, keys, *rest = np.random.get_state()
+    numpy_state = np.random.get_state(legacy=False)
+    numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()  # torch.load reads no arrays unless told to
     return {
         "python": random.getstate(),
-        "numpy": (name, keys.tolist(), *rest),
+        "numpy": numpy_state,
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -148,6 +164,7 @@ class Run:
             "parts": {name: part.state_dict() for name, part in parts.items()},
             "random": random_state(),
             "options": self.options,
+            "metrics_size": self.metrics.stat().st_size if self.metrics.exists() else 0,
         }
         with replacing(self.state) as path:
             torch.save(state, path)
@@ -155,7 +172,7 @@ class Run:
     def resume(self, parts: dict[str, Any]) -> tuple[int, dict[str, float]]:
         """Put every part and random generator where :meth:`save_state` has left it; return the step and the values.
 
-        Lines of ``metrics.jsonl`` from after that step are dropped: those steps are about to be taken again.
+        What ``metrics.jsonl`` holds from after that step is dropped: those steps are about to be taken again.
 
         Raises:
             ValueError: if there is nothing to continue, or it was begun with other options.
@@ -167,7 +184,8 @@ class Run:
         for name, part in parts.items():
             part.load_state_dict(state["parts"][name])
         set_random_state(state["random"])
-        self._drop_metrics_after(state["step"])
+        with self.metrics.open("ab") as file:
+            file.truncate(min(state["metrics_size"], file.tell()))
         return state["step"], state["values"]
 
     def _check_options(self, begun: dict[str, Any]) -> None:
@@ -178,15 +196,3 @@ class Run:
                 f"--resume needs the options that the run in {self.directory} was begun with; got {listing}; "
                 "give the same options, or another run directory"
             )
-
-    def _drop_metrics_after(self, step: int) -> None:
-        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
-        with replacing(self.metrics) as path:
-            path.write_text("".join(line + "\n" for line in lines if _is_record_until(line, step)), encoding="utf-8")
-
-
-def _is_record_until(line: str, step: int) -> bool:
-    try:
-        return json.loads(line)["step"] <= step
-    except json.JSONDecodeError:  # the line that was being written when the run was cut off
-        return False
