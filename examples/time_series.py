@@ -29,6 +29,7 @@ import torch
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -405,7 +406,7 @@ def draw(path: Path, table: Table, examples: list[Example], curves: tuple[Tensor
         examples: the windows to show; of their channels, the first three.
         curves: mean absolute error by step ahead, of the model and of the last season: each (horizon,).
     """
-    channels, width = min(3, len(table.names)), len(examples)
+    channels, width, unit = min(3, len(table.names)), len(examples), table.unit and ", " + table.unit
     figure = Figure(figsize=(3.6 * width + 3.8, 3.4 * channels + 0.9), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[width, 1.05], wspace=0.04, squeeze=False)[0]
     grid = left.subplots(2 * channels, width, sharex=True, height_ratios=[2.2, 1] * channels, squeeze=False)
@@ -415,8 +416,8 @@ def draw(path: Path, table: Table, examples: list[Example], curves: tuple[Tensor
         limit = max(abs(bound) for axes in grid[2 * channel + 1] for bound in axes.get_ylim())
         for axes in grid[2 * channel + 1]:
             axes.set_ylim(-limit, limit)
-        grid[2 * channel, 0].set_ylabel(table.names[channel] + (table.unit and ", " + table.unit))
-        grid[2 * channel + 1, 0].set_ylabel("error")
+        grid[2 * channel, 0].set_ylabel(table.names[channel] + unit)
+        grid[2 * channel + 1, 0].set_ylabel("error" + unit)
     for axes, example in zip(grid[0], examples, strict=True):
         axes.set_title(f"from {table.dates[example.first]:%Y-%m-%d %H:%M}")
     for axes in grid[-1]:
@@ -424,11 +425,13 @@ def draw(path: Path, table: Table, examples: list[Example], curves: tuple[Tensor
     curve = right.subplots()
     for values, colour in zip(curves, (OURS, NAIVE), strict=True):
         curve.plot(range(1, len(values) + 1), values, color=colour, lw=2.5)
-    curve.set(title="mean absolute error on test", xlabel="steps ahead", ylim=(0, None))
+    curve.set(title="mean absolute error on test" + unit, xlabel="steps ahead", ylim=(0, None))
+    left.align_ylabels()
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False)
     for axes in (*grid.flat, curve):
-        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines[:].set_visible(False)
+        axes.yaxis.set_major_locator(MaxNLocator(4))
         axes.grid(axis="y", color="0.9", lw=0.8)
         axes.tick_params(length=0)
     with common.replacing(path) as beside:
@@ -442,7 +445,7 @@ def draw_window(values: Axes, errors: Axes, table: Table, example: Example, chan
     truth = np.where(table.observed[:, channel], table.values[:, channel], np.nan)
     steps, ahead = np.arange(1, horizon + 1), slice(example.first, example.first + horizon)
     values.plot(np.arange(1 - past, 2), truth[example.first - past : example.first + 1], color=PAST, lw=2, label="past")
-    values.plot(steps, truth[ahead], color=INK, lw=4, alpha=0.75, label="truth")
+    values.plot(steps, truth[ahead], color=INK, lw=3.5, alpha=0.75, label="truth")
     for forecast, colour, label in ((example.naive, NAIVE, "last season repeated"), (example.ours, OURS, "forecast")):
         values.plot(steps, forecast[channel], color=colour, lw=1.8, label=label)
         errors.axhline(0, color=INK, lw=0.8)
