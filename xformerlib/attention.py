@@ -15,7 +15,7 @@ from ._cache import Cache
 from .domains import Domain, Sequence
 from .kernels import Plan, Problem, Scores
 from .kernels._chunked import rows_per_block
-from .kernels._scores import hide_unseen, probabilities
+from .kernels._scores import probabilities
 from .masks import Full, Mask
 from .positions import Bias, Position, Rotation
 
@@ -77,11 +77,11 @@ def attention(
         head_dim=query.shape[-1], value_dim=value.shape[-1], dtype=query.dtype, device=query.device.type, bias=_bias_kind(terms),
         dropout_p=dropout_p, softcap=softcap is not None, sinks=sinks is not None,
     )  # fmt: skip
-    plan = _plan(problem, kernel)
-    scores = _scores(problem, terms, query, 1 / math.sqrt(query.shape[-1]) if scale is None else scale, softcap, sinks)
-    query, key, value = _without_hidden(problem, scores, query, key, value)
+    plan = _plan(problem, kernel, query.device)
+    scores = _scores(problem, terms, query, scale, softcap)
+    query, key, value = _without_padding(problem, query, key, value)
     with torch.autocast(query.device.type, enabled=False):
-        return kernels.KERNELS[plan.kernel].run(problem, scores, query, key, value)
+        return plan.run(problem, scores, query, key, value, sinks)
 
 
 def plan(
@@ -116,7 +116,7 @@ def plan(
         head_dim=head_dim, value_dim=head_dim, dtype=dtype, device=torch.device(device).type, bias=_bias_kind(_bias_terms(bias)),
         dropout_p=dropout_p, softcap=softcap is not None, sinks=sinks,
     )  # fmt: skip
-    return _plan(problem, kernel)
+    return _plan(problem, kernel, torch.device(device))
 
 
 class Attention(nn.Module):
@@ -239,19 +239,16 @@ class Attention(nn.Module):
         terms = _bias_terms(self._biases(position))
         domain, keys = _resolve_domains(q, key, full, terms, domain, keys)
         problem = Problem(full, domain, keys, len(q), self.heads, self.kv_heads, self.head_dim, self.head_dim, q.dtype, q.device.type)
-        scores = _scores(problem, terms, q, 1 / math.sqrt(self.head_dim), self.softcap, self.sinks)
-        q, key, _ = _without_hidden(problem, scores, q, key, key)
+        scores = _scores(problem, terms, q, None, self.softcap)
         index = torch.arange(q.shape[2], device=q.device) if rows is None else torch.as_tensor(rows, device=q.device)
         index = index if index.numel() else index.long()
         if index.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"rows must be integers; got {index.dtype}")
         if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < q.shape[2]):
             raise ValueError(f"rows must index the {q.shape[2]} queries; got {index.tolist()}")
-        k_index = torch.arange(key.shape[2], device=q.device)
-        blocks = []
-        for block in index.split(rows_per_block(problem)):
-            p, kept = probabilities(q.index_select(2, block), key, scores, block, k_index)
-            blocks.append(p if kept is None else p * kept[..., None])
+        blocks = [
+            probabilities(q.index_select(2, rows), key, scores, rows, self.sinks) for rows in index.split(rows_per_block(problem))
+        ]
         return torch.cat(blocks, 2) if blocks else q.new_zeros(*q.shape[:2], 0, key.shape[2])
 
     def _project(
@@ -414,26 +411,25 @@ def _bias_terms(bias: BiasLike | SequenceOf[BiasLike] | None) -> tuple[BiasLike,
 def _bias_kind(terms: tuple[BiasLike, ...]) -> str | None:
     if not terms:
         return None
-    tensors = [t for term in terms for t in ([term] if isinstance(term, Tensor) else term.parameters())]
+    if any(isinstance(term, Tensor) for term in terms):
+        return "dense"
+    tensors = [t for term in terms for t in term.parameters()]  # type: ignore[union-attr]
     return "trained" if torch.is_grad_enabled() and any(t.requires_grad for t in tensors) else "fixed"
 
 
-def _plan(problem: Problem, kernel: str) -> Plan:
+def _plan(problem: Problem, kernel: str, device: torch.device) -> Plan:
     """The plan, kept on the domain of the queries: the last few, since a problem keeps its mask and its keys' domain in memory."""
-    if getattr(problem.mask, "device", None) is not None:  # a mask of tensors, more likely new at each call than given again
-        return kernels.choose(problem, kernel)
-    plans: dict[tuple[Problem, str], Plan] = problem.domain.fact(("plan",), dict)
-    known = plans.get((problem, kernel))
-    if known is not None:
-        return known
-    if len(plans) >= MOST_PLANS:
-        plans.pop(next(iter(plans)))
-    return plans.setdefault((problem, kernel), kernels.choose(problem, kernel))
+    plans: dict[tuple[Problem, str, torch.device], Plan] = problem.domain.fact(("plan",), dict)
+    key = (problem, kernel, device)
+    known = plans.get(key)
+    if known is None:
+        if len(plans) >= MOST_PLANS:
+            plans.pop(next(iter(plans)))
+        known = plans[key] = kernels.choose(problem, kernel, device)
+    return known
 
 
-def _scores(
-    problem: Problem, terms: tuple[BiasLike, ...], query: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
-) -> Scores:
+def _scores(problem: Problem, terms: tuple[BiasLike, ...], query: Tensor, scale: float | None, softcap: float | None) -> Scores:
     """The mask and the biases bound to the domains."""
     shape = (problem.batch, problem.heads, problem.num_queries, problem.num_keys)
     for term in terms:
@@ -448,29 +444,33 @@ def _scores(
     for what, varies, size in (("rows", extent.batch, problem.batch), ("heads", extent.heads, problem.heads)):
         if varies not in (None, 1, size):
             raise ValueError(f"mask must have 1 or {size} {what}, as query has; got {varies} in {problem.mask!r}")
-    dense = any(isinstance(term, Tensor) for term in terms)
+    domain, keys, device = problem.domain, problem.keys, query.device
     dtype = torch.promote_types(query.dtype, torch.float32)
+    only_mask = not any(isinstance(term, Tensor) for term in terms)  # a tensor of minus infinities hides keys too
+    seen = (domain == keys and problem.mask.is_reflexive(domain)) or (isinstance(problem.mask, Full) and domain.items is None)
     return Scores(
-        predicate=None if problem.is_full else problem.mask.bind(problem.domain, problem.keys),
-        biases=tuple(term if isinstance(term, Tensor) else term.pair(problem.domain, problem.keys, dtype=dtype) for term in terms),
-        scale=scale, softcap=softcap, sinks=sinks, reflexive=problem.is_reflexive and not dense,
-    )  # fmt: skip
+        predicate=None if problem.is_full else problem.mask.bind(domain, keys),
+        biases=tuple(
+            term.reshape((1,) * (4 - term.ndim) + term.shape) if isinstance(term, Tensor) else term.pair(domain, keys, dtype=dtype)
+            for term in terms
+        ),
+        scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale,
+        softcap=softcap,
+        dropout_p=problem.dropout_p,
+        seed=torch.randint(1 << 31, (), device=device) if problem.dropout_p else None,
+        reflexive=problem.is_reflexive and only_mask,
+        clean=seen and only_mask,
+    )
 
 
-def _without_hidden(problem: Problem, scores: Scores, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The inputs with 0 for whatever must not count: tokens that do not exist, queries that see nothing, keys that nobody sees."""
-    domain, keys = problem.domain, problem.keys
-    if domain.valid is not None:
-        query = query.masked_fill(~domain.valid[:, None, :, None], 0)
-    if keys.valid is not None:
-        hidden = ~keys.valid[:, None, :, None]
+def _without_padding(problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The inputs with 0 at tokens that do not exist."""
+    if problem.domain.valid is not None:
+        query = query.masked_fill(~problem.domain.valid[:, None, :, None], 0)
+    if problem.keys.valid is not None:
+        hidden = ~problem.keys.valid[:, None, :, None]
         key, value = key.masked_fill(hidden, 0), value.masked_fill(hidden, 0)
-    if scores.predicate is None and not any(isinstance(bias, Tensor) for bias in scores.biases):
-        return query, key, value
-    surely_seen = (domain == keys and problem.mask.is_reflexive(domain)) or (isinstance(problem.mask, Full) and domain.items is None)
-    if surely_seen and not any(isinstance(bias, Tensor) for bias in scores.biases):
-        return query, key, value
-    return hide_unseen(query, key, value, scores, rows_per_block(problem))
+    return query, key, value
 
 
 def _check_heads(dim: int, heads: int, kv_heads: int, head_dim: int | None) -> None:

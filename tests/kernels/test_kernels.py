@@ -9,10 +9,11 @@ import torch
 from torch.nn import functional as F
 
 import xformerlib as xf
-from xformerlib import kernels, masks, positions
+from xformerlib import masks, positions
 from xformerlib.kernels import _chunked
 
 S = xf.Sequence
+EVERYWHERE = ("sdpa", "chunked", "reference")  # kernels that need no structure
 
 
 def qkv(batch=2, heads=4, kv_heads=2, tokens=7, dim=4, value_dim=3, dtype=torch.float64):
@@ -40,11 +41,11 @@ def test_the_oracle_is_the_formula():
 def test_grouped_queries_are_those_of_torch():
     q, k, v = qkv(value_dim=4)
     want = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-    for kernel in kernels.KERNELS:
+    for kernel in EVERYWHERE:
         assert torch.allclose(xf.attention(q, k, v, kernel=kernel), want, atol=1e-13)
 
 
-@pytest.mark.parametrize("kernel", kernels.KERNELS)
+@pytest.mark.parametrize("kernel", EVERYWHERE)
 def test_a_query_that_sees_nothing_gets_exactly_zero_and_no_gradient(kernel):
     q, k, v = qkv()
     mask = masks.Dense(torch.tensor([i != 3 for i in range(7)])[:, None].expand(7, 7)) & ~masks.Prefix(1)
@@ -65,7 +66,7 @@ def test_a_row_of_minus_infinities_is_empty(kernel):
     assert all(t.grad.isfinite().all() for t in (q, k, v))
 
 
-@pytest.mark.parametrize("kernel", kernels.KERNELS)
+@pytest.mark.parametrize("kernel", EVERYWHERE)
 def test_dropout_keeps_the_mean_and_follows_the_seed(kernel):
     q, k, v = (t.detach() for t in qkv(batch=1, tokens=6))
     want = xf.attention(q, k, v, mask=masks.Causal(), kernel=kernel)
@@ -85,7 +86,7 @@ def test_dropout_is_the_same_when_chunks_are_recomputed(monkeypatch):
 
     def loss(q):
         torch.manual_seed(5)
-        return xf.attention(q, k, v, dropout_p=0.5, kernel="chunked").sum()
+        return xf.attention(q, k, v, dropout_p=0.5, domain=S(5), kernel="chunked").sum()
 
     assert torch.autograd.gradcheck(loss, (q,), nondet_tol=0)
 
@@ -103,7 +104,7 @@ def test_chunks_do_not_show(monkeypatch):
     results = []
     for size in (1, 500, 2**21):
         monkeypatch.setattr(_chunked, "BLOCK_SCORES", size)
-        out = xf.attention(q, k, v, mask=~masks.Local(1), bias=bias, kernel="chunked")
+        out = xf.attention(q, k, v, mask=~masks.Local(1), bias=bias, domain=S(37), kernel="chunked")
         results.append((out, *torch.autograd.grad(out.square().sum(), [q, k, v, *bias.parameters()])))
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
@@ -144,9 +145,13 @@ def test_plans_say_why():
 
     assert kernel(None, S(100_000)) == "sdpa"
     assert kernel(masks.Causal(), S(100_000)) == "sdpa"
-    assert kernel(masks.Causal(), S.padded([5, 100_000])) == "sdpa"
+    assert kernel(masks.Causal(), S.padded([5, 100_000])) == "packed"
+    assert kernel(masks.Causal() & masks.Local(127), S(8192)) == "windowed"
+    assert kernel(masks.Local(3), xf.Grid(56, 56, prefix=1)) == "windowed"
+    assert kernel(masks.Windows(7, shift=3), xf.Grid(56, 56)) == "packed"
+    assert kernel(masks.Axial(0), xf.Grid(56, 56)) == "blocks"
     assert kernel(masks.Local(3), S(100)) == "sdpa"
-    far = xf.plan(masks.Segments(torch.zeros(5000, dtype=torch.long)), S(5000))
+    far = xf.plan(masks.Where(lambda b, h, q, k: q > k), S(5000))
     assert far.kernel == "chunked" and "5,000 x 5,000 is not small" in far.reasons["sdpa"] and "chunked" in str(far)
     assert kernel(masks.Causal(), S(5000), bias=positions.DistanceDecay(4)) == "chunked"
     assert kernel(None, S(10), softcap=2.0) == kernel(None, S(10), sinks=True) == "chunked"

@@ -20,11 +20,11 @@ KV_HEADS, DIM, VALUE_DIM = 2, 4, 3
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 2e-2}
 
 
-def close(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype, what: str) -> None:
+def close(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype, what: str, slack: float = 1) -> None:
     assert got.shape == want.shape and got.isfinite().all(), what
     if want.numel():
         error = (got.double() - want.double()).abs().max()
-        assert error <= TOLERANCE[dtype] * want.double().abs().max().clamp(min=1), f"{what}: {error:.2e}"
+        assert error <= slack * TOLERANCE[dtype] * want.double().abs().max().clamp(min=1), f"{what}: {error:.2e}"
 
 
 def inputs(
@@ -79,7 +79,7 @@ def test_every_kernel_agrees_with_the_oracle(kind, dtype, rng):
     ]
     for module in modules:
         for parameter in module.parameters():
-            torch.nn.init.normal_(parameter)
+            torch.nn.init.normal_(parameter, std=0.5)
     tensors = inputs(rng, where, where, mask, dtype)
     options = {
         "mask": mask, "domain": where, "bias": [*modules, *(t for t in terms if isinstance(t, torch.Tensor))],
@@ -94,7 +94,9 @@ def test_every_kernel_agrees_with_the_oracle(kind, dtype, rng):
             assert kernel != "auto" and "cannot compute" in str(refusal)
             continue
         for name, value in got.items():
-            close(value, want[name], dtype, f"{name} by {kernel}: {mask!r} on {where!r} with {options['bias']}")
+            # The gradient of a bias's parameter is a sum over pairs that all but cancel, and up to 16 times steeper than a score.
+            slack = 4 if name[0].isdigit() else 1
+            close(value, want[name], dtype, f"{name} by {kernel}: {mask!r} on {where!r} with {options['bias']}", slack)
 
 
 @pytest.mark.parametrize("kind", DOMAINS)

@@ -1,4 +1,4 @@
-"""How attention is computed: the kernels, each checked against ``reference``, and the plan that picks one."""
+"""How attention is computed: the kernels, each checked against ``reference``, and the plan that picks among them."""
 
 from ._plan import KERNELS as KERNELS, Plan as Plan, choose as choose
 from ._problem import Problem as Problem

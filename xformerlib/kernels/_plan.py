@@ -1,16 +1,28 @@
-"""Which kernel computes a problem, and why not a faster one."""
+"""Which kernels compute a problem, and why not faster ones."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from types import ModuleType
+from dataclasses import dataclass, field, replace
 
+import torch
+from torch import Tensor
+
+from ..masks import Mask
+from ..masks._algebra import Predicate
 from . import _chunked, _reference, _sdpa
+from ._merge import Part, attend
+from ._normal import disjoint_terms
 from ._problem import Problem
+from ._scores import Scores
+from ._structure import Structure, tiled_structures
+from ._tiled import TiledPart
 
 # From the one that is fastest where it fits to the one that always fits; the oracle only on request.
-KERNELS: Mapping[str, ModuleType] = {"sdpa": _sdpa, "chunked": _chunked, "reference": _reference}
+KERNELS = ("sdpa", "blocks", "packed", "windowed", "sparse", "chunked", "reference")
+
+# What a call of a kernel costs, in pairs of a dense one.
+PART_PAIRS = 2**15
 
 
 @dataclass(frozen=True)
@@ -18,11 +30,11 @@ class Plan:
     """How an attention will be computed.
 
     Attributes:
-        kernel: the name of the kernel.
+        kernel: the kernel that does most of the work.
         parts: what each part of the mask is computed by, as ``(description, kernel)``.
         reasons: for each kernel that would be faster, why it cannot be used.
-        flops: multiply-adds of the forward counted as two operations, as the kernel executes them.
-        bytes: memory that the forward allocates beside inputs and output.
+        flops: floating-point operations of the forward, as the kernels execute them.
+        bytes: memory that the forward holds at most beside inputs and output.
     """
 
     kernel: str
@@ -30,41 +42,111 @@ class Plan:
     reasons: Mapping[str, str]
     flops: int
     bytes: int
+    _run: tuple[tuple[Part, Predicate], ...] = field(default=(), repr=False, compare=False)
 
     def __str__(self) -> str:
-        rows = [f"{'kernel':<10} {self.kernel}"]
-        rows += [f"{'part':<10} {what}: {kernel}" for what, kernel in self.parts]
-        rows += [f"{'not ' + name:<10} {why}" for name, why in self.reasons.items()]
-        rows += [f"{'forward':<10} {self.flops / 1e9:.3g} GFLOP, {self.bytes / 2**20:.3g} MiB"]
+        rows = [f"{'kernel':<13} {self.kernel}"]
+        rows += [f"{'part':<13} {what}: {kernel}" for what, kernel in self.parts]
+        rows += [f"{'not ' + name:<13} {why}" for name, why in self.reasons.items()]
+        rows += [f"{'forward':<13} {self.flops / 1e9:.3g} GFLOP, {self.bytes / 2**20:.3g} MiB"]
         return "\n".join(rows)
 
+    def run(self, problem: Problem, scores: Scores, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> Tensor:
+        """The attention, computed as planned."""
+        if self.kernel == "reference":
+            return _reference.run(scores, query, key, value, sinks)
+        if self.kernel == "sdpa":
+            return _sdpa.run(problem, scores, query, key, value)
+        alone = len(self._run) == 1
+        parts = [
+            (part, scores if alone else replace(scores, predicate=predicate, reflexive=False)) for part, predicate in self._run
+        ]
+        return attend(parts, query, key, value, sinks)
 
-def choose(problem: Problem, kernel: str = "auto") -> Plan:
+
+def choose(problem: Problem, kernel: str, device: torch.device) -> Plan:
     """The plan for a problem; ``kernel`` names one that must be used or refused with an error."""
-    if kernel != "auto" and kernel not in KERNELS:
+    if kernel not in ("auto", *KERNELS):
         raise ValueError(f"kernel must be 'auto' or one of {', '.join(map(repr, KERNELS))}; got kernel={kernel!r}")
-    if kernel != "auto":
-        reason = KERNELS[kernel].refuse(problem)
-        if reason is not None:
-            raise ValueError(f"kernel={kernel!r} cannot compute this attention: {reason}. Use kernel='auto', which chooses one that can.")
-        return _plan(problem, kernel, {})
     reasons: dict[str, str] = {}
-    for name, module in KERNELS.items():
-        reason = module.refuse(problem)
-        if reason is None:
-            return _plan(problem, name, reasons)
-        reasons[name] = reason
-    raise AssertionError("chunked computes everything")
+    if kernel == "reference":
+        return _dense("reference", problem, reasons)
+    dense = _sdpa.refuse(problem)
+    if kernel == "sdpa" and dense is not None:
+        raise _refused(kernel, dense)
+    if kernel == "sdpa" or (kernel == "auto" and dense is None and _sdpa.is_best(problem)):
+        return _dense("sdpa", problem, reasons)
+    if dense is not None:
+        reasons["sdpa"] = dense
+    if kernel == "chunked":
+        return _chunks(problem, reasons, device)
+    found = _structured(problem, kernel, device)
+    if isinstance(found, str):
+        if kernel != "auto":
+            raise _refused(kernel, found)
+        reasons["windowed, blocks, packed, sparse"] = found
+        return _dense("sdpa", problem, reasons) if dense is None else _chunks(problem, reasons, device)
+    whole = problem.num_queries * problem.num_keys * (0.5 if problem.is_causal else 1)
+    if kernel == "auto" and dense is None and sum(_cost(part) for part, _ in found) >= whole:
+        return _dense("sdpa", problem, {"windowed, blocks, packed, sparse": "so few pairs are done sooner at once"})
+    return _plan(problem, found, reasons)
 
 
-def _plan(problem: Problem, kernel: str, reasons: Mapping[str, str]) -> Plan:
+def _refused(kernel: str, reason: str) -> ValueError:
+    return ValueError(f"kernel={kernel!r} cannot compute this attention: {reason}. Use kernel='auto', which chooses one that can.")
+
+
+def _structured(problem: Problem, kernel: str, device: torch.device) -> list[tuple[TiledPart, Mask]] | str:
+    """The parts that cover the mask, each by the cheapest structure in its term (of the kernel, if named), or why there are none."""
+    if problem.bias == "dense":
+        return "a bias given as a tensor is dense already"
+    if problem.num_queries == 0 or problem.num_keys == 0:
+        return "there is nothing to visit"
+    terms = disjoint_terms(problem.mask, problem.domain, problem.keys)
+    if terms is None:
+        return "the mask has too many alternatives to take apart"
+    parts: list[tuple[TiledPart, Mask]] = []
+    for term, own in terms:
+        candidates = list(tiled_structures(term, problem, device))
+        named = [structure for structure in candidates if structure.kernel == kernel]
+        if not candidates or (kernel != "auto" and len(terms) == 1 and not named):
+            return f"nothing in {own!r} on {problem.domain!r} says where its pairs are" + ("" if kernel == "auto" else f" in a way that {kernel} uses")
+        best = min(named or candidates, key=_cost)
+        part = TiledPart(best.kernel, repr(own), best.calls, best.exact if len(terms) == 1 else None)
+        if part.pairs:
+            parts.append((part, own))
+    if kernel != "auto" and not any(part.kernel == kernel for part, _ in parts):
+        return f"no part of {problem.mask!r} on {problem.domain!r} has the structure that {kernel} uses"
+    if kernel == "auto" and sum(_cost(part) for part, _ in parts) >= problem.num_queries * problem.num_keys:
+        return "its structure leaves out too few pairs"
+    return parts if parts else "no pair is allowed"
+
+
+def _cost(work: Structure | TiledPart) -> float:
+    """In pairs of a dense kernel."""
+    return work.pairs + PART_PAIRS * len(work.calls)
+
+
+def _chunks(problem: Problem, reasons: Mapping[str, str], device: torch.device) -> Plan:
+    return _plan(problem, [(_chunked.part(problem, device), problem.mask)], reasons)
+
+
+def _plan(problem: Problem, parts: list[tuple[TiledPart, Mask]], reasons: Mapping[str, str]) -> Plan:
+    pairs = sum(part.pairs for part, _ in parts)
+    heads = problem.batch * problem.heads
+    flops = int(2 * heads * pairs * (problem.head_dim + problem.value_dim))
+    tile = max((max((t.n * t.rows * t.columns for t in part.calls), default=0) for part, _ in parts if isinstance(part, TiledPart)), default=0)
+    held = tile * max(4, problem.dtype.itemsize) * (1 if problem.bias is None else problem.heads)
+    main = max(parts, key=lambda part: part[0].pairs)[0].kernel
+    run = tuple((part, own.bind(problem.domain, problem.keys)) for part, own in parts)
+    described = tuple((part.what, part.kernel) for part, _ in parts)
+    return Plan(main, described, dict(reasons), flops, held, run)
+
+
+def _dense(kernel: str, problem: Problem, reasons: Mapping[str, str]) -> Plan:
     pairs = problem.num_queries * problem.num_keys
     flops = 2 * problem.batch * problem.heads * pairs * (problem.head_dim + problem.value_dim)
-    dense = problem.batch * problem.heads * pairs
+    held = problem.batch * problem.heads * pairs * (8 if kernel == "reference" else problem.dtype.itemsize)
     if kernel == "sdpa" and problem.bias is None and (problem.is_causal or problem.is_full):
         flops, held = (flops // 2 if problem.is_causal else flops), 0
-    elif kernel == "chunked":
-        held = 4 * problem.dtype.itemsize * min(_chunked.rows_per_block(problem) * dense // max(problem.num_queries, 1), dense)
-    else:
-        held = dense * (8 if kernel == "reference" else problem.dtype.itemsize)
     return Plan(kernel, ((f"{problem.mask!r} on {problem.domain!r}", kernel),), dict(reasons), flops, held)

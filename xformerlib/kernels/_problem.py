@@ -17,7 +17,7 @@ class Problem:
     Attributes:
         mask: who may attend to whom, besides the facts of the domains.
         domain, keys: where queries and keys live.
-        bias: what kind of score bias there is: None, "fixed", or "trained" where its gradient is asked for.
+        bias: what kind of score bias there is: None, "fixed", "trained" where its gradient is asked for, or "dense" for a tensor.
     """
 
     mask: Mask

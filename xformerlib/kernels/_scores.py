@@ -1,11 +1,13 @@
 """What every kernel computes: the scores of a tile of queries and keys, and which of them count.
 
-This is the one place where a mask's predicate, biases, scale, soft cap and sinks come together; kernels differ in which tiles they visit.
+This is the one place where a mask's predicate, biases, scale, soft cap and dropout come together; kernels differ in which tiles they
+visit.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,103 +18,108 @@ from ..masks._algebra import Predicate
 from ..positions._base import PairBias
 
 
+class Pairs(NamedTuple):
+    """Indices of the pairs of a tile, broadcastable to ``(..., batch, heads, rows, columns)``."""
+
+    b: Int[Tensor, "..."]
+    h: Int[Tensor, "..."]
+    q: Int[Tensor, "..."]
+    k: Int[Tensor, "..."]
+
+    @staticmethod
+    def of(batch: int, heads: int, q_index: Int[Tensor, "*tiles rows"], k_index: Int[Tensor, "*tiles columns"]) -> Pairs:
+        """The pairs that the queries and keys of each tile make, in every row of the batch and every head."""
+        b = torch.arange(batch, device=q_index.device)[:, None, None, None]
+        h = torch.arange(heads, device=q_index.device)[:, None, None]
+        return Pairs(b, h, q_index[..., None, None, :, None], k_index[..., None, None, None, :])
+
+
 @dataclass(frozen=True)
 class Scores:
     """How queries score keys: ``softcap(scale * q . k) + bias`` where the mask allows it, and minus infinity elsewhere.
 
     Attributes:
         predicate: ``(b, h, q, k) -> bool``, or None where every pair is allowed.
-        biases: tensors that broadcast to ``(B, H, Tq, Tk)``, and bound biases that score index pairs.
+        biases: tensors ``(B|1, H|1, Tq|1, Tk|1)``, and bound biases that score index pairs.
         scale: factor of the dot products.
         softcap: c in ``c tanh(s / c)``, or None.
-        sinks: ``(H,)`` logits that take part in each softmax without a value, or None.
-        reflexive: whether every query that exists may attend to itself, so that no row is empty and no key is hidden from everybody.
+        dropout_p: probability with which a weight is dropped.
+        seed: what dropout hashes with the indices of a pair, one number; so a weight that is computed again is dropped again.
+        reflexive: whether every query may attend to itself, so that no row is empty.
+        clean: whether nothing stands where it must not count: queries that see nothing and keys that nobody sees, or that are no tokens,
+            are surely not there or 0. Otherwise they may be NaN.
     """
 
     predicate: Predicate | None
     biases: tuple[Tensor | PairBias, ...]
     scale: float
     softcap: float | None = None
-    sinks: Float[Tensor, " heads"] | None = None
+    dropout_p: float = 0.0
+    seed: Int[Tensor, ""] | None = None
     reflexive: bool = False
+    clean: bool = False
 
-    def allowed(
-        self, query: Tensor, q_index: Int[Tensor, " rows"], k_index: Int[Tensor, " columns"]
-    ) -> Bool[Tensor, "#batch #heads rows columns"] | None:
-        """Which pairs of a tile count, for ``query`` of shape (B, H, ...); None where all do."""
-        result = None
-        if self.predicate is not None:
-            b = torch.arange(query.shape[0], device=query.device)[:, None, None, None]
-            h = torch.arange(query.shape[1], device=query.device)[:, None, None]
-            result = self.predicate(b, h, q_index[:, None], k_index[None, :])
-            result = result.expand(*result.shape[:-2], q_index.numel(), k_index.numel())
-            result = result.reshape((1,) * (4 - result.ndim) + result.shape)
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every tensor that the biases are differentiable in."""
+        return tuple(t for bias in self.biases for t in ((bias,) if isinstance(bias, Tensor) else bias.tensors))
+
+    def using(self, tensors: tuple[Tensor, ...]) -> Scores:
+        """The same scores with other ``tensors``, of the same shapes."""
+        rest, biases = list(tensors), []
+        for bias in self.biases:
+            if isinstance(bias, Tensor):
+                biases.append(rest.pop(0))
+            else:
+                biases.append(bias.using(tuple(rest[: len(bias.tensors)])))
+                del rest[: len(bias.tensors)]
+        return replace(self, biases=tuple(biases))
+
+    def allowed(self, pairs: Pairs) -> Bool[Tensor, "..."] | None:
+        """Which pairs count; None where all do."""
+        result = None if self.predicate is None else self.predicate(*pairs)
         for bias in self.biases:  # a tensor of minus infinities is a mask too, and rows full of them are empty
             if isinstance(bias, Tensor):
-                result = both(result, (_part(bias, q_index, k_index) > float("-inf")).reshape(_four(bias, q_index, k_index)))
+                result = both(result, _at(bias, pairs) > float("-inf"))
         return result
 
-    def bias(
-        self, query: Tensor, q_index: Int[Tensor, " rows"], k_index: Int[Tensor, " columns"]
-    ) -> Float[Tensor, "#batch #heads rows columns"] | None:
-        """The sum of the biases on a tile, or None."""
+    def bias(self, pairs: Pairs) -> Float[Tensor, "..."] | None:
+        """The sum of the biases at these pairs, or None."""
         total = None
         for bias in self.biases:
             if isinstance(bias, Tensor):
-                part = _part(bias, q_index, k_index).reshape(_four(bias, q_index, k_index))
-            elif bias.batch_size is None:
-                part = bias.at(q_index[:, None], k_index[None, :])[None]
+                part = _at(bias, pairs)
             else:
-                rows = torch.arange(query.shape[0], device=query.device)[:, None, None]
-                part = bias.at(q_index[:, None], k_index[None, :], rows).transpose(0, 1)
+                part = bias.at(pairs.q, pairs.k, None if bias.batch_size is None else pairs.b)
+                part = part.squeeze(-3).movedim(0, -3)  # heads where the index has an axis of 1 for them
             total = part if total is None else total + part
         return total
 
-
-def _part(bias: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
-    """The tile of a tensor bias, whose last two axes may be 1."""
-    if bias.shape[-2] != 1:
-        bias = bias.index_select(-2, q_index)
-    return bias.index_select(-1, k_index) if bias.shape[-1] != 1 else bias
-
-
-def _four(bias: Tensor, q_index: Tensor, k_index: Tensor) -> tuple[int, ...]:
-    rows = 1 if bias.shape[-2] == 1 else q_index.numel()
-    columns = 1 if bias.shape[-1] == 1 else k_index.numel()
-    return (1,) * (4 - bias.ndim) + tuple(bias.shape[:-2]) + (rows, columns)
+    def kept(self, pairs: Pairs) -> Bool[Tensor, "..."]:
+        """Which weights dropout keeps: a hash of the pair's indices and the seed, the same for every kernel."""
+        assert self.seed is not None
+        h = self.seed
+        for index in pairs:
+            h = _mixed(h ^ index)
+        return (h & 0xFFFFFF) >= int(self.dropout_p * (1 << 24))
 
 
-def probabilities(
-    query: Float[Tensor, "batch heads rows dim"],
-    key: Float[Tensor, "batch kv_heads keys dim"],
-    scores: Scores,
-    q_index: Int[Tensor, " rows"],
-    k_index: Int[Tensor, " keys"],
-) -> tuple[Float[Tensor, "batch heads rows keys"], Float[Tensor, "batch heads rows"] | None]:
-    """Softmax of a block of queries over all their keys; 0 in rows that see nothing. Also the factor that sinks leave of each row."""
-    s = grouped_matmul(query, key.transpose(-2, -1)) * scores.scale
-    if scores.softcap is not None:
-        s = scores.softcap * torch.tanh(s / scores.softcap)
-    bias = scores.bias(query, q_index, k_index)
-    if bias is not None:
-        s = s + bias.to(s.dtype)
-    allowed = scores.allowed(query, q_index, k_index)
-    seen = None
-    if allowed is not None and scores.reflexive:
-        s = s.masked_fill(~allowed, float("-inf"))
-    elif allowed is not None:
-        # A row that sees nothing keeps its scores, so that softmax stays finite forward and backward, and is set to 0 afterwards.
-        seen = allowed.any(-1, keepdim=True)
-        s = s.masked_fill(~allowed & seen, float("-inf"))
-        # What is infinite in an empty row (a bias of minus infinities) must not reach softmax either.
-        s = s.masked_fill(~seen, 0.0)
-    p = torch.softmax(s, -1)
-    if seen is not None:
-        p = p.masked_fill(~seen, 0.0)
-    if scores.sinks is None:
-        return p, None
-    # With a sink the row's weights shrink by e^lse / (e^lse + e^sink).
-    return p, torch.sigmoid(torch.logsumexp(s, -1) - scores.sinks.to(s.dtype)[:, None])
+def _mixed(x: Tensor) -> Tensor:
+    """A bijection of 32-bit numbers in which every bit of the input reaches every bit of the output (lowbias32, C. Wellons)."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
+    x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def _at(bias: Tensor, pairs: Pairs) -> Tensor:
+    """A tensor bias at these pairs."""
+    if pairs.q.ndim == 4:  # one tile: whole rows and columns
+        for axis, index in ((-2, pairs.q), (-1, pairs.k)):
+            if bias.shape[axis] != 1:
+                bias = bias.index_select(axis, index.flatten())
+        return bias
+    index = [i if n > 1 else i.new_zeros(()) for i, n in zip(pairs, bias.shape, strict=True)]
+    return bias[tuple(index)]
 
 
 def grouped_matmul(a: Float[Tensor, "batch heads m n"], b: Float[Tensor, "batch kv_heads n p"]) -> Float[Tensor, "batch heads m p"]:
@@ -124,33 +131,36 @@ def grouped_matmul(a: Float[Tensor, "batch heads m n"], b: Float[Tensor, "batch 
     return (a.reshape(batch, kv_heads, heads // kv_heads * m, n) @ b).reshape(batch, heads, m, b.shape[-1])
 
 
-@torch.no_grad()
-def seen(
-    query: Float[Tensor, "batch heads queries dim"], num_keys: int, scores: Scores, rows: int
-) -> tuple[Bool[Tensor, "#batch #heads queries"], Bool[Tensor, "#batch #heads keys"]]:
-    """Which queries see any key, and which keys are seen by any query; the mask is evaluated ``rows`` queries at a time."""
-    k_index = torch.arange(num_keys, device=query.device)
-    queries, keys = [], None
-    for q_index in torch.arange(query.shape[2], device=query.device).split(max(rows, 1)):
-        allowed = scores.allowed(query, q_index, k_index)
-        assert allowed is not None
-        queries.append(allowed.any(-1))
-        keys = allowed.any(-2) if keys is None else keys | allowed.any(-2)
-    if keys is None:
-        nothing = torch.zeros(1, 1, 0, dtype=torch.bool, device=query.device)
-        return nothing, torch.zeros(1, 1, num_keys, dtype=torch.bool, device=query.device)
-    return torch.cat(queries, -1), keys
+def probabilities(
+    query: Float[Tensor, "batch heads rows dim"],
+    key: Float[Tensor, "batch kv_heads keys dim"],
+    scores: Scores,
+    q_index: Int[Tensor, " rows"],
+    sinks: Float[Tensor, " heads"] | None = None,
+) -> Float[Tensor, "batch heads rows keys"]:
+    """Attention weights of a block of queries over all keys; 0 in rows that see nothing."""
+    pairs = Pairs.of(*query.shape[:2], q_index, torch.arange(key.shape[2], device=key.device))
+    s = grouped_matmul(query, key.transpose(-2, -1)) * scores.scale
+    if scores.softcap is not None:
+        s = scores.softcap * torch.tanh(s / scores.softcap)
+    bias, allowed = scores.bias(pairs), scores.allowed(pairs)
+    s = s if bias is None else s + bias.to(s.dtype)
+    s = s if allowed is None else s.masked_fill(~allowed, float("-inf"))
+    if sinks is not None:
+        s = torch.cat([s, sinks.to(s.dtype)[:, None, None].expand(*s.shape[:3], 1)], -1)
+    weights = torch.softmax(s, -1)[..., : key.shape[2]]
+    return weights if allowed is None else weights.masked_fill(~allowed, 0)
 
 
-def hide_unseen(query: Tensor, key: Tensor, value: Tensor, scores: Scores, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The inputs with 0 in queries that see nothing and in keys and values that nobody sees.
+def without_hidden(
+    query: Tensor, key: Tensor, value: Tensor, allowed: Bool[Tensor, "... #batch #heads rows columns"]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The vectors of a tile with 0 in queries that see nothing here, and in keys and values that nobody here sees.
 
     A masked NaN would otherwise survive as 0 * NaN in the product with the values and in every gradient.
     """
-    queries, keys = seen(query, key.shape[2], scores, rows)
-    group = query.shape[1] // key.shape[1]
-    if keys.shape[1] > 1:
-        keys = keys.unflatten(1, (-1, group)).any(2)
-    hidden = ~keys[..., None]
-    return query.masked_fill(~queries[..., None], 0), key.masked_fill(hidden, 0), value.masked_fill(hidden, 0)
-
+    queries, hidden = ~allowed.any(-1)[..., None], ~allowed.any(-2)
+    if hidden.shape[-2] > 1:  # a key head is hidden if it is from each query head that it serves
+        hidden = hidden.unflatten(-2, (key.shape[-3], -1)).all(-2)
+    hidden = hidden[..., None]
+    return query.masked_fill(queries, 0), key.masked_fill(hidden, 0), value.masked_fill(hidden, 0)

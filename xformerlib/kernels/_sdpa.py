@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._problem import Problem
-from ._scores import Scores
+from ._scores import Pairs, Scores, without_hidden
 
 # Up to this many query-key pairs a dense mask or bias is small: 1,024 x 1,024.
 SMALL_PAIRS = 2**20
@@ -20,7 +20,7 @@ def refuse(problem: Problem) -> str | None:
         return "it has no soft cap"
     if problem.sinks:
         return "it returns no log-sum-exp, which sinks need"
-    if problem.bias is not None and problem.dtype.itemsize < 4 and (problem.bias == "trained" or problem.device != "cpu"):
+    if problem.bias is not None and problem.dtype.itemsize < 4 and (problem.bias != "fixed" or problem.device != "cpu"):
         return f"it would add the bias in {problem.dtype}"
     if problem.num_queries * problem.num_keys <= SMALL_PAIRS:
         return None
@@ -34,6 +34,11 @@ def refuse(problem: Problem) -> str | None:
     return None
 
 
+def is_best(problem: Problem) -> bool:
+    """Whether nothing can be faster: no mask or a causal one, and no padding that could be left out."""
+    return problem.bias is None and problem.domain.valid is None and (problem.is_full or problem.is_causal)
+
+
 def run(
     problem: Problem,
     scores: Scores,
@@ -42,18 +47,20 @@ def run(
     value: Float[Tensor, "batch kv_heads keys value_dim"],
 ) -> Float[Tensor, "batch heads queries value_dim"]:
     """``scaled_dot_product_attention`` with ``is_causal``, a dense mask, or neither."""
-    options = {"dropout_p": problem.dropout_p, "scale": scores.scale, "enable_gqa": problem.heads != problem.kv_heads}
+    options = {"dropout_p": scores.dropout_p, "scale": scores.scale, "enable_gqa": problem.heads != problem.kv_heads}
     if scores.biases == () and (problem.is_full or problem.is_causal):
         out = F.scaled_dot_product_attention(query, key, value, is_causal=problem.is_causal and not problem.is_full, **options)
         return out if problem.domain.valid is None else out.masked_fill(~problem.domain.valid[:, None, :, None], 0)
-    q_index = torch.arange(query.shape[2], device=query.device)
-    k_index = torch.arange(key.shape[2], device=query.device)
-    allowed = scores.allowed(query, q_index, k_index)
-    bias = scores.bias(query, q_index, k_index)
+    pairs = Pairs.of(*query.shape[:2], *(torch.arange(x.shape[2], device=x.device) for x in (query, key)))
+    allowed, bias = scores.allowed(pairs), scores.bias(pairs)
     empty = None
-    if allowed is not None and not scores.reflexive:
-        empty = ~allowed.any(-1, keepdim=True)
-        allowed = allowed | empty  # such a row is set to 0 below, on every backend alike
+    if allowed is not None:
+        allowed = allowed.expand(*allowed.shape[:2], query.shape[2], key.shape[2])
+        if not scores.clean:
+            query, key, value = without_hidden(query, key, value, allowed)
+        if not scores.reflexive:
+            empty = ~allowed.any(-1, keepdim=True)
+            allowed = allowed | empty  # such a row is set to 0 below, on every backend alike
     if bias is None:
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, **options)
     else:
@@ -62,5 +69,6 @@ def run(
             bias = bias.masked_fill(empty, 0)
         if allowed is not None:
             bias = bias.masked_fill(~allowed, float("-inf"))
+        bias = bias.expand(*bias.shape[:2], query.shape[2], key.shape[2])
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, **options)
     return out if empty is None else out.masked_fill(empty, 0)

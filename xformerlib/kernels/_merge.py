@@ -1,0 +1,120 @@
+"""Attention over disjoint parts of a mask, merged exactly by their log-sum-exp.
+
+With o_p the output of part p alone and l_p the log-sum-exp of its scores, the whole is
+
+    l = log sum_p exp(l_p),   o = sum_p exp(l_p - l) o_p,
+
+a learned sink being one more part, without a value. In the backward every part takes the merged o and l, for the weight of a pair is
+exp(s - l) wherever the pair stands, and so computes its share of the gradients on its own (the identity behind FlashAttention-2, Dao
+2023, arXiv:2307.08691). Beside inputs and output only l is kept.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ._scores import Scores
+
+
+@dataclass
+class Gradients:
+    """Where the parts of a mask add what they compute: gradients of the inputs, and of the tensors of the biases."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    biases: list[Tensor | None]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What the forward made and the backward needs, per query: output, its log-sum-exp (+inf for empty rows), the output's gradient,
+    and the inner product of the two."""
+
+    out: Float[Tensor, "*tiles batch heads queries value_dim"]
+    lse: Float[Tensor, "*tiles batch heads queries"]
+    grad: Float[Tensor, "*tiles batch heads queries value_dim"]
+    delta: Float[Tensor, "*tiles batch heads queries"]
+
+
+class Part(ABC):
+    """A part of a mask, disjoint from the others, and the kernel that computes it. Keeps nothing of a call.
+
+    Attributes:
+        kernel: name of the kernel.
+        what: the part, for people.
+        pairs: query-key pairs that the kernel visits, for each row of the batch and head.
+    """
+
+    kernel: str
+    what: str
+    pairs: float
+
+    @abstractmethod
+    def forward(self, scores: Scores, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Output (0 in rows that see nothing here) and log-sum-exp (-inf there), in the precision of accumulation."""
+
+    @abstractmethod
+    def backward(self, scores: Scores, query: Tensor, key: Tensor, value: Tensor, merged: Merged, into: Gradients) -> None:
+        """Add this part's share of every gradient."""
+
+
+def attend(
+    parts: SequenceOf[tuple[Part, Scores]], query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None
+) -> Float[Tensor, "batch heads queries value_dim"]:
+    """Attention over the union of disjoint parts, each with the scores that its predicate leaves."""
+    tensors = parts[0][1].tensors if parts else ()
+    return _Attend.apply(parts, query, key, value, sinks, *tensors)
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, parts: SequenceOf[tuple[Part, Scores]], query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, *tensors: Tensor
+    ) -> Tensor:
+        out, lse = None, None
+        for part, scores in parts:
+            more, more_lse = part.forward(scores.using(tensors), query, key, value)
+            out, lse = (more, more_lse) if out is None else _merge(out, lse, more, more_lse)
+        assert out is not None and lse is not None
+        if sinks is not None:
+            total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None].expand_as(lse))
+            out, lse = out * torch.exp(lse - total)[..., None], total
+        ctx.parts = parts
+        # In the precision of accumulation: delta in the backward is a difference of what rounding would lose.
+        ctx.save_for_backward(query, key, value, sinks, out, lse, *tensors)
+        return out.to(value.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        query, key, value, sinks, out, lse, *tensors = ctx.saved_tensors
+        wide = torch.promote_types(query.dtype, torch.float32)
+        delta = (grad.to(wide) * out.to(wide)).sum(-1)
+        merged = Merged(out, lse.masked_fill(lse == -torch.inf, torch.inf), grad, delta)
+        needed = ctx.needs_input_grad[5:]
+        into = Gradients(
+            *(torch.zeros_like(x, dtype=wide, memory_format=torch.contiguous_format) for x in (query, key, value)),
+            [torch.zeros_like(t) if need else None for t, need in zip(tensors, needed, strict=True)],
+        )
+        for part, scores in ctx.parts:
+            part.backward(scores.using(tuple(tensors)), query, key, value, merged, into)
+        sink_grad = None
+        if sinks is not None:
+            share = torch.exp(sinks.to(wide)[:, None] - merged.lse)
+            sink_grad = -(share * delta).sum((0, 2)).to(sinks.dtype)
+        return None, into.query.to(query.dtype), into.key.to(key.dtype), into.value.to(value.dtype), sink_grad, *into.biases
+
+
+def _merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
+    total = torch.logaddexp(lse, more_lse)
+    safe = total.masked_fill(total == -torch.inf, 0)
+    return out * torch.exp(lse - safe)[..., None] + more * torch.exp(more_lse - safe)[..., None], total
