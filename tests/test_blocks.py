@@ -716,16 +716,16 @@ def test_domains_that_were_used_copy_and_pickle() -> None:
             assert torch.equal(model(x, twin), wanted)
 
 
-def test_masks_of_a_call_are_not_kept() -> None:
+def test_masks_of_a_call_do_not_pile_up() -> None:
     model, x = xf.Encoder(DIM, 1, HEADS), torch.randn(1, 5, DIM)
-    given_masks = [masks.Dense(torch.ones(5, 5, dtype=torch.bool)) for _ in range(3)]
+    given_masks = [masks.Dense(torch.ones(5, 5, dtype=torch.bool)) for _ in range(12)]
     seen = [weakref.ref(mask.allowed) for mask in given_masks]
     for mask in given_masks:
         model(x, mask=mask)
         model(x, mask=mask & masks.Causal())
     del mask, given_masks
     gc.collect()
-    assert [ref() for ref in seen] == [None] * 3
+    assert sum(ref() is not None for ref in seen) <= 4
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------------

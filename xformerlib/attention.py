@@ -17,10 +17,11 @@ from .kernels import Plan, Problem, Scores
 from .kernels._chunked import rows_per_block
 from .kernels._scores import probabilities
 from .masks import Full, Mask
+from .masks._algebra import Predicate
 from .positions import Bias, Position, Rotation
 
 BiasLike = Tensor | Bias
-MOST_PLANS = 64  # kept on one domain
+MOST_PLANS, MOST_FLEETING_PLANS = 64, 4  # kept on one domain
 
 
 def attention(
@@ -78,7 +79,7 @@ def attention(
         dropout_p=dropout_p, softcap=softcap is not None, sinks=sinks is not None,
     )  # fmt: skip
     plan = _plan(problem, kernel, query.device)
-    scores = _scores(problem, terms, query, scale, softcap)
+    scores = _scores(problem, terms, plan.predicate, query, scale, softcap)
     query, key, value = _without_padding(problem, query, key, value)
     with torch.autocast(query.device.type, enabled=False):
         return plan.run(problem, scores, query, key, value, sinks)
@@ -239,7 +240,8 @@ class Attention(nn.Module):
         terms = _bias_terms(self._biases(position))
         domain, keys = _resolve_domains(q, key, full, terms, domain, keys)
         problem = Problem(full, domain, keys, len(q), self.heads, self.kv_heads, self.head_dim, self.head_dim, q.dtype, q.device.type)
-        scores = _scores(problem, terms, q, None, self.softcap)
+        predicate = None if problem.is_full else full.bind(domain, keys)
+        scores = _scores(problem, terms, predicate, q, None, self.softcap)
         index = torch.arange(q.shape[2], device=q.device) if rows is None else torch.as_tensor(rows, device=q.device)
         index = index if index.numel() else index.long()
         if index.dtype not in (torch.int32, torch.int64):
@@ -419,18 +421,27 @@ def _bias_kind(terms: tuple[BiasLike, ...]) -> str | None:
 
 def _plan(problem: Problem, kernel: str, device: torch.device) -> Plan:
     """The plan, kept on the domain of the queries: the last few, since a problem keeps its mask and its keys' domain in memory."""
-    plans: dict[tuple[Problem, str, torch.device], Plan] = problem.domain.fact(("plan",), dict)
+    # A mask of tensors compares by identity: one that is made anew for each call must not pile up.
+    fleeting = getattr(problem.mask, "device", None) is not None
+    plans: dict[tuple[Problem, str, torch.device], Plan] = problem.domain.fact(("plan", fleeting), dict)
     key = (problem, kernel, device)
     known = plans.get(key)
     if known is None:
-        if len(plans) >= MOST_PLANS:
+        while len(plans) >= (MOST_FLEETING_PLANS if fleeting else MOST_PLANS):
             plans.pop(next(iter(plans)))
         known = plans[key] = kernels.choose(problem, kernel, device)
     return known
 
 
-def _scores(problem: Problem, terms: tuple[BiasLike, ...], query: Tensor, scale: float | None, softcap: float | None) -> Scores:
-    """The mask and the biases bound to the domains."""
+def _scores(
+    problem: Problem,
+    terms: tuple[BiasLike, ...],
+    predicate: Predicate | None,
+    query: Tensor,
+    scale: float | None,
+    softcap: float | None,
+) -> Scores:
+    """The bound mask and the biases, bound to the domains."""
     shape = (problem.batch, problem.heads, problem.num_queries, problem.num_keys)
     for term in terms:
         if isinstance(term, Bias):
@@ -449,7 +460,7 @@ def _scores(problem: Problem, terms: tuple[BiasLike, ...], query: Tensor, scale:
     only_mask = not any(isinstance(term, Tensor) for term in terms)  # a tensor of minus infinities hides keys too
     seen = (domain == keys and problem.mask.is_reflexive(domain)) or (isinstance(problem.mask, Full) and domain.items is None)
     return Scores(
-        predicate=None if problem.is_full else problem.mask.bind(domain, keys),
+        predicate=predicate,
         biases=tuple(
             term.reshape((1,) * (4 - term.ndim) + term.shape) if isinstance(term, Tensor) else term.pair(domain, keys, dtype=dtype)
             for term in terms

@@ -35,6 +35,7 @@ class Plan:
         reasons: for each kernel that would be faster, why it cannot be used.
         flops: floating-point operations of the forward, as the kernels execute them.
         bytes: memory that the forward holds at most beside inputs and output.
+        predicate: the bound mask; None where it allows everything.
     """
 
     kernel: str
@@ -42,6 +43,7 @@ class Plan:
     reasons: Mapping[str, str]
     flops: int
     bytes: int
+    predicate: Predicate | None = field(default=None, repr=False, compare=False)
     _run: tuple[tuple[Part, Predicate], ...] = field(default=(), repr=False, compare=False)
 
     def __str__(self) -> str:
@@ -140,7 +142,7 @@ def _plan(problem: Problem, parts: list[tuple[TiledPart, Mask]], reasons: Mappin
     main = max(parts, key=lambda part: part[0].pairs)[0].kernel
     run = tuple((part, own.bind(problem.domain, problem.keys)) for part, own in parts)
     described = tuple((part.what, part.kernel) for part, _ in parts)
-    return Plan(main, described, dict(reasons), flops, held, run)
+    return Plan(main, described, dict(reasons), flops, held, _predicate(problem), run)
 
 
 def _dense(kernel: str, problem: Problem, reasons: Mapping[str, str]) -> Plan:
@@ -149,4 +151,8 @@ def _dense(kernel: str, problem: Problem, reasons: Mapping[str, str]) -> Plan:
     held = problem.batch * problem.heads * pairs * (8 if kernel == "reference" else problem.dtype.itemsize)
     if kernel == "sdpa" and problem.bias is None and (problem.is_causal or problem.is_full):
         flops, held = (flops // 2 if problem.is_causal else flops), 0
-    return Plan(kernel, ((f"{problem.mask!r} on {problem.domain!r}", kernel),), dict(reasons), flops, held)
+    return Plan(kernel, ((f"{problem.mask!r} on {problem.domain!r}", kernel),), dict(reasons), flops, held, _predicate(problem))
+
+
+def _predicate(problem: Problem) -> Predicate | None:
+    return None if problem.is_full else problem.mask.bind(problem.domain, problem.keys)
