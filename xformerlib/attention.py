@@ -180,7 +180,9 @@ class Attention(nn.Module):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1); got dropout={dropout}")
         if kernel != "auto" and kernel not in kernels.KERNELS:
-            raise ValueError(f"kernel must be 'auto' or one of {', '.join(map(repr, kernels.KERNELS))}; got kernel={kernel!r}")
+            raise ValueError(
+                f"kernel must be 'auto' or one of {', '.join(map(repr, kernels.KERNELS))}; got kernel={kernel!r}"
+            )
         self.softcap, self.dropout, self.kernel = softcap, dropout, kernel
 
     def forward(
@@ -239,7 +241,9 @@ class Attention(nn.Module):
         full = Full() if own is None else own
         terms = _bias_terms(self._biases(position))
         domain, keys = _resolve_domains(q, key, full, terms, domain, keys)
-        problem = Problem(full, domain, keys, len(q), self.heads, self.kv_heads, self.head_dim, self.head_dim, q.dtype, q.device.type)
+        problem = Problem(
+            full, domain, keys, len(q), self.heads, self.kv_heads, self.head_dim, self.head_dim, q.dtype, q.device.type
+        )
         predicate = None if problem.is_full else full.bind(domain, keys)
         scores = _scores(problem, terms, predicate, q, None, self.softcap)
         index = torch.arange(q.shape[2], device=q.device) if rows is None else torch.as_tensor(rows, device=q.device)
@@ -249,7 +253,8 @@ class Attention(nn.Module):
         if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < q.shape[2]):
             raise ValueError(f"rows must index the {q.shape[2]} queries; got {index.tolist()}")
         blocks = [
-            probabilities(q.index_select(2, rows), key, scores, rows, self.sinks) for rows in index.split(rows_per_block(problem))
+            probabilities(q.index_select(2, rows), key, scores, rows, self.sinks)
+            for rows in index.split(rows_per_block(problem))
         ]
         return torch.cat(blocks, 2) if blocks else q.new_zeros(*q.shape[:2], 0, key.shape[2])
 
@@ -270,7 +275,10 @@ class Attention(nn.Module):
         own = self.heads * self.head_dim
         if not cross:
             parts = self._linear(domain.zero_padding(x), 0, None)
-            q, key, value = self._heads(parts[..., :own]), *(self._heads(part) for part in parts[..., own:].chunk(2, -1))
+            q, key, value = (
+                self._heads(parts[..., :own]),
+                *(self._heads(part) for part in parts[..., own:].chunk(2, -1)),
+            )
             q, key = _normed(self.query_norm, q), _normed(self.key_norm, key)
             for rotation in self._rotations(position):
                 q, key = rotation.rotate(q, key, domain)
@@ -286,7 +294,9 @@ class Attention(nn.Module):
             key, value, keys = cache.context(self)
         else:
             keys = place("context", context, self.dim, context_domain)
-            key, value = (self._heads(part) for part in self._linear(keys.zero_padding(context), own, None).chunk(2, -1))
+            key, value = (
+                self._heads(part) for part in self._linear(keys.zero_padding(context), own, None).chunk(2, -1)
+            )
             key = _normed(self.key_norm, key)
             if cache is not None:
                 cache.keep_context(self, key, value, keys)
@@ -344,19 +354,29 @@ def _check_domain(name: str, domain: Domain, tokens: int, batch: int, device: to
             + (f" (prefix={domain.prefix} in front of each item included)" if domain.prefix else "")
         )
     if domain.batch_size is not None and batch != domain.batch_size:
-        raise ValueError(f"{name} must have one row for each of the {domain.batch_size} rows of {domain!r}; got {batch}")
+        raise ValueError(
+            f"{name} must have one row for each of the {domain.batch_size} rows of {domain!r}; got {batch}"
+        )
     if domain.device is not None and domain.device != device:
-        raise ValueError(f"{name} is on {device}, but its domain is on {domain.device}; use domain.to({str(device)!r}) once, beforehand")
+        raise ValueError(
+            f"{name} is on {device}, but its domain is on {domain.device}; use domain.to({str(device)!r}) once, beforehand"
+        )
 
 
-def _check_inputs(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, dropout_p: float, softcap: float | None) -> None:
+def _check_inputs(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, dropout_p: float, softcap: float | None
+) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor; got {getattr(tensor, 'dtype', type(tensor).__name__)}")
+            raise TypeError(
+                f"{name} must be a floating-point tensor; got {getattr(tensor, 'dtype', type(tensor).__name__)}"
+            )
         if tensor.ndim != 4:
             raise ValueError(f"{name} must be (batch, heads, tokens, dim); got {tuple(tensor.shape)}")
         if tensor.dtype != query.dtype or tensor.device != query.device:
-            raise ValueError(f"{name} must have the dtype and device of query, {query.dtype} on {query.device}; got {tensor.dtype} on {tensor.device}")
+            raise ValueError(
+                f"{name} must have the dtype and device of query, {query.dtype} on {query.device}; got {tensor.dtype} on {tensor.device}"
+            )
     shapes = f"got query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if not query.shape[0] == key.shape[0] == value.shape[0]:
         raise ValueError(f"query, key and value must have the same batch size; {shapes}")
@@ -367,7 +387,9 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | Non
     if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
         raise ValueError(f"the heads of query must be a multiple of the heads of key; {shapes}")
     if sinks is not None and (sinks.shape != query.shape[1:2] or sinks.device != query.device):
-        raise ValueError(f"sinks must be one logit per query head, ({query.shape[1]},) on {query.device}; got {tuple(sinks.shape)} on {sinks.device}")
+        raise ValueError(
+            f"sinks must be one logit per query head, ({query.shape[1]},) on {query.device}; got {tuple(sinks.shape)} on {sinks.device}"
+        )
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1); got dropout_p={dropout_p}")
     if softcap is not None and not softcap > 0:
@@ -375,7 +397,12 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | Non
 
 
 def _resolve_domains(
-    query: Tensor, key: Tensor, mask: Mask, terms: tuple[BiasLike, ...], domain: Domain | None, key_domain: Domain | None
+    query: Tensor,
+    key: Tensor,
+    mask: Mask,
+    terms: tuple[BiasLike, ...],
+    domain: Domain | None,
+    key_domain: Domain | None,
 ) -> tuple[Domain, Domain]:
     """Where queries and keys live: as given, and otherwise on sequences from 0, if that is no guess."""
     queries, keys = query.shape[2], key.shape[2]
@@ -397,16 +424,21 @@ def _resolve_domains(
 
 def _check_mask(mask: Mask) -> Mask:
     if not isinstance(mask, Mask):
-        raise TypeError(f"mask must be a mask such as masks.Causal(); got {type(mask).__name__}. Wrap a bool tensor (True = may attend) in masks.Dense.")
+        raise TypeError(
+            f"mask must be a mask such as masks.Causal(); got {type(mask).__name__}. Wrap a bool tensor (True = may attend) in masks.Dense."
+        )
     return mask
 
 
 def _bias_terms(bias: BiasLike | SequenceOf[BiasLike] | None) -> tuple[BiasLike, ...]:
-    terms = () if bias is None else (bias,) if isinstance(bias, (Tensor, Position)) else tuple(bias)
-    flat = [part for term in terms for part in (term.parts if isinstance(term, Position) else (term,))]
-    for term in flat:
+    given = () if bias is None else (bias,) if isinstance(bias, (Tensor, Position)) else tuple(bias)
+    flat: list[BiasLike] = []
+    for term in (part for each in given for part in (each.parts if isinstance(each, Position) else (each,))):
         if not isinstance(term, (Tensor, Bias)):
-            raise TypeError(f"bias must be a positions.Bias or a tensor that broadcasts to (B, H, Tq, Tk); got {type(term).__name__}")
+            raise TypeError(
+                f"bias must be a positions.Bias or a tensor that broadcasts to (B, H, Tq, Tk); got {type(term).__name__}"
+            )
+        flat.append(term)
     return tuple(flat)
 
 
@@ -446,11 +478,19 @@ def _scores(
     for term in terms:
         if isinstance(term, Bias):
             if term.heads not in (1, problem.heads):
-                raise ValueError(f"bias must score as many heads as query has, {problem.heads}; got {term!r} of {term.heads}")
-        elif term.ndim < 2 or term.ndim > 4 or any(n not in (1, want) for n, want in zip(term.shape[::-1], shape[::-1], strict=False)):
+                raise ValueError(
+                    f"bias must score as many heads as query has, {problem.heads}; got {term!r} of {term.heads}"
+                )
+        elif (
+            term.ndim < 2
+            or term.ndim > 4
+            or any(n not in (1, want) for n, want in zip(term.shape[::-1], shape[::-1], strict=False))
+        ):
             raise ValueError(f"bias must broadcast to (B, H, Tq, Tk) = {shape}; got {tuple(term.shape)}")
         elif not term.is_floating_point() or term.device != query.device:
-            raise TypeError(f"bias must be floating-point on {query.device}; got {term.dtype} on {term.device}. Use masks.Dense for a bool mask.")
+            raise TypeError(
+                f"bias must be floating-point on {query.device}; got {term.dtype} on {term.device}. Use masks.Dense for a bool mask."
+            )
     extent = problem.mask.extent()
     for what, varies, size in (("rows", extent.batch, problem.batch), ("heads", extent.heads, problem.heads)):
         if varies not in (None, 1, size):
@@ -458,11 +498,15 @@ def _scores(
     domain, keys, device = problem.domain, problem.keys, query.device
     dtype = torch.promote_types(query.dtype, torch.float32)
     only_mask = not any(isinstance(term, Tensor) for term in terms)  # a tensor of minus infinities hides keys too
-    seen = (domain == keys and problem.mask.is_reflexive(domain)) or (isinstance(problem.mask, Full) and domain.items is None)
+    seen = (domain == keys and problem.mask.is_reflexive(domain)) or (
+        isinstance(problem.mask, Full) and domain.items is None
+    )
     return Scores(
         predicate=predicate,
         biases=tuple(
-            term.reshape((1,) * (4 - term.ndim) + term.shape) if isinstance(term, Tensor) else term.pair(domain, keys, dtype=dtype)
+            term.reshape((1,) * (4 - term.ndim) + term.shape)
+            if isinstance(term, Tensor)
+            else term.pair(domain, keys, dtype=dtype)
             for term in terms
         ),
         scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale,
@@ -485,11 +529,18 @@ def _without_padding(problem: Problem, query: Tensor, key: Tensor, value: Tensor
 
 
 def _check_heads(dim: int, heads: int, kv_heads: int, head_dim: int | None) -> None:
-    for name, value in (("dim", dim), ("heads", heads), ("kv_heads", kv_heads), ("head_dim", 1 if head_dim is None else head_dim)):
+    for name, value in (
+        ("dim", dim),
+        ("heads", heads),
+        ("kv_heads", kv_heads),
+        ("head_dim", 1 if head_dim is None else head_dim),
+    ):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a whole number >= 1; got {name}={value!r}")
     if head_dim is None and dim % heads:
-        raise ValueError(f"dim must be divisible by heads; got dim={dim} and heads={heads}. Change one, or give head_dim.")
+        raise ValueError(
+            f"dim must be divisible by heads; got dim={dim} and heads={heads}. Change one, or give head_dim."
+        )
     if heads % kv_heads:
         raise ValueError(f"heads must be divisible by kv_heads; got heads={heads} and kv_heads={kv_heads}")
 
@@ -498,9 +549,13 @@ def _check_position(position: Position | None, heads: int) -> None:
     if position is None:
         return
     if not isinstance(position, Position):
-        raise TypeError(f"position must be a position such as positions.Rotary(head_dim); got {type(position).__name__}")
+        raise TypeError(
+            f"position must be a position such as positions.Rotary(head_dim); got {type(position).__name__}"
+        )
     for embedding in position.embeddings:
-        raise ValueError(f"{type(embedding).__name__} is added to the tokens once, by the model: give it to an Encoder, or call it on x")
+        raise ValueError(
+            f"{type(embedding).__name__} is added to the tokens once, by the model: give it to an Encoder, or call it on x"
+        )
     check_bias_heads(position, heads)
 
 
@@ -508,7 +563,9 @@ def check_bias_heads(position: Position, heads: int) -> None:
     """Raise unless the biases of a position fit layers of so many heads."""
     for bias in position.biases:
         if bias.heads not in (1, heads):
-            raise ValueError(f"position must score as many heads as the layer has, {heads}; got {bias!r} of {bias.heads}")
+            raise ValueError(
+                f"position must score as many heads as the layer has, {heads}; got {bias!r} of {bias.heads}"
+            )
 
 
 def _normed(norm: nn.Module, x: Tensor) -> Tensor:
@@ -523,5 +580,7 @@ def _qk_norm(kind: str | Callable[[int], nn.Module] | None, head_dim: int) -> nn
     if callable(kind):
         return kind(head_dim)
     if kind not in ("rms", "layer"):
-        raise ValueError(f"qk_norm must be None, 'rms', 'layer' or a callable that makes a module from head_dim; got qk_norm={kind!r}")
+        raise ValueError(
+            f"qk_norm must be None, 'rms', 'layer' or a callable that makes a module from head_dim; got qk_norm={kind!r}"
+        )
     return nn.RMSNorm(head_dim, eps=1e-6) if kind == "rms" else nn.LayerNorm(head_dim, eps=1e-6)

@@ -95,7 +95,9 @@ class Domain(ABC):
     def _make_items(self) -> Tensor:
         assert self.offsets is not None
         sizes = self.offsets.diff()
-        return torch.repeat_interleave(torch.arange(sizes.numel(), device=sizes.device), sizes, output_size=self.num_tokens)
+        return torch.repeat_interleave(
+            torch.arange(sizes.numel(), device=sizes.device), sizes, output_size=self.num_tokens
+        )
 
     def fact(self, key: Hashable, make: Callable[[], Fact]) -> Fact:
         """A value that depends on the domain alone: made at the first call, kept for the next ones."""
@@ -106,7 +108,9 @@ class Domain(ABC):
 
     def _own_facts(self) -> dict[Hashable, Any]:
         """The facts without plans and copies on other devices, which refer back to the domain."""
-        return {key: fact for key, fact in self._facts.items() if not (isinstance(key, tuple) and key[0] in ("to", "plan"))}
+        return {
+            key: fact for key, fact in self._facts.items() if not (isinstance(key, tuple) and key[0] in ("to", "plan"))
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_facts": self._own_facts()}
@@ -117,9 +121,11 @@ class Domain(ABC):
         if self.device is None or self.device == target:
             return self
 
-        def move() -> Self:
+        def move() -> Any:
             moved = copy.copy(self)
-            moved.__dict__ = {name: _to_device(value, target) for name, value in self.__dict__.items() if name != "_facts"}
+            moved.__dict__ = {
+                name: _to_device(value, target) for name, value in self.__dict__.items() if name != "_facts"
+            }
             moved._device = target
             moved._facts = _to_device(self._own_facts(), target)
             return moved
@@ -220,7 +226,9 @@ class Domain(ABC):
             )
         sizes = {size for size in (self.batch_size, keys.batch_size) if size is not None}
         if len(sizes) > 1:
-            raise ValueError(f"query and key domains must have the same number of rows; got {self.batch_size} and {keys.batch_size}")
+            raise ValueError(
+                f"query and key domains must have the same number of rows; got {self.batch_size} and {keys.batch_size}"
+            )
 
     def zero_padding(self, x: Shaped[Tensor, "*batch tokens dim"]) -> Shaped[Tensor, "*batch tokens dim"]:
         """``x`` with 0 at tokens that do not exist, whatever stood there (NaN included)."""
@@ -235,7 +243,9 @@ class Domain(ABC):
 
     def check_extendable(self) -> None:
         """Raise unless later tokens can be appended to this domain."""
-        raise ValueError(f"a cache holds the earlier tokens of a Sequence or Timeline shared by the whole batch; got {self!r}")
+        raise ValueError(
+            f"a cache holds the earlier tokens of a Sequence or Timeline shared by the whole batch; got {self!r}"
+        )
 
     def extended(self, later: Domain) -> Domain:
         """This domain with the tokens of ``later`` appended, for caches."""
@@ -271,7 +281,7 @@ class Domain(ABC):
         if self is other:
             return True
         value = self._value()
-        return value is not None and type(self) is type(other) and value == other._value()  # type: ignore[attr-defined]
+        return value is not None and type(self) is type(other) and value == other._value()
 
     def __hash__(self) -> int:
         value = self._value()

@@ -54,7 +54,9 @@ class Sequence(Domain):
         longest = int(sizes.max()) if sizes.numel() else 0
         length = longest if length is None else check_count("length", length)
         if longest > length:
-            raise ValueError(f"lengths must be <= length; got a row of {longest} tokens and length={length}. Raise length.")
+            raise ValueError(
+                f"lengths must be <= length; got a row of {longest} tokens and length={length}. Raise length."
+            )
         domain = cls(length, start=start, prefix=prefix)
         domain.lengths = sizes
         domain.valid = torch.arange(domain.num_tokens, device=sizes.device) < prefix + sizes[:, None]
@@ -102,7 +104,9 @@ class Sequence(Domain):
         self.check_extendable()
         end = self.start + self.length
         if not isinstance(later, Sequence) or later.lengths is not None or later.prefix or later.start != end:
-            raise ValueError(f"the next tokens of a cached sequence start where the last ones ended: Sequence(n, start={end}); got {later!r}")
+            raise ValueError(
+                f"the next tokens start where the cached ones ended: Sequence(n, start={end}); got {later!r}"
+            )
         return Sequence(self.length + later.length, start=self.start, prefix=self.prefix)
 
     def continuing(self, earlier: Domain) -> Sequence:
@@ -118,7 +122,9 @@ class Sequence(Domain):
         return (self.length, self.start, self.prefix, self._rank_offset) if self.lengths is None else None
 
     def __repr__(self) -> str:
-        options = "".join(f", {name}={value}" for name, value in (("start", self.start), ("prefix", self.prefix)) if value)
+        options = "".join(
+            f", {name}={value}" for name, value in (("start", self.start), ("prefix", self.prefix)) if value
+        )
         if self.lengths is None:
             return f"Sequence({self.length}{options})"
         how = "packed" if self.valid is None else "padded"
@@ -151,7 +157,9 @@ class Timeline(Domain):
     ) -> None:  # fmt: skip
         times = torch.as_tensor(times)
         if times.ndim not in (1, 2) or times.dtype == torch.bool or times.is_complex():
-            raise ValueError(f"times must be (tokens,) or (batch, tokens) of real numbers; got {tuple(times.shape)} of {times.dtype}")
+            raise ValueError(
+                f"times must be (tokens,) or (batch, tokens) of real numbers; got {tuple(times.shape)} of {times.dtype}"
+            )
         prefix = check_count("prefix", prefix)
         times = times if times.is_floating_point() else times.double()
         if valid is not None:
@@ -175,7 +183,9 @@ class Timeline(Domain):
         domain = cls(times)
         sizes = as_lengths("lengths", lengths).to(domain.times.device)
         if domain.times.ndim != 1 or int(sizes.sum()) != domain.num_tokens:
-            raise ValueError(f"lengths must add up to the number of times; got {int(sizes.sum())} and times of {tuple(domain.times.shape)}")
+            raise ValueError(
+                f"lengths must add up to the number of times; got {int(sizes.sum())} and times of {tuple(domain.times.shape)}"
+            )
         domain.offsets = offsets_of(sizes)
         return domain
 
@@ -192,7 +202,9 @@ class Timeline(Domain):
     def extended(self, later: Domain) -> Timeline:
         self.check_extendable()
         if not isinstance(later, Timeline) or later.prefix or later.times.shape[:-1] != self.times.shape[:-1]:
-            raise ValueError(f"the next tokens of a cached timeline are a Timeline of as many rows, without a prefix; got {later!r} after {self!r}")
+            raise ValueError(
+                f"the next tokens of a cached timeline are a Timeline of as many rows, without a prefix; got {later!r}"
+            )
         return Timeline(torch.cat([self.times, later.times], -1), prefix=self.prefix)
 
     def __repr__(self) -> str:
@@ -206,7 +218,9 @@ def _check_valid(places: Tensor, valid: Any, axes: int = 0) -> tuple[Tensor, Ten
     """Times (``axes=0``) or coordinates (``axes=1``) with one row per row of ``valid`` and 0 where no token exists, and ``valid``."""
     shape = places.shape[: places.ndim - axes]
     if not isinstance(valid, Tensor) or valid.dtype != torch.bool:
-        raise TypeError(f"valid must be a bool tensor, True where a token exists; got {getattr(valid, 'dtype', type(valid).__name__)}")
+        raise TypeError(
+            f"valid must be a bool tensor, True where a token exists; got {getattr(valid, 'dtype', type(valid).__name__)}"
+        )
     valid = valid[None] if valid.ndim == 1 else valid
     if valid.ndim != 2 or valid.shape[-1] != shape[-1] or (len(shape) == 2 and valid.shape[0] != shape[0]):
         raise ValueError(f"valid must be (batch, tokens) like the tokens; got {tuple(valid.shape)} for {tuple(shape)}")

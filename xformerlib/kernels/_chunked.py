@@ -20,5 +20,7 @@ def rows_per_block(problem: Problem) -> int:
 def part(problem: Problem, device: torch.device) -> TiledPart:
     """The whole mask, a block of queries at a time."""
     rows, queries = rows_per_block(problem), problem.num_queries
-    blocks = [Block(slice(a, min(a + rows, queries)), slice(0, problem.num_keys), device) for a in range(0, queries, rows)]
+    blocks = [
+        Block(slice(a, min(a + rows, queries)), slice(0, problem.num_keys), device) for a in range(0, queries, rows)
+    ]
     return TiledPart("chunked", f"{problem.mask!r} on {problem.domain!r}", blocks)

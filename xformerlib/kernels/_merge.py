@@ -63,7 +63,9 @@ class Part(ABC):
         """Output (0 in rows that see nothing here) and log-sum-exp (-inf there), in the precision of accumulation."""
 
     @abstractmethod
-    def backward(self, scores: Scores, query: Tensor, key: Tensor, value: Tensor, merged: Merged, into: Gradients) -> None:
+    def backward(
+        self, scores: Scores, query: Tensor, key: Tensor, value: Tensor, merged: Merged, into: Gradients
+    ) -> None:
         """Add this part's share of every gradient."""
 
 
@@ -78,13 +80,18 @@ def attend(
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, parts: SequenceOf[tuple[Part, Scores]], query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, *tensors: Tensor
+        ctx: Any,
+        parts: SequenceOf[tuple[Part, Scores]],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
+        *tensors: Tensor,
     ) -> Tensor:
-        out, lse = None, None
-        for part, scores in parts:
-            more, more_lse = part.forward(scores.using(tensors), query, key, value)
-            out, lse = (more, more_lse) if out is None else _merge(out, lse, more, more_lse)
-        assert out is not None and lse is not None
+        first, scores = parts[0]
+        out, lse = first.forward(scores.using(tensors), query, key, value)
+        for part, scores in parts[1:]:
+            out, lse = _merge(out, lse, *part.forward(scores.using(tensors), query, key, value))
         if sinks is not None:
             total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None].expand_as(lse))
             out, lse = out * torch.exp(lse - total)[..., None], total
@@ -102,7 +109,9 @@ class _Attend(torch.autograd.Function):
         merged = Merged(out, lse.masked_fill(lse == -torch.inf, torch.inf), grad, delta)
         needed = ctx.needs_input_grad[5:]
         into = Gradients(
-            *(torch.zeros_like(x, dtype=wide, memory_format=torch.contiguous_format) for x in (query, key, value)),
+            query.new_zeros(query.shape, dtype=wide),
+            key.new_zeros(key.shape, dtype=wide),
+            value.new_zeros(value.shape, dtype=wide),
             [torch.zeros_like(t) if need else None for t, need in zip(tensors, needed, strict=True)],
         )
         for part, scores in ctx.parts:
@@ -111,7 +120,14 @@ class _Attend(torch.autograd.Function):
         if sinks is not None:
             share = torch.exp(sinks.to(wide)[:, None] - merged.lse)
             sink_grad = -(share * delta).sum((0, 2)).to(sinks.dtype)
-        return None, into.query.to(query.dtype), into.key.to(key.dtype), into.value.to(value.dtype), sink_grad, *into.biases
+        return (
+            None,
+            into.query.to(query.dtype),
+            into.key.to(key.dtype),
+            into.value.to(value.dtype),
+            sink_grad,
+            *into.biases,
+        )
 
 
 def _merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:

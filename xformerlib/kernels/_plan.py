@@ -53,7 +53,9 @@ class Plan:
         rows += [f"{'forward':<13} {self.flops / 1e9:.3g} GFLOP, {self.bytes / 2**20:.3g} MiB"]
         return "\n".join(rows)
 
-    def run(self, problem: Problem, scores: Scores, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> Tensor:
+    def run(
+        self, problem: Problem, scores: Scores, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None
+    ) -> Tensor:
         """The attention, computed as planned."""
         if self.kernel == "reference":
             return _reference.run(scores, query, key, value, sinks)
@@ -61,7 +63,8 @@ class Plan:
             return _sdpa.run(problem, scores, query, key, value)
         alone = len(self._run) == 1
         parts = [
-            (part, scores if alone else replace(scores, predicate=predicate, reflexive=False)) for part, predicate in self._run
+            (part, scores if alone else replace(scores, predicate=predicate, reflexive=False))
+            for part, predicate in self._run
         ]
         return attend(parts, query, key, value, sinks)
 
@@ -95,7 +98,9 @@ def choose(problem: Problem, kernel: str, device: torch.device) -> Plan:
 
 
 def _refused(kernel: str, reason: str) -> ValueError:
-    return ValueError(f"kernel={kernel!r} cannot compute this attention: {reason}. Use kernel='auto', which chooses one that can.")
+    return ValueError(
+        f"kernel={kernel!r} cannot compute this attention: {reason}. Use kernel='auto', which chooses one that can."
+    )
 
 
 def _structured(problem: Problem, kernel: str, device: torch.device) -> list[tuple[TiledPart, Mask]] | str:
@@ -112,7 +117,9 @@ def _structured(problem: Problem, kernel: str, device: torch.device) -> list[tup
         candidates = list(tiled_structures(term, problem, device))
         named = [structure for structure in candidates if structure.kernel == kernel]
         if not candidates or (kernel != "auto" and len(terms) == 1 and not named):
-            return f"nothing in {own!r} on {problem.domain!r} says where its pairs are" + ("" if kernel == "auto" else f" in a way that {kernel} uses")
+            return f"nothing in {own!r} on {problem.domain!r} says where its pairs are" + (
+                "" if kernel == "auto" else f" in a way that {kernel} uses"
+            )
         best = min(named or candidates, key=_cost)
         part = TiledPart(best.kernel, repr(own), best.calls, best.exact if len(terms) == 1 else None)
         if part.pairs:
@@ -137,7 +144,14 @@ def _plan(problem: Problem, parts: list[tuple[TiledPart, Mask]], reasons: Mappin
     pairs = sum(part.pairs for part, _ in parts)
     heads = problem.batch * problem.heads
     flops = int(2 * heads * pairs * (problem.head_dim + problem.value_dim))
-    tile = max((max((t.n * t.rows * t.columns for t in part.calls), default=0) for part, _ in parts if isinstance(part, TiledPart)), default=0)
+    tile = max(
+        (
+            max((t.n * t.rows * t.columns for t in part.calls), default=0)
+            for part, _ in parts
+            if isinstance(part, TiledPart)
+        ),
+        default=0,
+    )
     held = tile * max(4, problem.dtype.itemsize) * (1 if problem.bias is None else problem.heads)
     main = max(parts, key=lambda part: part[0].pairs)[0].kernel
     run = tuple((part, own.bind(problem.domain, problem.keys)) for part, own in parts)
@@ -151,7 +165,9 @@ def _dense(kernel: str, problem: Problem, reasons: Mapping[str, str]) -> Plan:
     held = problem.batch * problem.heads * pairs * (8 if kernel == "reference" else problem.dtype.itemsize)
     if kernel == "sdpa" and problem.bias is None and (problem.is_causal or problem.is_full):
         flops, held = (flops // 2 if problem.is_causal else flops), 0
-    return Plan(kernel, ((f"{problem.mask!r} on {problem.domain!r}", kernel),), dict(reasons), flops, held, _predicate(problem))
+    return Plan(
+        kernel, ((f"{problem.mask!r} on {problem.domain!r}", kernel),), dict(reasons), flops, held, _predicate(problem)
+    )
 
 
 def _predicate(problem: Problem) -> Predicate | None:

@@ -27,7 +27,9 @@ class Pairs(NamedTuple):
     k: Int[Tensor, "..."]
 
     @staticmethod
-    def of(batch: int, heads: int, q_index: Int[Tensor, "*tiles rows"], k_index: Int[Tensor, "*tiles columns"]) -> Pairs:
+    def of(
+        batch: int, heads: int, q_index: Int[Tensor, "*tiles rows"], k_index: Int[Tensor, "*tiles columns"]
+    ) -> Pairs:
         """The pairs that the queries and keys of each tile make, in every row of the batch and every head."""
         b = torch.arange(batch, device=q_index.device)[:, None, None, None]
         h = torch.arange(heads, device=q_index.device)[:, None, None]
@@ -66,7 +68,8 @@ class Scores:
 
     def using(self, tensors: tuple[Tensor, ...]) -> Scores:
         """The same scores with other ``tensors``, of the same shapes."""
-        rest, biases = list(tensors), []
+        rest = list(tensors)
+        biases: list[Tensor | PairBias] = []
         for bias in self.biases:
             if isinstance(bias, Tensor):
                 biases.append(rest.pop(0))
@@ -118,11 +121,12 @@ def _at(bias: Tensor, pairs: Pairs) -> Tensor:
             if bias.shape[axis] != 1:
                 bias = bias.index_select(axis, index.flatten())
         return bias
-    index = [i if n > 1 else i.new_zeros(()) for i, n in zip(pairs, bias.shape, strict=True)]
-    return bias[tuple(index)]
+    return bias[tuple(i if n > 1 else i.new_zeros(()) for i, n in zip(pairs, bias.shape, strict=True))]
 
 
-def grouped_matmul(a: Float[Tensor, "batch heads m n"], b: Float[Tensor, "batch kv_heads n p"]) -> Float[Tensor, "batch heads m p"]:
+def grouped_matmul(
+    a: Float[Tensor, "batch heads m n"], b: Float[Tensor, "batch kv_heads n p"]
+) -> Float[Tensor, "batch heads m p"]:
     """``a @ b`` where each head of ``b`` serves a group of consecutive heads of ``a``, without repeating it."""
     batch, heads, m, n = a.shape
     kv_heads = b.shape[1]
@@ -139,7 +143,7 @@ def probabilities(
     sinks: Float[Tensor, " heads"] | None = None,
 ) -> Float[Tensor, "batch heads rows keys"]:
     """Attention weights of a block of queries over all keys; 0 in rows that see nothing."""
-    pairs = Pairs.of(*query.shape[:2], q_index, torch.arange(key.shape[2], device=key.device))
+    pairs = Pairs.of(query.shape[0], query.shape[1], q_index, torch.arange(key.shape[2], device=key.device))
     s = grouped_matmul(query, key.transpose(-2, -1)) * scores.scale
     if scores.softcap is not None:
         s = scores.softcap * torch.tanh(s / scores.softcap)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -47,9 +49,11 @@ def run(
     value: Float[Tensor, "batch kv_heads keys value_dim"],
 ) -> Float[Tensor, "batch heads queries value_dim"]:
     """``scaled_dot_product_attention`` with ``is_causal``, a dense mask, or neither."""
-    options = {"dropout_p": scores.dropout_p, "scale": scores.scale, "enable_gqa": problem.heads != problem.kv_heads}
+    options: dict[str, Any] = {"dropout_p": scores.dropout_p, "scale": scores.scale, "enable_gqa": problem.heads != problem.kv_heads}
     if scores.biases == () and (problem.is_full or problem.is_causal):
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=problem.is_causal and not problem.is_full, **options)
+        out = F.scaled_dot_product_attention(
+            query, key, value, is_causal=problem.is_causal and not problem.is_full, **options
+        )
         return out if problem.domain.valid is None else out.masked_fill(~problem.domain.valid[:, None, :, None], 0)
     pairs = Pairs.of(*query.shape[:2], *(torch.arange(x.shape[2], device=x.device) for x in (query, key)))
     allowed, bias = scores.allowed(pairs), scores.bias(pairs)
@@ -64,7 +68,9 @@ def run(
     if bias is None:
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, **options)
     else:
-        bias = bias.to(torch.promote_types(query.dtype, torch.float32))  # the CPU takes an fp32 bias beside half-precision inputs
+        bias = bias.to(
+            torch.promote_types(query.dtype, torch.float32)
+        )  # the CPU takes an fp32 bias beside half-precision inputs
         if empty is not None:
             bias = bias.masked_fill(empty, 0)
         if allowed is not None:

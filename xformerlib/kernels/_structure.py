@@ -82,7 +82,8 @@ def _windowed(literal: Local | Dilated, term: Term, problem: Problem, device: to
     tiles = -(-domain.num_tokens // rows)
     most = max(1, CALL_PAIRS // (rows * (reach + rows + after)))
     calls = [
-        Band(first * rows, min(most, tiles - first), rows, reach, after, domain.num_tokens, device) for first in range(0, tiles, most)
+        Band(first * rows, min(most, tiles - first), rows, reach, after, domain.num_tokens, device)
+        for first in range(0, tiles, most)
     ]
     yield Structure("windowed", tuple(calls))
 
@@ -100,14 +101,23 @@ def _reach(literal: Local | Dilated, domain: Domain) -> int | None:
         radius = int(per_axis("radius", literal.radius, domain)[0])
         return 2 * radius if literal.border == "clamp" else radius
     if isinstance(domain, Timeline) and isinstance(literal, Local):
-        return domain.fact(("reach", literal.radius), lambda: _timeline_reach(domain, float(per_axis("radius", literal.radius, domain)[0])))
+        return domain.fact(
+            ("reach", literal.radius),
+            lambda: _timeline_reach(domain, float(per_axis("radius", literal.radius, domain)[0])),
+        )
     return None
 
 
 def _timeline_reach(domain: Timeline, radius: float) -> int | None:
     """The most tokens between two that are within ``radius``; None where times are not sorted (or are padded or packed)."""
     times = domain.times if domain.times.ndim == 2 else domain.times[None]
-    if domain.valid is not None or domain.items is not None or domain.prefix or times.shape[-1] == 0 or bool((times.diff(dim=-1) < 0).any()):
+    if (
+        domain.valid is not None
+        or domain.items is not None
+        or domain.prefix
+        or times.shape[-1] == 0
+        or bool((times.diff(dim=-1) < 0).any())
+    ):
         return None
     # One step more than the radius, lest rounding in t - radius leave out a key that t - t_j <= radius lets in.
     place = torch.arange(times.shape[-1], device=times.device)
@@ -133,8 +143,10 @@ def _grid_halo(literal: Local | Dilated, domain: Grid, device: torch.device) -> 
     corners = torch.cartesian_prod(*starts).reshape(-1, domain.ndim)
     q_index = _cells(domain, [corners[:, a, None] + inner[a] for a in range(domain.ndim)])
     around = [
-        torch.arange(size, device=device).expand(len(corners), -1) if outer[a] is None else corners[:, a, None] + outer[a]
-        for a, size in enumerate(domain.sizes)
+        torch.arange(size, device=device).expand(len(corners), -1)
+        if wide is None
+        else corners[:, a, None] + wide
+        for a, (size, wide) in enumerate(zip(domain.sizes, outer, strict=True))
     ]
     k_index = _cells(domain, around)
     most = max(1, CALL_PAIRS // max(q_index.shape[1] * k_index.shape[1], 1))
@@ -162,7 +174,10 @@ def _labels(literal: Mask, domain: Domain, device: torch.device) -> Int[Tensor, 
     elif isinstance(literal, (Windows, Axial)) and domain.kind in ("Sequence", "Grid", "Timeline", "Points"):
         places = domain.coordinates.to(device)
         if isinstance(literal, Windows):
-            size, shift = (places.new_tensor(_every_axis(n, value, domain)) for n, value in (("size", literal.size), ("shift", literal.shift)))
+            size, shift = (
+                places.new_tensor(_every_axis(n, value, domain))
+                for n, value in (("size", literal.size), ("shift", literal.shift))
+            )
             cells = torch.div(places - shift, size, rounding_mode="floor")
         else:
             cells = places.clone()
@@ -202,7 +217,16 @@ def _grouped(labels: Int[Tensor, "*batch tokens"], exact: str | None, device: to
     """Tokens of a label by tokens of the label; groups of about the same size together."""
     rows = labels.ndim == 2
     tokens = labels.shape[-1]
-    flat = labels if not rows else torch.where(labels < 0, -1, labels + (int(labels.max()) + 1 if labels.numel() else 1) * torch.arange(len(labels), device=device)[:, None])
+    flat = (
+        labels
+        if not rows
+        else torch.where(
+            labels < 0,
+            -1,
+            labels
+            + (int(labels.max()) + 1 if labels.numel() else 1) * torch.arange(len(labels), device=device)[:, None],
+        )
+    )
     flat = flat.flatten()
     order = torch.argsort(flat, stable=True)
     order = order[int((flat < 0).sum()) :]
@@ -254,7 +278,7 @@ def _rectangles(literal: Mask, problem: Problem, device: torch.device, *, column
     where = keys if columns else domain
     if where.batch_size is not None and where.valid is None:
         return
-    if problem.domain.items is not None and domain.num_items > 1 and domain.num_items * 4 > domain.num_tokens ** 0.5:
+    if problem.domain.items is not None and domain.num_items > 1 and domain.num_items * 4 > domain.num_tokens**0.5:
         return  # a token of each of many items by all tokens of all items is mostly nothing: the items' own tiles are better
     at = torch.arange(where.num_tokens, device=device)
     zero = at.new_zeros(())

@@ -36,7 +36,9 @@ class TiledPart(Part):
             tiles.put_queries(lse[..., None], log[..., None])
         return out, lse
 
-    def backward(self, scores: Scores, query: Tensor, key: Tensor, value: Tensor, merged: Merged, into: Gradients) -> None:
+    def backward(
+        self, scores: Scores, query: Tensor, key: Tensor, value: Tensor, merged: Merged, into: Gradients
+    ) -> None:
         for tiles in self.calls:
             rows = Merged(
                 tiles.queries(merged.out), tiles.queries(merged.lse[..., None])[..., 0], tiles.queries(merged.grad),
@@ -44,7 +46,9 @@ class TiledPart(Part):
             )  # fmt: skip
             if tiles.query_there is not None:  # what stands for no token has no gradient
                 absent = ~tiles.query_there[:, None, None]
-                rows = Merged(rows.out, rows.lse, rows.grad.masked_fill(absent[..., None], 0), rows.delta.masked_fill(absent, 0))
+                rows = Merged(
+                    rows.out, rows.lse, rows.grad.masked_fill(absent[..., None], 0), rows.delta.masked_fill(absent, 0)
+                )
             grads = _Tile(tiles, scores, query, key, value, self.exact).backward(rows, into.biases)
             tiles.add_queries(into.query, grads.query)
             tiles.add_keys(into.key, grads.key)
@@ -60,14 +64,19 @@ class _TileGradients(NamedTuple):
 class _Tile:
     """One call's tiles: their vectors ``(n, B, H, rows, D)``, which pairs count, and the two ways to compute with them."""
 
-    def __init__(self, tiles: Tiles, scores: Scores, query: Tensor, key: Tensor, value: Tensor, exact: str | None) -> None:
+    def __init__(
+        self, tiles: Tiles, scores: Scores, query: Tensor, key: Tensor, value: Tensor, exact: str | None
+    ) -> None:
         self.scores = scores
         self.pairs = tiles.pairs(*query.shape[:2])
         self.wide = torch.promote_types(query.dtype, torch.float32)
         self.query, self.key, self.value = tiles.queries(query), tiles.keys(key), tiles.keys(value)
         self.group = query.shape[1] // key.shape[1]
         self.flash = (
-            query.device.type == "cpu" and scores.softcap is None and not scores.dropout_p and self.query.numel() * self.key.numel() > 0
+            query.device.type == "cpu"
+            and scores.softcap is None
+            and not scores.dropout_p
+            and self.query.numel() * self.key.numel() > 0
         )
         # In order without a mask: what is missing from a tile stands behind everything else.
         self.in_order = exact == "causal" and self.flash and not scores.biases and self.group == 1
@@ -187,9 +196,13 @@ class _Tile:
         with torch.enable_grad():
             return leaves, scores.bias(self.pairs)
 
-    def _add_bias_gradients(self, bias: Tensor, leaves: dict[int, Tensor], ds: Tensor, into: list[Tensor | None]) -> None:
+    def _add_bias_gradients(
+        self, bias: Tensor, leaves: dict[int, Tensor], ds: Tensor, into: list[Tensor | None]
+    ) -> None:
         summed = ds.sum_to_size(_ranked(bias, ds.ndim).shape).reshape(bias.shape).to(bias.dtype)
-        for i, grad in zip(leaves, torch.autograd.grad(bias, list(leaves.values()), summed, allow_unused=True), strict=True):
+        for i, grad in zip(
+            leaves, torch.autograd.grad(bias, list(leaves.values()), summed, allow_unused=True), strict=True
+        ):
             if grad is not None:
                 total = into[i]
                 assert total is not None
@@ -224,5 +237,3 @@ def _folded_mask(mask: Tensor | None, query: Tensor, group: int) -> Tensor | Non
         mask = mask[:, :, 0]
         return (mask if group == 1 else mask.repeat(1, 1, group, 1)).expand(n, -1, -1, -1)
     return _folded(mask.expand(n, batch, heads, rows, mask.shape[-1]), group)
-
-

@@ -51,28 +51,37 @@ class Tiles(ABC):
         """The tiles' keys."""
 
     @abstractmethod
-    def put_queries(self, x: Float[Tensor, "batch heads tokens dim"], tile: Float[Tensor, "n tile_batch heads rows dim"]) -> None:
+    def put_queries(
+        self, x: Float[Tensor, "batch heads tokens dim"], tile: Float[Tensor, "n tile_batch heads rows dim"]
+    ) -> None:
         """Write what was computed for the tiles' queries where they stand in ``x``."""
 
     @abstractmethod
-    def add_queries(self, x: Float[Tensor, "batch heads tokens dim"], tile: Float[Tensor, "n tile_batch heads rows dim"]) -> None:
+    def add_queries(
+        self, x: Float[Tensor, "batch heads tokens dim"], tile: Float[Tensor, "n tile_batch heads rows dim"]
+    ) -> None:
         """Add what was computed for the tiles' queries where they stand in ``x``."""
 
     @abstractmethod
-    def add_keys(self, x: Float[Tensor, "batch heads tokens dim"], tile: Float[Tensor, "n tile_batch heads columns dim"]) -> None:
+    def add_keys(
+        self, x: Float[Tensor, "batch heads tokens dim"], tile: Float[Tensor, "n tile_batch heads columns dim"]
+    ) -> None:
         """Add what was computed for the tiles' keys where they stand in ``x``."""
 
 
 class Block(Tiles):
     """One tile: a run or a list of queries by a run or a list of keys."""
 
-    def __init__(self, queries: slice | Int[Tensor, " rows"], keys: slice | Int[Tensor, " columns"], device: torch.device) -> None:
+    def __init__(
+        self, queries: slice | Int[Tensor, " rows"], keys: slice | Int[Tensor, " columns"], device: torch.device
+    ) -> None:
         self.q, self.k, self.device = queries, keys, device
         self.n, self.rows, self.columns = 1, _count(queries), _count(keys)
 
     def pairs(self, batch: int, heads: int) -> Pairs:
         q, k = (
-            torch.arange(at.start, at.stop, device=self.device) if isinstance(at, slice) else at for at in (self.q, self.k)
+            torch.arange(at.start, at.stop, device=self.device) if isinstance(at, slice) else at
+            for at in (self.q, self.k)
         )
         return Pairs.of(batch, heads, q, k)
 
@@ -102,7 +111,11 @@ class Gathered(Tiles):
     """
 
     def __init__(
-        self, q_index: Int[Tensor, "n rows"], k_index: Int[Tensor, "n columns"], row: Int[Tensor, " n"] | None = None, batch: int = 1
+        self,
+        q_index: Int[Tensor, "n rows"],
+        k_index: Int[Tensor, "n columns"],
+        row: Int[Tensor, " n"] | None = None,
+        batch: int = 1,
     ) -> None:
         (self.n, self.rows), self.columns = q_index.shape, k_index.shape[1]
         self.row, self.share = row, 1 / batch
@@ -147,7 +160,9 @@ class Gathered(Tiles):
     def add_keys(self, x: Tensor, tile: Tensor) -> None:
         self._into(x, tile, self._k, self._k_places, self._k_targets, add=True)
 
-    def _into(self, x: Tensor, tile: Tensor, index: Tensor, places: Tensor | None, targets: Tensor, *, add: bool) -> None:
+    def _into(
+        self, x: Tensor, tile: Tensor, index: Tensor, places: Tensor | None, targets: Tensor, *, add: bool
+    ) -> None:
         flat = tile.movedim(0, 2).flatten(2, 3)
         if places is not None:  # leave out what stands for no token
             flat = flat.index_select(2, places)
@@ -164,7 +179,9 @@ class Gathered(Tiles):
 class Band(Tiles):
     """Runs of ``rows`` queries by the keys from ``before`` tokens before the run to ``after`` tokens behind it, fetched as views."""
 
-    def __init__(self, first: int, n: int, rows: int, before: int, after: int, tokens: int, device: torch.device) -> None:
+    def __init__(
+        self, first: int, n: int, rows: int, before: int, after: int, tokens: int, device: torch.device
+    ) -> None:
         self.first, self.n, self.rows, self.columns = first, n, rows, before + rows + after
         self.before, self.after, self.tokens, self.device = before, after, tokens, device
 

@@ -53,7 +53,9 @@ class Global(Leaf):
             )
         for where in (domain, keys):
             if isinstance(self.tokens, tuple) and self.tokens and self.tokens[-1] >= where.num_tokens:
-                raise ValueError(f"tokens must be < num_tokens; got index {self.tokens[-1]} on {where!r} of {where.num_tokens} tokens")
+                raise ValueError(
+                    f"tokens must be < num_tokens; got index {self.tokens[-1]} on {where!r} of {where.num_tokens} tokens"
+                )
 
     def allows(self, domain: Domain, keys: Domain) -> Predicate:
         named = [self._named(where) for where in (domain, keys)]
@@ -108,7 +110,9 @@ class _TensorLeaf(Leaf):
         super().check(domain, keys)
         for where in (domain, keys):
             if where.device is not None and where.device != self.device:
-                raise ValueError(f"{type(self).__name__} holds a tensor on {self.device}, but the domain is on {where.device}; move one of them")
+                raise ValueError(
+                    f"{type(self).__name__} holds a tensor on {self.device}, the domain is on {where.device}; move one"
+                )
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -141,7 +145,9 @@ class Segments(_TensorLeaf):
     def check(self, domain: Domain, keys: Domain) -> None:
         super().check(domain, keys)
         _check_length("ids", self.ids, domain, "Give key_ids too if keys are not the queries.")
-        _check_length("key_ids", self.ids if self.key_ids is None else self.key_ids, keys, "Give key_ids, the labels of the keys.")
+        _check_length(
+            "key_ids", self.ids if self.key_ids is None else self.key_ids, keys, "Give key_ids, the labels of the keys."
+        )
 
     def allows(self, domain: Domain, keys: Domain) -> Predicate:
         ids, key_ids = self.ids, self.ids if self.key_ids is None else self.key_ids
@@ -215,9 +221,11 @@ class Dense(_TensorLeaf):
 
     def __post_init__(self) -> None:
         if not isinstance(self.allowed, Tensor) or self.allowed.dtype != torch.bool:
-            raise TypeError(f"allowed must be a bool tensor, True = may attend; got {getattr(self.allowed, 'dtype', type(self.allowed).__name__)}")
+            raise TypeError(f"allowed must be a bool tensor, True = may attend; got {type(self.allowed).__name__}")
         if self.allowed.ndim not in (2, 4):
-            raise ValueError(f"allowed must be (Tq, Tk) or (B, H, Tq, Tk); got {tuple(self.allowed.shape)}. Insert axes of 1 where needed.")
+            raise ValueError(
+                f"allowed must be (Tq, Tk) or (B, H, Tq, Tk); got {tuple(self.allowed.shape)}. Insert axes of 1 where needed."
+            )
 
     @property
     def device(self) -> torch.device:
@@ -227,7 +235,7 @@ class Dense(_TensorLeaf):
         super().check(domain, keys)
         if self.allowed.shape[-2:] != (domain.num_tokens, keys.num_tokens):
             raise ValueError(
-                f"allowed must end in (Tq, Tk) = ({domain.num_tokens}, {keys.num_tokens}), the tokens of the domains; got {tuple(self.allowed.shape)}"
+                f"allowed must end in (Tq, Tk) = ({domain.num_tokens}, {keys.num_tokens}) of the domains; got {tuple(self.allowed.shape)}"
             )
 
     def allows(self, domain: Domain, keys: Domain) -> Predicate:
@@ -264,13 +272,17 @@ class Where(Leaf):
         try:
             inspect.signature(self.fn).bind(0, 0, 0, 0)
         except TypeError as error:
-            raise TypeError(f"fn must take four arguments (b, h, q_index, k_index); got {inspect.signature(self.fn)}") from error
+            raise TypeError(
+                f"fn must take four arguments (b, h, q_index, k_index); got {inspect.signature(self.fn)}"
+            ) from error
 
     def allows(self, domain: Domain, keys: Domain) -> Predicate:
         def checked(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             result = self.fn(b, h, q, k)
             if not isinstance(result, Tensor) or result.dtype != torch.bool:
-                raise TypeError(f"fn must return a bool tensor; got {getattr(result, 'dtype', type(result).__name__)} from {self.fn!r}")
+                raise TypeError(
+                    f"fn must return a bool tensor; got {getattr(result, 'dtype', type(result).__name__)} from {self.fn!r}"
+                )
             return result
 
         return checked
@@ -285,7 +297,9 @@ def _check_table(name: str, table: Tensor, what: str) -> None:
 
 def _check_length(name: str, table: Shaped[Tensor, "*batch tokens"], where: Domain, hint: str) -> None:
     if table.shape[-1] != where.num_tokens:
-        raise ValueError(f"{name} must have one entry per token of {where!r}, {where.num_tokens}; got {table.shape[-1]}. {hint}")
+        raise ValueError(
+            f"{name} must have one entry per token of {where!r}, {where.num_tokens}; got {table.shape[-1]}. {hint}"
+        )
     if table.ndim == 2 and where.batch_size is not None and len(table) != where.batch_size:
         raise ValueError(f"{name} must have one row per row of {where!r}, {where.batch_size}; got {len(table)}")
 
