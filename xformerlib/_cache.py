@@ -60,11 +60,18 @@ class Cache:
             entry = _Entry(key, value, 0, key.shape[2], domain)
         else:
             if entry.keys.shape[0] != key.shape[0]:
-                raise ValueError(f"x must keep its batch size from step to step; got {key.shape[0]} after {entry.keys.shape[0]}")
+                raise ValueError(
+                    f"x must keep its batch size from step to step; got {key.shape[0]} after {entry.keys.shape[0]}"
+                )
             entry, earlier = _reachable(entry, lookback), entry.domain
             entry, domain = _appended(entry, key, value, entry.domain.extended(domain)), domain.continuing(earlier)
         self._entries[layer] = entry
-        return entry.keys[:, :, entry.first : entry.last], entry.values[:, :, entry.first : entry.last], domain, entry.domain
+        return (
+            entry.keys[:, :, entry.first : entry.last],
+            entry.values[:, :, entry.first : entry.last],
+            domain,
+            entry.domain,
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Cache:
         """A cache that goes on by itself from here, of the same layers: beams of a search share what came before."""
@@ -89,7 +96,9 @@ class Cache:
 def _appended(entry: _Entry, key: Tensor, value: Tensor, domain: Domain) -> _Entry:
     """The entry with new tokens behind the old: written into the buffer where it has room, and into one twice as large otherwise."""
     kept, new = entry.last - entry.first, key.shape[2]
-    if torch.is_grad_enabled() and (key.requires_grad or entry.keys.requires_grad):  # a buffer cannot be written under autograd
+    if torch.is_grad_enabled() and (
+        key.requires_grad or entry.keys.requires_grad
+    ):  # a buffer cannot be written under autograd
         keys = torch.cat([entry.keys[:, :, entry.first : entry.last], key], 2)
         return _Entry(keys, torch.cat([entry.values[:, :, entry.first : entry.last], value], 2), 0, kept + new, domain)
     if entry.last + new > entry.keys.shape[2]:

@@ -49,7 +49,11 @@ def run(
     value: Float[Tensor, "batch kv_heads keys value_dim"],
 ) -> Float[Tensor, "batch heads queries value_dim"]:
     """``scaled_dot_product_attention`` with ``is_causal``, a dense mask, or neither."""
-    options: dict[str, Any] = {"dropout_p": scores.dropout_p, "scale": scores.scale, "enable_gqa": problem.heads != problem.kv_heads}
+    options: dict[str, Any] = {
+        "dropout_p": scores.dropout_p,
+        "scale": scores.scale,
+        "enable_gqa": problem.heads != problem.kv_heads,
+    }
     if scores.biases == () and (problem.is_full or problem.is_causal):
         out = F.scaled_dot_product_attention(
             query, key, value, is_causal=problem.is_causal and not problem.is_full, **options

@@ -143,9 +143,7 @@ def _grid_halo(literal: Local | Dilated, domain: Grid, device: torch.device) -> 
     corners = torch.cartesian_prod(*starts).reshape(-1, domain.ndim)
     q_index = _cells(domain, [corners[:, a, None] + inner[a] for a in range(domain.ndim)])
     around = [
-        torch.arange(size, device=device).expand(len(corners), -1)
-        if wide is None
-        else corners[:, a, None] + wide
+        torch.arange(size, device=device).expand(len(corners), -1) if wide is None else corners[:, a, None] + wide
         for a, (size, wide) in enumerate(zip(domain.sizes, outer, strict=True))
     ]
     k_index = _cells(domain, around)
