@@ -122,9 +122,7 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
 
 @MODELS
 def test_a_trained_model_beats_the_same_hour_yesterday(model: Any, tmp_path: Path, no_picture: None) -> None:
-    ts.main(
-        ts.Options(model=model, run=tmp_path, steps=60, warmup=10, eval_every=60, lookback=96, dim=32, depth=1, lr=3e-3)
-    )
+    ts.main(ts.Options(model=model, run=tmp_path, steps=100, eval_every=100, dim=32, depth=1, lr=3e-3))
     score = records(tmp_path)[-1]
     assert score["test_mae"] < 0.7 * score["naive_test_mae"]
 
