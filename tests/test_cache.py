@@ -276,7 +276,7 @@ TIMES = torch.tensor([0.0, 1.0])
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (after(xf.Sequence(3), xf.Sequence(1, start=4)), r"the last ones ended: Sequence\(n, start=3\); got Sequence\(1, start=4\)"),
+        (after(xf.Sequence(3), xf.Sequence(1, start=4)), r"the cached ones ended: Sequence\(n, start=3\); got Sequence\(1, start=4\)"),
         (after(xf.Sequence(3), xf.Sequence(1, start=2)), r"Sequence\(n, start=3\); got Sequence\(1, start=2\)"),
         (after(xf.Sequence(3, start=2), xf.Sequence(1, start=3)), r"Sequence\(n, start=5\)"),
         (after(xf.Sequence(3), None), r"Sequence\(n, start=3\); got Sequence\(1\)"),
