@@ -18,7 +18,7 @@ PACKAGE = ROOT / "xformerlib"
 LAYERS = [
     {"domains"},
     {"masks", "positions"},
-    {"kernels", "_cache"},
+    {"kernels", "_cache", "_inputs", "_sublayers"},
     {"attention"},
     {"blocks"},
     {"time_series", "vision", "graph"},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence as SequenceOf
-from functools import lru_cache
 
 import torch
 from jaxtyping import Float, Int
@@ -12,7 +11,18 @@ from torch import Tensor, nn
 
 from . import kernels
 from ._cache import Cache
-from .domains import Domain, Sequence
+from ._inputs import (
+    BiasLike,
+    bias_kind,
+    bias_terms,
+    check_heads,
+    check_inputs,
+    check_mask,
+    check_position,
+    place,
+    resolve_domains,
+)
+from .domains import Domain
 from .kernels import Plan, Problem, Scores
 from .kernels._chunked import rows_per_block
 from .kernels._scores import probabilities
@@ -20,7 +30,6 @@ from .masks import Full, Mask
 from .masks._algebra import Predicate
 from .positions import Bias, Position, Rotation
 
-BiasLike = Tensor | Bias
 MOST_PLANS, MOST_FLEETING_PLANS = 64, 4  # kept on one domain
 
 
@@ -69,13 +78,13 @@ def attention(
         >>> attention(q, kv, kv, mask=masks.Causal() & masks.Local(3)).shape
         torch.Size([1, 4, 10, 8])
     """
-    _check_inputs(query, key, value, sinks, dropout_p, softcap)
-    mask = Full() if mask is None else _check_mask(mask)
-    terms = _bias_terms(bias)
-    domain, key_domain = _resolve_domains(query, key, mask, terms, domain, key_domain)
+    check_inputs(query, key, value, sinks, dropout_p, softcap)
+    mask = Full() if mask is None else check_mask(mask)
+    terms = bias_terms(bias)
+    domain, key_domain = resolve_domains(query, key, mask, terms, domain, key_domain)
     problem = Problem(
         mask=mask, domain=domain, keys=key_domain, batch=query.shape[0], heads=query.shape[1], kv_heads=key.shape[1],
-        head_dim=query.shape[-1], value_dim=value.shape[-1], dtype=query.dtype, device=query.device.type, bias=_bias_kind(terms),
+        head_dim=query.shape[-1], value_dim=value.shape[-1], dtype=query.dtype, device=query.device.type, bias=bias_kind(terms),
         dropout_p=dropout_p, softcap=softcap is not None, sinks=sinks is not None,
     )  # fmt: skip
     plan = _plan(problem, kernel, query.device)
@@ -109,12 +118,12 @@ def plan(
         kernel     sdpa
         ...
     """
-    mask = Full() if mask is None else _check_mask(mask)
+    mask = Full() if mask is None else check_mask(mask)
     key_domain = domain if key_domain is None else key_domain
     mask.bind(domain, key_domain)  # says what is not defined
     problem = Problem(
         mask=mask, domain=domain, keys=key_domain, batch=domain.batch_size or batch, heads=heads, kv_heads=kv_heads or heads,
-        head_dim=head_dim, value_dim=head_dim, dtype=dtype, device=torch.device(device).type, bias=_bias_kind(_bias_terms(bias)),
+        head_dim=head_dim, value_dim=head_dim, dtype=dtype, device=torch.device(device).type, bias=bias_kind(bias_terms(bias)),
         dropout_p=dropout_p, softcap=softcap is not None, sinks=sinks,
     )  # fmt: skip
     return _plan(problem, kernel, torch.device(device))
@@ -167,10 +176,10 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.dim, self.heads, self.kv_heads = dim, heads, heads if kv_heads is None else kv_heads
-        _check_heads(dim, heads, self.kv_heads, head_dim)
+        check_heads(dim, heads, self.kv_heads, head_dim)
         self.head_dim = dim // heads if head_dim is None else head_dim
-        self.mask = None if mask is None else _check_mask(mask)
-        _check_position(position, self.heads)
+        self.mask = None if mask is None else check_mask(mask)
+        check_position(position, self.heads)
         self.position = position
         self.qkv = nn.Linear(dim, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=qkv_bias)
         self.query_norm, self.key_norm = (_qk_norm(qk_norm, self.head_dim) for _ in range(2))
@@ -239,8 +248,8 @@ class Attention(nn.Module):
         q, key, _, domain, keys = self._project(x, domain, context, context_domain, position, None)
         own = self._mask(mask)
         full = Full() if own is None else own
-        terms = _bias_terms(self._biases(position))
-        domain, keys = _resolve_domains(q, key, full, terms, domain, keys)
+        terms = bias_terms(self._biases(position))
+        domain, keys = resolve_domains(q, key, full, terms, domain, keys)
         problem = Problem(
             full, domain, keys, len(q), self.heads, self.kv_heads, self.head_dim, self.head_dim, q.dtype, q.device.type
         )
@@ -314,7 +323,7 @@ class Attention(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def _mask(self, mask: Mask | None) -> Mask | None:
-        return self.mask if mask is None else _check_mask(mask) if self.mask is None else self.mask & mask
+        return self.mask if mask is None else check_mask(mask) if self.mask is None else self.mask & mask
 
     def _rotations(self, position: Position | None) -> list[Rotation]:
         return [rotation for own in (self.position, position) if own is not None for rotation in own.rotations]
@@ -325,130 +334,6 @@ class Attention(nn.Module):
     def extra_repr(self) -> str:
         heads = f"{self.heads}" if self.kv_heads == self.heads else f"{self.heads}, kv_heads={self.kv_heads}"
         return f"{self.dim}, {heads}, mask={self.mask!r}, kernel={self.kernel!r}"
-
-
-def place(name: str, x: Tensor, dim: int, domain: Domain | None) -> Domain:
-    """The domain of ``x``, ``(B, T, C)`` or ``(T, C)``, checked; ``Sequence(T)`` if none is given."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor; got {getattr(x, 'dtype', type(x).__name__)}")
-    if x.ndim not in (2, 3) or x.shape[-1] != dim:
-        raise ValueError(f"{name} must be (batch, tokens, {dim}) or (tokens, {dim}); got {tuple(x.shape)}")
-    if domain is None:
-        return sequence(x.shape[-2])
-    _check_domain(name, domain, x.shape[-2], x.shape[0] if x.ndim == 3 else 1, x.device)
-    return domain
-
-
-@lru_cache(maxsize=256)
-def sequence(length: int) -> Sequence:
-    """``Sequence(length)``, one object for each length, so that what is known about it is kept between calls."""
-    return Sequence(length)
-
-
-def _check_domain(name: str, domain: Domain, tokens: int, batch: int, device: torch.device) -> None:
-    if not isinstance(domain, Domain):
-        raise TypeError(f"the domain of {name} must be a domain such as Sequence(length); got {type(domain).__name__}")
-    if tokens != domain.num_tokens:
-        raise ValueError(
-            f"{name} must have as many tokens as its domain; got {tokens} and {domain!r} of {domain.num_tokens}"
-            + (f" (prefix={domain.prefix} in front of each item included)" if domain.prefix else "")
-        )
-    if domain.batch_size is not None and batch != domain.batch_size:
-        raise ValueError(
-            f"{name} must have one row for each of the {domain.batch_size} rows of {domain!r}; got {batch}"
-        )
-    if domain.device is not None and domain.device != device:
-        raise ValueError(
-            f"{name} is on {device}, but its domain is on {domain.device}; use domain.to({str(device)!r}) once, beforehand"
-        )
-
-
-def _check_inputs(
-    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, dropout_p: float, softcap: float | None
-) -> None:
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            raise TypeError(
-                f"{name} must be a floating-point tensor; got {getattr(tensor, 'dtype', type(tensor).__name__)}"
-            )
-        if tensor.ndim != 4:
-            raise ValueError(f"{name} must be (batch, heads, tokens, dim); got {tuple(tensor.shape)}")
-        if tensor.dtype != query.dtype or tensor.device != query.device:
-            raise ValueError(
-                f"{name} must have the dtype and device of query, {query.dtype} on {query.device}; got {tensor.dtype} on {tensor.device}"
-            )
-    shapes = f"got query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-    if not query.shape[0] == key.shape[0] == value.shape[0]:
-        raise ValueError(f"query, key and value must have the same batch size; {shapes}")
-    if query.shape[-1] != key.shape[-1]:
-        raise ValueError(f"query and key must have the same dim; {shapes}")
-    if key.shape[1:3] != value.shape[1:3]:
-        raise ValueError(f"key and value must have the same heads and tokens; {shapes}")
-    if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
-        raise ValueError(f"the heads of query must be a multiple of the heads of key; {shapes}")
-    if sinks is not None and (sinks.shape != query.shape[1:2] or sinks.device != query.device):
-        raise ValueError(
-            f"sinks must be one logit per query head, ({query.shape[1]},) on {query.device}; got {tuple(sinks.shape)} on {sinks.device}"
-        )
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must be in [0, 1); got dropout_p={dropout_p}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be > 0; got softcap={softcap}. Leave it out for no cap.")
-
-
-def _resolve_domains(
-    query: Tensor,
-    key: Tensor,
-    mask: Mask,
-    terms: tuple[BiasLike, ...],
-    domain: Domain | None,
-    key_domain: Domain | None,
-) -> tuple[Domain, Domain]:
-    """Where queries and keys live: as given, and otherwise on sequences from 0, if that is no guess."""
-    queries, keys = query.shape[2], key.shape[2]
-    if domain is None and key_domain is not None:
-        raise ValueError("key_domain says where keys live, but queries live nowhere; give domain too")
-    if domain is None:
-        related = [mask] if mask.relates_places else [term for term in terms if isinstance(term, Bias)]
-        if queries != keys and related:
-            raise ValueError(
-                f"{related[0]!r} relates places of queries and keys, and {queries} queries beside {keys} keys do not say which places "
-                "those are. Give domain and key_domain, for example Sequence(1, start=41) and Sequence(42)."
-            )
-        domain, key_domain = sequence(queries), sequence(keys)
-    key_domain = domain if key_domain is None else key_domain
-    _check_domain("query", domain, queries, query.shape[0], query.device)
-    _check_domain("key", key_domain, keys, key.shape[0], key.device)
-    return domain, key_domain
-
-
-def _check_mask(mask: Mask) -> Mask:
-    if not isinstance(mask, Mask):
-        raise TypeError(
-            f"mask must be a mask such as masks.Causal(); got {type(mask).__name__}. Wrap a bool tensor (True = may attend) in masks.Dense."
-        )
-    return mask
-
-
-def _bias_terms(bias: BiasLike | SequenceOf[BiasLike] | None) -> tuple[BiasLike, ...]:
-    given = () if bias is None else (bias,) if isinstance(bias, (Tensor, Position)) else tuple(bias)
-    flat: list[BiasLike] = []
-    for term in (part for each in given for part in (each.parts if isinstance(each, Position) else (each,))):
-        if not isinstance(term, (Tensor, Bias)):
-            raise TypeError(
-                f"bias must be a positions.Bias or a tensor that broadcasts to (B, H, Tq, Tk); got {type(term).__name__}"
-            )
-        flat.append(term)
-    return tuple(flat)
-
-
-def _bias_kind(terms: tuple[BiasLike, ...]) -> str | None:
-    if not terms:
-        return None
-    if any(isinstance(term, Tensor) for term in terms):
-        return "dense"
-    tensors = [t for term in terms for t in term.parameters()]  # type: ignore[union-attr]
-    return "trained" if torch.is_grad_enabled() and any(t.requires_grad for t in tensors) else "fixed"
 
 
 def _plan(problem: Problem, kernel: str, device: torch.device) -> Plan:
@@ -526,46 +411,6 @@ def _without_padding(problem: Problem, query: Tensor, key: Tensor, value: Tensor
         hidden = ~problem.keys.valid[:, None, :, None]
         key, value = key.masked_fill(hidden, 0), value.masked_fill(hidden, 0)
     return query, key, value
-
-
-def _check_heads(dim: int, heads: int, kv_heads: int, head_dim: int | None) -> None:
-    for name, value in (
-        ("dim", dim),
-        ("heads", heads),
-        ("kv_heads", kv_heads),
-        ("head_dim", 1 if head_dim is None else head_dim),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number >= 1; got {name}={value!r}")
-    if head_dim is None and dim % heads:
-        raise ValueError(
-            f"dim must be divisible by heads; got dim={dim} and heads={heads}. Change one, or give head_dim."
-        )
-    if heads % kv_heads:
-        raise ValueError(f"heads must be divisible by kv_heads; got heads={heads} and kv_heads={kv_heads}")
-
-
-def _check_position(position: Position | None, heads: int) -> None:
-    if position is None:
-        return
-    if not isinstance(position, Position):
-        raise TypeError(
-            f"position must be a position such as positions.Rotary(head_dim); got {type(position).__name__}"
-        )
-    for embedding in position.embeddings:
-        raise ValueError(
-            f"{type(embedding).__name__} is added to the tokens once, by the model: give it to an Encoder, or call it on x"
-        )
-    check_bias_heads(position, heads)
-
-
-def check_bias_heads(position: Position, heads: int) -> None:
-    """Raise unless the biases of a position fit layers of so many heads."""
-    for bias in position.biases:
-        if bias.heads not in (1, heads):
-            raise ValueError(
-                f"position must score as many heads as the layer has, {heads}; got {bias!r} of {bias.heads}"
-            )
 
 
 def _normed(norm: nn.Module, x: Tensor) -> Tensor:

@@ -6,135 +6,23 @@ import copy
 from collections.abc import Callable, Sequence as SequenceOf
 from typing import Any, Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ._cache import Cache
-from .attention import Attention, check_bias_heads, place
+from ._inputs import check_bias_heads, place
+from ._sublayers import (
+    Activation as Activation,
+    DropPath as DropPath,
+    FeedForward as FeedForward,
+    NormLayer,
+    Residual,
+    norm_factory,
+)
+from .attention import Attention
 from .domains import Domain
 from .masks import Causal, Mask
 from .positions import Position
-
-NormLayer = Literal["layer", "rms"] | Callable[[int], nn.Module]
-Activation = str | nn.Module | Callable[[Tensor], Tensor]
-_GATED: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": F.silu, "geglu": F.gelu}
-_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
-
-
-class FeedForward(nn.Module):
-    """Two linear maps with a nonlinearity between, on each token alone.
-
-        y = W_2 act(W_1 x + b_1) + b_2                   relu (arXiv:1706.03762), gelu (arXiv:1606.08415), or any module
-        y = W_2 (act(W_g x + b_g) * (W_1 x + b_1)) + b_2  swiglu, geglu (Shazeer 2020, arXiv:2002.05202); rows of ``up``: gate first
-
-    Args:
-        dim: channels of input and output.
-        hidden: channels between; ``4 * dim`` if not given, for gated units two thirds of that, rounded up to a multiple of 8.
-        activation: ``"relu"``, ``"gelu"``, ``"swiglu"``, ``"geglu"``, or a module or function on the hidden channels.
-        dropout: after the nonlinearity, in training.
-        bias: whether the linear maps have biases.
-
-    Example:
-        >>> FeedForward(64, activation="swiglu").hidden
-        176
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        *,
-        hidden: int | None = None,
-        activation: Activation = "gelu",
-        dropout: float = 0.0,
-        bias: bool = True,
-    ) -> None:
-        super().__init__()
-        if isinstance(activation, str) and activation not in _PLAIN | _GATED:
-            raise ValueError(
-                f"activation must be one of {', '.join(map(repr, _PLAIN | _GATED))}, or a module; got activation={activation!r}"
-            )
-        gated = isinstance(activation, str) and activation in _GATED
-        default = -(-8 * dim // 3 // 8) * 8 if gated else 4 * dim
-        self.hidden = default if hidden is None else hidden
-        if self.hidden < 1:
-            raise ValueError(f"hidden must be >= 1; got hidden={hidden}")
-        self.gated, self.activation = gated, activation
-        self.up = nn.Linear(dim, self.hidden * (2 if gated else 1), bias=bias)
-        self.dropout = nn.Dropout(dropout)
-        self.down = nn.Linear(self.hidden, dim, bias=bias)
-
-    def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
-        """Map each token."""
-        h = self.up(x)
-        if self.gated:
-            gate, h = h.chunk(2, -1)
-            h = _GATED[str(self.activation)](gate) * h
-        else:
-            h = (_PLAIN[self.activation] if isinstance(self.activation, str) else self.activation)(h)
-        return self.down(self.dropout(h))
-
-    def extra_repr(self) -> str:
-        return f"activation={self.activation!r}"
-
-
-class DropPath(nn.Module):
-    """Stochastic depth (Huang et al. 2016, arXiv:1603.09382): in training, drops a residual branch for whole items.
-
-    Each item (row of the batch, or packed item) is dropped with probability ``p`` and otherwise scaled by ``1 / (1 - p)``.
-
-    Example:
-        >>> DropPath(0.5).eval()(torch.ones(2, 3, 1), Sequence(3)).sum()
-        tensor(6.)
-    """
-
-    def __init__(self, p: float = 0.0) -> None:
-        super().__init__()
-        if not 0 <= p < 1:
-            raise ValueError(f"drop_path must be in [0, 1); got drop_path={p}")
-        self.p = p
-
-    def forward(self, x: Float[Tensor, "*batch tokens dim"], domain: Domain) -> Float[Tensor, "*batch tokens dim"]:
-        """Drop the branch ``x`` of some items."""
-        if self.p == 0 or not self.training:
-            return x
-        items = domain.items
-        kept = x.new_empty(*x.shape[:-2], domain.num_items if items is not None else 1).bernoulli_(1 - self.p) / (
-            1 - self.p
-        )
-        return x * (kept if items is None else kept.index_select(-1, items))[..., None]
-
-    def extra_repr(self) -> str:
-        return f"{self.p}"
-
-
-class _Residual(nn.Module):
-    """A branch around which the input is added: norm before, after, or both, layer scale, dropout and stochastic depth."""
-
-    def __init__(
-        self,
-        dim: int,
-        norm: str,
-        make: Callable[[int], nn.Module],
-        scale: float | None,
-        dropout: float,
-        drop_path: float,
-    ) -> None:
-        super().__init__()
-        self.norm_after_sum = norm == "post"
-        self.norm = make(dim)
-        self.branch_norm = make(dim) if norm == "sandwich" else None
-        self.scale = None if scale is None else nn.Parameter(torch.full((dim,), float(scale)))
-        self.dropout, self.drop_path = nn.Dropout(dropout), DropPath(drop_path)
-
-    def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor], domain: Domain) -> Tensor:
-        y = branch(x if self.norm_after_sum else self.norm(x))
-        y = y if self.branch_norm is None else self.branch_norm(y)
-        y = self.dropout(y)
-        y = y if self.scale is None else y * self.scale
-        x = x + self.drop_path(y, domain)
-        return self.norm(x) if self.norm_after_sum else x
 
 
 class Block(nn.Module):
@@ -187,8 +75,8 @@ class Block(nn.Module):
         make = norm_factory(norm_layer)
         self.parallel = norm == "parallel"
 
-        def residual() -> _Residual:
-            return _Residual(dim, norm, make, layer_scale, dropout, drop_path)
+        def residual() -> Residual:
+            return Residual(dim, norm, make, layer_scale, dropout, drop_path)
 
         self.attention = Attention(dim, heads, dropout=attention_dropout, **attention)
         self.attention_residual = residual()
@@ -470,14 +358,3 @@ class EncoderDecoder(nn.Module):
         return self.decoder(
             target, domain, context=context, context_domain=source_domain, mask=mask, context_mask=context_mask
         )
-
-
-def norm_factory(norm_layer: NormLayer) -> Callable[[int], nn.Module]:
-    """What makes a norm from a number of channels."""
-    if callable(norm_layer):
-        return norm_layer
-    if norm_layer not in ("layer", "rms"):
-        raise ValueError(
-            f"norm_layer must be 'layer', 'rms' or a callable that makes a module from dim; got norm_layer={norm_layer!r}"
-        )
-    return nn.LayerNorm if norm_layer == "layer" else nn.RMSNorm

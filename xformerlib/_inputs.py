@@ -1,0 +1,179 @@
+"""What users give to attention, checked and completed; each refusal names the argument, the rule, what came and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .domains import Domain, Sequence
+from .masks import Mask
+from .positions import Bias, Position
+
+BiasLike = Tensor | Bias
+
+
+def place(name: str, x: Tensor, dim: int, domain: Domain | None) -> Domain:
+    """The domain of ``x``, ``(B, T, C)`` or ``(T, C)``, checked; ``Sequence(T)`` if none is given."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor; got {getattr(x, 'dtype', type(x).__name__)}")
+    if x.ndim not in (2, 3) or x.shape[-1] != dim:
+        raise ValueError(f"{name} must be (batch, tokens, {dim}) or (tokens, {dim}); got {tuple(x.shape)}")
+    if domain is None:
+        return sequence(x.shape[-2])
+    check_domain(name, domain, x.shape[-2], x.shape[0] if x.ndim == 3 else 1, x.device)
+    return domain
+
+
+@lru_cache(maxsize=256)
+def sequence(length: int) -> Sequence:
+    """``Sequence(length)``, one object for each length, so that what is known about it is kept between calls."""
+    return Sequence(length)
+
+
+def check_domain(name: str, domain: Domain, tokens: int, batch: int, device: torch.device) -> None:
+    if not isinstance(domain, Domain):
+        raise TypeError(f"the domain of {name} must be a domain such as Sequence(length); got {type(domain).__name__}")
+    if tokens != domain.num_tokens:
+        raise ValueError(
+            f"{name} must have as many tokens as its domain; got {tokens} and {domain!r} of {domain.num_tokens}"
+            + (f" (prefix={domain.prefix} in front of each item included)" if domain.prefix else "")
+        )
+    if domain.batch_size is not None and batch != domain.batch_size:
+        raise ValueError(
+            f"{name} must have one row for each of the {domain.batch_size} rows of {domain!r}; got {batch}"
+        )
+    if domain.device is not None and domain.device != device:
+        raise ValueError(
+            f"{name} is on {device}, but its domain is on {domain.device}; use domain.to({str(device)!r}) once, beforehand"
+        )
+
+
+def check_inputs(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, dropout_p: float, softcap: float | None
+) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            raise TypeError(
+                f"{name} must be a floating-point tensor; got {getattr(tensor, 'dtype', type(tensor).__name__)}"
+            )
+        if tensor.ndim != 4:
+            raise ValueError(f"{name} must be (batch, heads, tokens, dim); got {tuple(tensor.shape)}")
+        if tensor.dtype != query.dtype or tensor.device != query.device:
+            raise ValueError(
+                f"{name} must have the dtype and device of query, {query.dtype} on {query.device}; got {tensor.dtype} on {tensor.device}"
+            )
+    shapes = f"got query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    if not query.shape[0] == key.shape[0] == value.shape[0]:
+        raise ValueError(f"query, key and value must have the same batch size; {shapes}")
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(f"query and key must have the same dim; {shapes}")
+    if key.shape[1:3] != value.shape[1:3]:
+        raise ValueError(f"key and value must have the same heads and tokens; {shapes}")
+    if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
+        raise ValueError(f"the heads of query must be a multiple of the heads of key; {shapes}")
+    if sinks is not None and (sinks.shape != query.shape[1:2] or sinks.device != query.device):
+        raise ValueError(
+            f"sinks must be one logit per query head, ({query.shape[1]},) on {query.device}; got {tuple(sinks.shape)} on {sinks.device}"
+        )
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1); got dropout_p={dropout_p}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be > 0; got softcap={softcap}. Leave it out for no cap.")
+
+
+def resolve_domains(
+    query: Tensor,
+    key: Tensor,
+    mask: Mask,
+    terms: tuple[BiasLike, ...],
+    domain: Domain | None,
+    key_domain: Domain | None,
+) -> tuple[Domain, Domain]:
+    """Where queries and keys live: as given, and otherwise on sequences from 0, if that is no guess."""
+    queries, keys = query.shape[2], key.shape[2]
+    if domain is None and key_domain is not None:
+        raise ValueError("key_domain says where keys live, but queries live nowhere; give domain too")
+    if domain is None:
+        related = [mask] if mask.relates_places else [term for term in terms if isinstance(term, Bias)]
+        if queries != keys and related:
+            raise ValueError(
+                f"{related[0]!r} relates places of queries and keys, and {queries} queries beside {keys} keys do not say which places "
+                "those are. Give domain and key_domain, for example Sequence(1, start=41) and Sequence(42)."
+            )
+        domain, key_domain = sequence(queries), sequence(keys)
+    key_domain = domain if key_domain is None else key_domain
+    check_domain("query", domain, queries, query.shape[0], query.device)
+    check_domain("key", key_domain, keys, key.shape[0], key.device)
+    return domain, key_domain
+
+
+def check_mask(mask: Mask) -> Mask:
+    if not isinstance(mask, Mask):
+        raise TypeError(
+            f"mask must be a mask such as masks.Causal(); got {type(mask).__name__}. Wrap a bool tensor (True = may attend) in masks.Dense."
+        )
+    return mask
+
+
+def bias_terms(bias: BiasLike | SequenceOf[BiasLike] | None) -> tuple[BiasLike, ...]:
+    given = () if bias is None else (bias,) if isinstance(bias, (Tensor, Position)) else tuple(bias)
+    flat: list[BiasLike] = []
+    for term in (part for each in given for part in (each.parts if isinstance(each, Position) else (each,))):
+        if not isinstance(term, (Tensor, Bias)):
+            raise TypeError(
+                f"bias must be a positions.Bias or a tensor that broadcasts to (B, H, Tq, Tk); got {type(term).__name__}"
+            )
+        flat.append(term)
+    return tuple(flat)
+
+
+def bias_kind(terms: tuple[BiasLike, ...]) -> str | None:
+    if not terms:
+        return None
+    if any(isinstance(term, Tensor) for term in terms):
+        return "dense"
+    tensors = [t for term in terms for t in term.parameters()]  # type: ignore[union-attr]
+    return "trained" if torch.is_grad_enabled() and any(t.requires_grad for t in tensors) else "fixed"
+
+
+def check_heads(dim: int, heads: int, kv_heads: int, head_dim: int | None) -> None:
+    for name, value in (
+        ("dim", dim),
+        ("heads", heads),
+        ("kv_heads", kv_heads),
+        ("head_dim", 1 if head_dim is None else head_dim),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number >= 1; got {name}={value!r}")
+    if head_dim is None and dim % heads:
+        raise ValueError(
+            f"dim must be divisible by heads; got dim={dim} and heads={heads}. Change one, or give head_dim."
+        )
+    if heads % kv_heads:
+        raise ValueError(f"heads must be divisible by kv_heads; got heads={heads} and kv_heads={kv_heads}")
+
+
+def check_position(position: Position | None, heads: int) -> None:
+    if position is None:
+        return
+    if not isinstance(position, Position):
+        raise TypeError(
+            f"position must be a position such as positions.Rotary(head_dim); got {type(position).__name__}"
+        )
+    for embedding in position.embeddings:
+        raise ValueError(
+            f"{type(embedding).__name__} is added to the tokens once, by the model: give it to an Encoder, or call it on x"
+        )
+    check_bias_heads(position, heads)
+
+
+def check_bias_heads(position: Position, heads: int) -> None:
+    """Raise unless the biases of a position fit layers of so many heads."""
+    for bias in position.biases:
+        if bias.heads not in (1, heads):
+            raise ValueError(
+                f"position must score as many heads as the layer has, {heads}; got {bias!r} of {bias.heads}"
+            )
