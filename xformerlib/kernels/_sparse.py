@@ -1,0 +1,255 @@
+"""Attention over sparse sets of keys: a part of a mask whose pairs are listed.
+
+For each entry (i, j) of the list, s_ij = q_i . k_j; softmax over each query's entries; o_i = sum_j p_ij v_j. The backward computes s_ij
+again, and sums what belongs to a key over the entries sorted by key, so that nothing is added by atomics and results are the same bit by
+bit. Beside input and output there are numbers for each entry, never vectors.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..domains._neighbours import Neighbours
+from ..masks._algebra import Predicate
+from . import _sparse_torch
+from ._merge import Gradients, Merged, Part
+from ._pattern import Pattern
+from ._scores import Pairs, Scores
+from ._sparse_torch import Call, Features
+
+# Entries whose mask and biases are computed at a time: an MLP holds hundreds of numbers for each.
+BIAS_ENTRIES = 2**14
+
+
+class SparsePart(Part):
+    """Pairs that are listed: a graph's edges, the tokens within some hops, the links of an expander.
+
+    Args:
+        neighbours: the keys of each query. A pair that is listed twice counts once.
+        what: the part, for people.
+        num_keys: Tk; as many as queries if not given.
+        rows: where each row of the batch has neighbours of its own: their number. Query q of row b is then row ``b * Tq + q`` of the
+            neighbours, and keys are still numbered from 0 to Tk - 1.
+        predicate: what the pairs must fulfil besides. It is asked once, here; pairs that no row of the batch and head allows are left
+            out, and only where rows or heads differ is it asked again at every call.
+        batch, heads: how many rows and heads the predicate is asked about.
+    """
+
+    kernel = "sparse"
+
+    def __init__(
+        self,
+        neighbours: Neighbours,
+        what: str,
+        *,
+        num_keys: int | None = None,
+        rows: int | None = None,
+        predicate: Predicate | None = None,
+        batch: int = 1,
+        heads: int = 1,
+    ) -> None:
+        self.what, self.asks = what, False
+        count = 1 if rows is None else max(rows, 1)
+        num_queries = neighbours.num_rows // count
+        num_keys = num_queries if num_keys is None else num_keys
+        row, col = neighbours.row, neighbours.col
+        if rows is not None:
+            col = col + num_keys * torch.div(row, max(num_queries, 1), rounding_mode="floor")
+        keep = torch.ones_like(col, dtype=torch.bool)
+        keep[1:] = (row.diff() != 0) | (col.diff() != 0)
+        self.pattern = Pattern(row[keep], col[keep], num_queries, num_keys, rows)
+        if predicate is not None:
+            allowed = _by_entry(self.pattern, batch, heads, lambda pairs: predicate(*pairs))
+            assert allowed is not None
+            keep = allowed.flatten(0, 1).any(0)
+            self.asks = not bool(allowed[..., keep].all())
+            self.pattern = Pattern(self.pattern.row[keep], self.pattern.col[keep], num_queries, num_keys, rows)
+        self.pairs = self.pattern.num_entries // count
+
+    def forward(self, scores: Scores, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        call = _call(self.pattern, self._left(scores), query, key, value)
+        out, lse, _ = _engine(query).forward(call)
+        return out, lse
+
+    def backward(
+        self, scores: Scores, query: Tensor, key: Tensor, value: Tensor, merged: Merged, into: Gradients
+    ) -> None:
+        _backward(_call(self.pattern, self._left(scores), query, key, value), merged, into)
+
+    def _left(self, scores: Scores) -> Scores:
+        """What is still to be asked of the pairs."""
+        return scores if self.asks else replace(scores, predicate=None)
+
+
+def edge_attention(
+    query: Float[Tensor, "batch heads queries dim"],
+    key: Float[Tensor, "batch kv_heads keys dim"],
+    value: Float[Tensor, "batch kv_heads keys value_dim"],
+    pattern: Pattern,
+    scores: Scores,
+    edge_query: Float[Tensor, "batch heads queries features"],
+    edge_attr: Float[Tensor, "entries features"],
+) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries features"]]:
+    """Attention along edges that have features: ``p = softmax(scale * (q . k + u . e) + bias)``, and the two sums ``p v`` and ``p e``.
+
+    For features e and projections W and W' of them that a head adds to its keys and values, ``q . (k + W e) = q . k + (W^T q) . e`` and
+    ``sum p (v + W' e) = sum p v + W' sum p e``: with ``edge_query = W^T q``, and W' applied to the second result, no edge needs a vector
+    for each head.
+
+    Args:
+        pattern: the edges; parallel ones count apart.
+        scores: how they score, besides; it has no predicate.
+        edge_query: u, for each query and head.
+        edge_attr: e, for each entry of the pattern, in its order.
+    """
+    return _EdgeAttention.apply(pattern, scores, query, key, value, edge_query, edge_attr, *scores.tensors)
+
+
+class _EdgeAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        pattern: Pattern,
+        scores: Scores,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        u: Tensor,
+        e: Tensor,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        call = _call(pattern, scores.using(tensors), query, key, value, Features(u, e))
+        out, lse, sums = _engine(query).forward(call)
+        assert sums is not None
+        out, sums = out.to(value.dtype), sums.to(value.dtype)
+        ctx.pattern, ctx.scores = pattern, scores
+        ctx.save_for_backward(query, key, value, u, e, out, lse, sums, *tensors)
+        return out, sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, sums_grad: Tensor) -> tuple[Any, ...]:
+        query, key, value, u, e, out, lse, sums, *tensors = ctx.saved_tensors
+        call = _call(ctx.pattern, ctx.scores.using(tuple(tensors)), query, key, value, Features(u, e))
+        delta = (grad.to(lse.dtype) * out).sum(-1) + (sums_grad.to(lse.dtype) * sums).sum(-1)
+        merged = Merged(out, lse.masked_fill(lse == float("-inf"), float("inf")), grad, delta)
+        q, k, v, du, de = (
+            torch.zeros_like(x, dtype=lse.dtype, memory_format=torch.contiguous_format)
+            for x in (query, key, value, u, e)
+        )
+        into = Gradients(
+            q,
+            k,
+            v,
+            [torch.zeros_like(t) if n else None for t, n in zip(tensors, ctx.needs_input_grad[7:], strict=True)],
+        )
+        wanted = _sparse_torch.FeatureGradients(sums_grad, du, de if ctx.needs_input_grad[6] else None)
+        _backward(call, merged, into, wanted)
+        return (
+            None,
+            None,
+            *(g.to(x.dtype) for g, x in ((q, query), (k, key), (v, value), (du, u), (de, e))),
+            *into.biases,
+        )
+
+
+def _engine(query: Tensor) -> ModuleType:
+    """What computes: a fused kernel on CUDA, products of matrices elsewhere."""
+    if query.is_cuda and _has_triton():
+        from . import _sparse_triton
+
+        return _sparse_triton
+    return _sparse_torch
+
+
+@lru_cache(maxsize=None)
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _call(
+    pattern: Pattern, scores: Scores, query: Tensor, key: Tensor, value: Tensor, features: Features | None = None
+) -> Call:
+    bias, allowed = (_by_entry(pattern, *query.shape[:2], what) for what in (scores.bias, scores.allowed))
+    if allowed is not None and not scores.clean:
+        query = _seen_only(query, allowed, pattern, pattern.row)
+        key, value = (_seen_only(x, allowed, pattern, pattern.col) for x in (key, value))
+    return Call(pattern, scores, query, key, value, bias, allowed, features)
+
+
+def _backward(
+    call: Call, merged: Merged, into: Gradients, wanted: _sparse_torch.FeatureGradients | None = None
+) -> None:
+    trained = call.bias is not None and any(grad is not None for grad in into.biases)
+    bias_grad = torch.zeros_like(call.bias) if trained and call.bias is not None else None
+    _engine(call.query).backward(call, merged, into, bias_grad, wanted)
+    if bias_grad is not None:
+        _add_bias_gradients(call, bias_grad, into.biases)
+
+
+def _chunks(pattern: Pattern) -> Iterator[slice]:
+    return (slice(a, a + BIAS_ENTRIES) for a in range(0, max(pattern.num_entries, 1), BIAS_ENTRIES))
+
+
+def _by_entry(
+    pattern: Pattern, batch: int, heads: int, what: Callable[[Pairs], Tensor | None]
+) -> Float[Tensor, "#batch #heads entries"] | None:
+    """What a function of pairs says of every entry, for each row of the batch and head where they differ."""
+    parts = []
+    for entries in _chunks(pattern):
+        x = what(pattern.pairs(batch, heads, entries))
+        if x is None:
+            return None
+        parts.append(_as_entries(x, pattern.row[entries].numel()))
+    return torch.cat(parts, -1)
+
+
+def _as_entries(x: Tensor, count: int) -> Tensor:
+    x = x.reshape((1,) * (5 - x.ndim) + x.shape)[0, :, :, 0]
+    return x.expand(*x.shape[:2], count)
+
+
+def _seen_only(x: Tensor, allowed: Tensor, pattern: Pattern, index: Tensor) -> Tensor:
+    """0 where a query sees nothing or a key is seen by nobody: a NaN there would survive as 0 * NaN."""
+    b, h, entry = allowed.nonzero().unbind(1)
+    plane = x.shape[2] if pattern.rows is None else x.shape[2] * pattern.rows
+    seen = torch.zeros(*allowed.shape[:2], plane, dtype=torch.bool, device=x.device)
+    seen[b, h, index[entry]] = True
+    if seen.shape[1] > 1:
+        seen = seen.unflatten(1, (x.shape[1], -1)).any(2)
+    if pattern.rows is not None:
+        seen = seen[0].unflatten(1, (x.shape[0], x.shape[2])).transpose(0, 1)
+    return x.masked_fill(~seen[..., None], 0)
+
+
+def _add_bias_gradients(call: Call, grad: Tensor, into: list[Tensor | None]) -> None:
+    """Pass the gradient of the entries' biases on to what they are made from, computing them again some entries at a time."""
+    tensors = call.scores.tensors
+    leaves = {i: tensors[i].detach().requires_grad_() for i, total in enumerate(into) if total is not None}
+    scores = call.scores.using(tuple(leaves.get(i, t) for i, t in enumerate(tensors)))
+    for entries in _chunks(call.pattern):
+        part = grad[..., entries]
+        with torch.enable_grad():
+            bias = scores.bias(call.pattern.pairs(*call.query.shape[:2], entries))
+            assert bias is not None
+            bias = _as_entries(bias, part.shape[-1])
+        if not bias.requires_grad:
+            continue
+        for i, more in zip(
+            leaves,
+            torch.autograd.grad(bias, list(leaves.values()), part.to(bias.dtype), allow_unused=True),
+            strict=True,
+        ):
+            total = into[i]
+            if more is not None and total is not None:
+                total += more
