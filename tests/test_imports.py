@@ -20,7 +20,7 @@ LAYERS = [
     {"masks", "positions"},
     {"kernels", "_cache", "_inputs", "_sublayers"},
     {"attention"},
-    {"blocks"},
+    {"blocks", "_explain"},
     {"time_series", "vision", "graph"},
 ]
 LEVEL = {part: level for level, layer in enumerate(LAYERS) for part in layer}

@@ -2,6 +2,7 @@
 
 from . import masks as masks, positions as positions
 from ._cache import Cache as Cache
+from ._explain import explain as explain
 from .attention import Attention as Attention, attention as attention, plan as plan
 from .blocks import (
     Block as Block,
@@ -19,3 +20,4 @@ from .domains import (
     Sequence as Sequence,
     Timeline as Timeline,
 )
+from .kernels import Plan as Plan, strict as strict

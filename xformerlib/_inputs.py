@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -13,6 +12,8 @@ from .masks import Mask
 from .positions import Bias, Position
 
 BiasLike = Tensor | Bias
+MOST_SEQUENCES = 256
+_SEQUENCES: dict[int, Sequence] = {}  # a plain dict, which compiled code can look into
 
 
 def place(name: str, x: Tensor, dim: int, domain: Domain | None) -> Domain:
@@ -27,10 +28,16 @@ def place(name: str, x: Tensor, dim: int, domain: Domain | None) -> Domain:
     return domain
 
 
-@lru_cache(maxsize=256)
 def sequence(length: int) -> Sequence:
     """``Sequence(length)``, one object for each length, so that what is known about it is kept between calls."""
-    return Sequence(length)
+    known = _SEQUENCES.get(length)
+    if known is None:
+        known = Sequence(length)
+        if not torch.compiler.is_compiling():  # a traced call must not leave anything behind
+            if len(_SEQUENCES) >= MOST_SEQUENCES:
+                _SEQUENCES.pop(next(iter(_SEQUENCES)))
+            _SEQUENCES[length] = known
+    return known
 
 
 def check_domain(name: str, domain: Domain, tokens: int, batch: int, device: torch.device) -> None:

@@ -25,6 +25,7 @@ from ._inputs import (
 from .domains import Domain
 from .kernels import Plan, Problem, Scores
 from .kernels._chunked import rows_per_block
+from .kernels._plan import check_strict
 from .kernels._scores import probabilities
 from .masks import Full, Mask
 from .masks._algebra import Predicate
@@ -347,6 +348,7 @@ def _plan(problem: Problem, kernel: str, device: torch.device) -> Plan:
         while len(plans) >= (MOST_FLEETING_PLANS if fleeting else MOST_PLANS):
             plans.pop(next(iter(plans)))
         known = plans[key] = kernels.choose(problem, kernel, device)
+    check_strict(known, problem, kernel)
     return known
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from ..masks import Mask
+from ..masks import And, Mask, Not, Or, Where
 from ..masks._algebra import Predicate
 from . import _chunked, _reference, _sdpa
 from ._merge import Part, attend
@@ -23,6 +25,43 @@ KERNELS = ("sdpa", "blocks", "packed", "windowed", "sparse", "chunked", "referen
 
 # What a call of a kernel costs, in pairs of a dense one.
 PART_PAIRS = 2**15
+
+
+_STRICT: ContextVar[str | None] = ContextVar("strict", default=None)
+
+
+@contextmanager
+def strict(level: str) -> Iterator[None]:
+    """Within this context a slow path is an error: ``strict("fused")`` refuses ``chunked``, the kernel of masks without structure.
+
+    Layers and calls that name a kernel themselves are left alone.
+
+    Raises:
+        ValueError: when the attention is called (or planned), naming why each faster kernel was refused.
+
+    Example:
+        >>> with strict("fused"):
+        ...     plan(masks.Where(lambda b, h, q, k: q > k), Sequence(4096))
+        Traceback (most recent call last):
+        ...
+        ValueError: strict("fused") forbids the kernel 'chunked', the only one for Where(fn=...
+    """
+    if level != "fused":
+        raise ValueError(f"level must be 'fused'; got level={level!r}")
+    token = _STRICT.set(level)
+    try:
+        yield
+    finally:
+        _STRICT.reset(token)
+
+
+def check_strict(plan: Plan, problem: Problem, kernel: str) -> None:
+    """Raise if the plan is slow where that is forbidden."""
+    if _STRICT.get() is not None and kernel == "auto" and plan.kernel == "chunked":
+        why = "; ".join(f"{name}: {reason}" for name, reason in plan.reasons.items())
+        raise ValueError(
+            f"strict(\"fused\") forbids the kernel 'chunked', the only one for {problem.mask!r} on {problem.domain!r}. {why}"
+        )
 
 
 @dataclass(frozen=True)
@@ -121,7 +160,7 @@ def _structured(problem: Problem, kernel: str, device: torch.device) -> list[tup
                 "" if kernel == "auto" else f" in a way that {kernel} uses"
             )
         best = min(named or candidates, key=_cost)
-        part = TiledPart(best.kernel, repr(own), best.calls, best.exact if len(terms) == 1 else None)
+        part = TiledPart(best.kernel, repr(own), best.calls, best.exact if len(terms) == 1 else None, _is_fixed(own))
         if part.pairs:
             parts.append((part, own))
     if kernel != "auto" and not any(part.kernel == kernel for part, _ in parts):
@@ -129,6 +168,12 @@ def _structured(problem: Problem, kernel: str, device: torch.device) -> list[tup
     if kernel == "auto" and sum(_cost(part) for part, _ in parts) >= problem.num_queries * problem.num_keys:
         return "its structure leaves out too few pairs"
     return parts if parts else "no pair is allowed"
+
+
+def _is_fixed(mask: Mask) -> bool:
+    """Whether the mask says the same at each call: a function of the user's may not."""
+    parts = mask.parts if isinstance(mask, (And, Or)) else (mask.part,) if isinstance(mask, Not) else ()
+    return not isinstance(mask, Where) and all(_is_fixed(part) for part in parts)
 
 
 def _cost(work: Structure | TiledPart) -> float:

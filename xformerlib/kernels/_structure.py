@@ -283,7 +283,7 @@ def _rectangles(literal: Mask, problem: Problem, device: torch.device, *, column
     named = literal.allows(domain, keys)(zero, zero, zero if columns else at, at if columns else zero)
     some = at[named.expand(at.shape)]
     if some.numel() == 0:
-        yield Structure("chunked", ())
+        yield Structure("sdpa", ())
         return
     others = (domain if columns else keys).num_tokens
     rows = max(1, CALL_PAIRS // max(some.numel() if columns else others, 1))
@@ -291,4 +291,4 @@ def _rectangles(literal: Mask, problem: Problem, device: torch.device, *, column
         calls: list[Tiles] = [Block(slice(a, min(a + rows, others)), some, device) for a in range(0, others, rows)]
     else:
         calls = [Block(part, slice(0, others), device) for part in some.split(rows)]
-    yield Structure("chunked", tuple(calls))
+    yield Structure("sdpa", tuple(calls))

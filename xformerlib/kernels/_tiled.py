@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,19 +19,39 @@ _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
+# Pairs of a part whose mask is kept between calls: 16 MiB.
+KEPT_PAIRS = 2**24
+
+
 class TiledPart(Part):
     """A part whose kernel visits tiles; every allowed pair of the part is in one of them, once."""
 
-    def __init__(self, kernel: str, what: str, calls: Iterable[Tiles], exact: str | None = None) -> None:
+    def __init__(
+        self, kernel: str, what: str, calls: Iterable[Tiles], exact: str | None = None, keep: bool = False
+    ) -> None:
         self.kernel, self.what, self.calls, self.exact = kernel, what, tuple(calls), exact
         self.pairs = sum(tiles.size for tiles in self.calls) * (0.5 if exact == "causal" else 1)
+        # Which pairs of each call count, once known: with ``keep``, for masks that say the same at each call.
+        self._masks: dict[int, Tensor | None] | None = {} if keep and self.pairs <= KEPT_PAIRS else None
+
+    def _tile(self, i: int, scores: Scores, query: Tensor, key: Tensor, value: Tensor) -> _Tile:
+        def allowed(make: Callable[[], Tensor | None]) -> Tensor | None:
+            if self._masks is None or any(isinstance(bias, Tensor) for bias in scores.biases):
+                return make()
+            if i not in self._masks:
+                if torch.compiler.is_compiling():  # a traced call must not leave anything behind
+                    return make()
+                self._masks[i] = make()
+            return self._masks[i]
+
+        return _Tile(self.calls[i], scores, query, key, value, self.exact, allowed)
 
     def forward(self, scores: Scores, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(value.dtype, torch.float32)
         out = value.new_zeros(*query.shape[:3], value.shape[-1], dtype=wide)
         lse = query.new_full(query.shape[:3], float("-inf"), dtype=wide)
-        for tiles in self.calls:
-            o, log = _Tile(tiles, scores, query, key, value, self.exact).forward()
+        for i, tiles in enumerate(self.calls):
+            o, log = self._tile(i, scores, query, key, value).forward()
             tiles.put_queries(out, o)
             tiles.put_queries(lse[..., None], log[..., None])
         return out, lse
@@ -39,7 +59,7 @@ class TiledPart(Part):
     def backward(
         self, scores: Scores, query: Tensor, key: Tensor, value: Tensor, merged: Merged, into: Gradients
     ) -> None:
-        for tiles in self.calls:
+        for i, tiles in enumerate(self.calls):
             rows = Merged(
                 tiles.queries(merged.out), tiles.queries(merged.lse[..., None])[..., 0], tiles.queries(merged.grad),
                 tiles.queries(merged.delta[..., None])[..., 0],
@@ -49,7 +69,7 @@ class TiledPart(Part):
                 rows = Merged(
                     rows.out, rows.lse, rows.grad.masked_fill(absent[..., None], 0), rows.delta.masked_fill(absent, 0)
                 )
-            grads = _Tile(tiles, scores, query, key, value, self.exact).backward(rows, into.biases)
+            grads = self._tile(i, scores, query, key, value).backward(rows, into.biases)
             tiles.add_queries(into.query, grads.query)
             tiles.add_keys(into.key, grads.key)
             tiles.add_keys(into.value, grads.value)
@@ -65,7 +85,14 @@ class _Tile:
     """One call's tiles: their vectors ``(n, B, H, rows, D)``, which pairs count, and the two ways to compute with them."""
 
     def __init__(
-        self, tiles: Tiles, scores: Scores, query: Tensor, key: Tensor, value: Tensor, exact: str | None
+        self,
+        tiles: Tiles,
+        scores: Scores,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        exact: str | None,
+        known: Callable[[Callable[[], Tensor | None]], Tensor | None],
     ) -> None:
         self.scores = scores
         self.pairs = tiles.pairs(*query.shape[:2])
@@ -80,7 +107,7 @@ class _Tile:
         )
         # In order without a mask: what is missing from a tile stands behind everything else.
         self.in_order = exact == "causal" and self.flash and not scores.biases and self.group == 1
-        self.allowed = None if self.in_order else self._allowed(tiles, exact)
+        self.allowed = None if self.in_order else known(lambda: self._allowed(tiles, exact))
         if self.allowed is not None and not scores.clean:
             whole = self.allowed.expand(*self.allowed.shape[:3], tiles.rows, tiles.columns)
             self.query, self.key, self.value = without_hidden(self.query, self.key, self.value, whole)
