@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gc
 import math
+import os
+import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -175,27 +178,42 @@ def fastest(steps: Sequence[Callable[[], object]], setting: Setting) -> tuple[li
 # -- memory --------------------------------------------------------------------------------------------------------------
 
 
-def memory(step: Callable[[], object], setting: Setting) -> tuple[int, int]:
-    """The most bytes that a step holds beside what was there, and how many it leaves behind: what the allocator gave out."""
+def memory(step: Callable[[], tuple[Tensor, ...]], setting: Setting) -> tuple[int, int, tuple[Tensor, ...]]:
+    """The most bytes that a step held beside what was there, how many it leaves beside its result, and the result."""
     gc.collect()
     if setting.device != "cpu":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        step()
+        result = step()
         _synchronize(setting)
-        return torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
-        step()
-    now = most = 0
-    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most, now
+        most, now = torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
+    else:
+        with _without_log(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
+            result = step()
+        now = most = 0
+        events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            now += event.nbytes()
+            most = max(most, now)
+    return most, max(0, now - sum(map(_size, result))), result
 
 
-def _held(side: Side) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in side.held)
+@contextmanager
+def _without_log() -> Iterator[None]:
+    """The profiler's library writes each start and stop to the standard error, past Python."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 # -- a line --------------------------------------------------------------------------------------------------------------
@@ -205,12 +223,14 @@ def measure(line: Line, setting: Setting, roof: dict[str, float]) -> dict[str, A
     """One row of the table, in plain numbers."""
     work = line.build(setting)
     sides = [work.ours] + ([work.peer] if isinstance(work.peer, Side) else [])
-    lasting = [_held(side) + max(memory(side.step, setting)[1], 0) for side in sides]  # this run warms up, too
-    if len(sides) == 2:
-        check_agreement(*sides)
+    both = len(sides) == 2
+    first = [memory(side.step, setting) for side in sides]  # which also warms up
+    if both:
+        check_agreement(work.ours, sides[1], first[0][2], first[1][2])
+    lasting = [kept + sum(map(_size, side.held)) for side, (_, kept, _) in zip(sides, first, strict=True)]
+    del first
     peak = [kept + memory(side.step, setting)[0] for side, kept in zip(sides, lasting, strict=True)]
     seconds, rounds = fastest([side.step for side in sides], setting)
-    both = len(sides) == 2
     at_best = max(work.flops / roof["flops"], work.bytes / roof["bytes"])
     row: dict[str, Any] = {
         "name": line.name, "work": line.work, "peer": line.peer, "kernel": work.kernel, "rounds": rounds,
@@ -225,9 +245,8 @@ def measure(line: Line, setting: Setting, roof: dict[str, float]) -> dict[str, A
     return row | {"reached": line.target.reached(row)}
 
 
-def check_agreement(ours: Side, peer: Side) -> None:
-    """Both sides compute the same, gradients included, or the comparison says nothing."""
-    mine, theirs = ours.step(), peer.step()
+def check_agreement(ours: Side, peer: Side, mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
+    """Both sides computed the same, gradients included, or the comparison says nothing."""
     precision = 2e-4 if mine[0].dtype == torch.float32 else 4e-2
     for at, (a, b) in enumerate(zip(mine, theirs, strict=True)):
         b = peer.shown(b) if b.shape == theirs[0].shape else b
@@ -249,7 +268,7 @@ def roofline(setting: Setting) -> dict[str, float]:
     target = torch.empty_like(long)
     for _ in range(2):
         a @ b
-    (product, copy), _ = fastest([lambda: a @ b, lambda: target.copy_(long)], setting)
+    (product, copy), _ = fastest([lambda: a @ b, lambda: target.copy_(long)], replace(setting, rounds=30, seconds=5))
     return {"flops": 2 * side**3 / product, "bytes": 2 * long.numel() / copy}
 
 
@@ -258,7 +277,7 @@ def hot_spots(line: Line, setting: Setting, rows: int = 12) -> str:
     side = line.build(setting).ours
     side.step()
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if setting.device != "cpu" else [])
-    with profile(activities=activities, acc_events=True) as record:
+    with _without_log(), profile(activities=activities, acc_events=True) as record:
         side.step()
     order = "self_cpu_time_total" if setting.device == "cpu" else "self_cuda_time_total"
     return record.key_averages().table(sort_by=order, row_limit=rows, max_name_column_width=60)

@@ -48,7 +48,7 @@ def swin(setting: Setting, fused: bool) -> Work:
             inputs,
             grad.unflatten(1, (side, side)),
             lambda y: y.flatten(1, 2),
-            [block.attn_mask],
+            [block.get_buffer("attn_mask")],
         )
 
     plan = xf.plan(

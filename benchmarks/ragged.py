@@ -32,13 +32,12 @@ def series(setting: Setting, dense: bool) -> Work:
         rows[there] = x.detach()[0].transpose(0, 1)
         return rows.transpose(1, 2)
 
-    own = [padded(x).requires_grad_() for x in inputs]
+    q, k, v = own = [padded(x).requires_grad_() for x in inputs]
     causal = torch.ones(longest, longest, dtype=torch.bool, device=setting.device).tril()
-    options = {"attn_mask": there[:, None, None] & causal} if dense else {"is_causal": True}
-    held = [mask for mask in options.values() if isinstance(mask, Tensor)]
+    mask = there[:, None, None] & causal if dense else None
     peer = Side(
-        lambda: F.scaled_dot_product_attention(*own, **options), own, padded(grad),
-        lambda x: x.transpose(1, 2)[there].transpose(0, 1)[None], held,
+        lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None), own, padded(grad),
+        lambda x: x.transpose(1, 2)[there].transpose(0, 1)[None], [] if mask is None else [mask],
     )  # fmt: skip
     pairs = int((lengths * (lengths + 1) // 2).sum())
     return Work(side, peer, kernel, attention_flops(pairs, HEADS, DIM), attention_bytes(grad))
