@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from ._scores import Scores
 
@@ -73,8 +74,25 @@ def attend(
     parts: SequenceOf[tuple[Part, Scores]], query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None
 ) -> Float[Tensor, "batch heads queries value_dim"]:
     """Attention over the union of disjoint parts, each with the scores that its predicate leaves."""
-    tensors = parts[0][1].tensors if parts else ()
+    tensors = parts[0][1].tensors
+    if torch.compiler.is_compiling() and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        # Compiled code cannot differentiate a bias within a backward: it differentiates the formulas, computed twice.
+        return checkpoint(_merged, parts, query, key, value, sinks, use_reentrant=False)[0].to(value.dtype)
     return _Attend.apply(parts, query, key, value, sinks, *tensors)
+
+
+def _merged(
+    parts: SequenceOf[tuple[Part, Scores]], query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of all parts and the sinks."""
+    first, scores = parts[0]
+    out, lse = first.forward(scores, query, key, value)
+    for part, scores in parts[1:]:
+        out, lse = _merge(out, lse, *part.forward(scores, query, key, value))
+    if sinks is not None:
+        total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None].expand_as(lse))
+        out, lse = out * torch.exp(lse - total)[..., None], total
+    return out, lse
 
 
 class _Attend(torch.autograd.Function):
@@ -88,13 +106,7 @@ class _Attend(torch.autograd.Function):
         sinks: Tensor | None,
         *tensors: Tensor,
     ) -> Tensor:
-        first, scores = parts[0]
-        out, lse = first.forward(scores.using(tensors), query, key, value)
-        for part, scores in parts[1:]:
-            out, lse = _merge(out, lse, *part.forward(scores.using(tensors), query, key, value))
-        if sinks is not None:
-            total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None].expand_as(lse))
-            out, lse = out * torch.exp(lse - total)[..., None], total
+        out, lse = _merged([(part, scores.using(tensors)) for part, scores in parts], query, key, value, sinks)
         ctx.parts = parts
         # In the precision of accumulation: delta in the backward is a difference of what rounding would lose.
         ctx.save_for_backward(query, key, value, sinks, out, lse, *tensors)
@@ -109,9 +121,9 @@ class _Attend(torch.autograd.Function):
         merged = Merged(out, lse.masked_fill(lse == -torch.inf, torch.inf), grad, delta)
         needed = ctx.needs_input_grad[5:]
         into = Gradients(
-            query.new_zeros(query.shape, dtype=wide),
-            key.new_zeros(key.shape, dtype=wide),
-            value.new_zeros(value.shape, dtype=wide),
+            torch.zeros_like(query, dtype=wide),
+            torch.zeros_like(key, dtype=wide),
+            torch.zeros_like(value, dtype=wide),
             [torch.zeros_like(t) if need else None for t, need in zip(tensors, needed, strict=True)],
         )
         for part, scores in ctx.parts:

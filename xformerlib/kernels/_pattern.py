@@ -11,10 +11,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..domains._base import offsets_of
+from ..domains._neighbours import expand_ranges
 from ._scores import Pairs
 
 # Entries of all planes of a stack. More at once save calls, fewer save memory.
 STACK_ENTRIES = 2**18
+
+# Longer sums are taken in pieces: a sum of a million numbers one after the other loses three digits.
+PIECE_ENTRIES = 2**10
 
 # Entries that are given indices of their own at a time.
 CHUNK_ENTRIES = 2**16
@@ -71,23 +75,14 @@ class Pattern:
         b, q, k = (index.reshape(1, 1, 1, 1, -1) for index in indices)
         return Pairs(b, h, q, k)
 
-    def planes(self, x: Float[Tensor, "batch heads tokens dim"]) -> Float[Tensor, "planes plane_tokens dim"]:
-        """A tensor as planes."""
-        return x.flatten(0, 1) if self.rows is None else x.transpose(0, 1).flatten(1, 2)
-
-    def add(
-        self,
-        x: Float[Tensor, "batch heads tokens dim"],
-        first: int,
-        tables: Float[Tensor, "count plane_tokens dim"],
-        scale: float,
-    ) -> None:
-        """Add ``scale`` times the planes from ``first`` on where they stand in ``x``, which is contiguous."""
-        if self.rows is None:
-            x.flatten(0, 1)[first : first + len(tables)].add_(tables, alpha=scale)
-        else:
-            tables = tables.unflatten(1, (x.shape[0], x.shape[2]))
-            x.transpose(0, 1)[first : first + len(tables)].add_(tables, alpha=scale)
+    def planes(
+        self, x: Float[Tensor, "batch heads tokens dim"], first: int, count: int
+    ) -> Float[Tensor, "rows_or_heads heads_or_rows tokens dim"]:
+        """A view of the planes from ``first`` on: heads of one row of the batch, or whole rows; or heads of all rows."""
+        if self.rows is not None:
+            return x[:, first : first + count].transpose(0, 1)
+        row, head = divmod(first, x.shape[1])
+        return x[row, None, head : head + count] if count < x.shape[1] else x[row : row + count // x.shape[1]]
 
     def products_with_entries(
         self, planes: Float[Tensor, "planes rows dim"], table: Float[Tensor, "entries dim"]
@@ -109,12 +104,12 @@ class Pattern:
             result[:, a : a + CHUNK_ENTRIES] = _weighted(bounds, index, weights.flatten(), by_query).T
         return result
 
-    def stack(self, planes: int, group: int) -> Stack:
-        """The pattern for as many of the planes at once as suits its size: a divisor of them, one or a multiple of ``group``."""
-        count = max(
-            n for n in range(1, max(planes, 1) + 1)
-            if n == 1 or (planes % n == 0 and n % group == 0 and n * self.size <= STACK_ENTRIES)
-        )  # fmt: skip
+    def stack(self, batch: int, heads: int, group: int) -> Stack:
+        """The pattern for as many planes at once as suits its size: one, some groups of heads, or some rows of the batch."""
+        most = max(STACK_ENTRIES // max(self.size, 1), 1)
+        count = max(n for n in range(1, max(heads, 1) + 1) if n == 1 or (heads % n == 0 and n % group == 0 and n <= most))
+        if count == heads and self.rows is None:
+            count *= max((n for n in range(1, min(most // heads, batch) + 1) if batch % n == 0), default=1)
         if count not in self._stacks:
             if len(self._stacks) == 4:  # batches of many sizes need not be remembered
                 self._stacks.clear()
@@ -131,17 +126,16 @@ class Stack:
     def __init__(self, pattern: Pattern, count: int) -> None:
         self.count, self._pattern = count, pattern
         self.rowptr = _repeated_bounds(pattern.rowptr, count)
-        self.row, self.col = (
-            _repeated(pattern.row, count, pattern.num_rows),
-            _repeated(pattern.col, count, pattern.num_cols),
-        )
+        self.row = _repeated(pattern.row, count, pattern.num_rows)
+        self.col = _repeated(pattern.col, count, pattern.num_cols)
+        self._rows = _Segments(self.rowptr)
 
     @cached_property
-    def _by_key(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _by_key(self) -> tuple[_Segments, Tensor, Tensor]:
         bounds, order = self._pattern.by_key
         row = self._pattern.row[order]
         return (
-            _repeated_bounds(bounds, self.count),
+            _Segments(_repeated_bounds(bounds, self.count)),
             _repeated(row, self.count, self._pattern.num_rows),
             _repeated(order, self.count, self._pattern.num_entries),
         )
@@ -163,20 +157,20 @@ class Stack:
 
     def sums(self, weights: Float[Tensor, " entries"], cols: Float[Tensor, "cols dim"]) -> Float[Tensor, "rows dim"]:
         """For each query the sum of ``weight * cols[key]`` over its entries."""
-        return _weighted(self.rowptr, self.col, weights, cols)
+        return self._rows.weighted_sums(self.col, weights, cols)
 
     def sums_of_entries(
         self, weights: Float[Tensor, " entries"], table: Float[Tensor, "pattern_entries dim"]
     ) -> Float[Tensor, "rows dim"]:
         """For each query the sum of ``weight * table[entry]`` over its entries."""
-        return _weighted(self.rowptr, self._entry, weights, table)
+        return self._rows.weighted_sums(self._entry, weights, table)
 
     def sums_by_key(
         self, weights: Float[Tensor, " entries"], rows: Float[Tensor, "rows dim"]
     ) -> Float[Tensor, "cols dim"]:
         """For each key the sum of ``weight * rows[query]`` over its entries."""
-        bounds, row, order = self._by_key
-        return _weighted(bounds, row, weights.index_select(0, order), rows)
+        segments, row, order = self._by_key
+        return segments.weighted_sums(row, weights.index_select(0, order), rows)
 
     def max(self, x: Float[Tensor, " entries"]) -> Float[Tensor, " rows"]:
         """The largest of each query's entries; minus infinity where there are none."""
@@ -184,11 +178,37 @@ class Stack:
 
     def sum(self, x: Float[Tensor, " entries"]) -> Float[Tensor, " rows"]:
         """The sum of each query's entries."""
-        return torch.segment_reduce(x, "sum", offsets=self.rowptr, unsafe=True)
+        return self._rows.sums(x)
 
     def spread(self, x: Float[Tensor, " rows"]) -> Float[Tensor, " entries"]:
         """To every entry what its query has."""
         return x.index_select(0, self.row)
+
+
+class _Segments:
+    """Runs of entries, long ones in pieces."""
+
+    def __init__(self, bounds: Int[Tensor, " bounds"]) -> None:
+        counts = (bounds.diff() + (PIECE_ENTRIES - 1)).div(PIECE_ENTRIES, rounding_mode="floor").clamp(min=1)
+        self.bounds, self._pieces = bounds, None
+        if bounds.numel() > 1 and int(counts.max()) > 1:
+            self._pieces = offsets_of(counts.long()).to(bounds.dtype)
+            starts, within = expand_ranges(torch.zeros_like(counts), counts.long())
+            self.bounds = torch.cat([bounds[starts] + PIECE_ENTRIES * within.to(bounds.dtype), bounds[-1:]])
+            self._index = torch.arange(within.numel(), device=bounds.device, dtype=bounds.dtype)
+
+    def weighted_sums(
+        self, index: Int[Tensor, " entries"], weights: Float[Tensor, " entries"], table: Float[Tensor, "items dim"]
+    ) -> Float[Tensor, "segments dim"]:
+        """The sum over each segment of ``weight * table[index]``."""
+        sums = _weighted(self.bounds, index, weights, table)
+        return sums if self._pieces is None else _weighted(self._pieces, self._index, None, sums)
+
+    def sums(self, x: Float[Tensor, " entries"]) -> Float[Tensor, " segments"]:
+        """The sum over each segment."""
+        for bounds in (self.bounds, self._pieces):
+            x = x if bounds is None else torch.segment_reduce(x, "sum", offsets=bounds, unsafe=True)
+        return x
 
 
 def _repeated(index: Tensor, count: int, step: int) -> Tensor:
@@ -202,7 +222,7 @@ def _repeated_bounds(bounds: Tensor, count: int) -> Tensor:
     return torch.cat([bounds[:1], _repeated(bounds[1:], count, int(bounds[-1]))])
 
 
-def _weighted(bounds: Tensor, index: Tensor, weights: Tensor, table: Tensor) -> Tensor:
+def _weighted(bounds: Tensor, index: Tensor, weights: Tensor | None, table: Tensor) -> Tensor:
     """A product of a sparse matrix with a dense one.
 
     The kernel of embedding bags fetches rows several times as fast as that of sparse matrices, and needs no copy of the indices.

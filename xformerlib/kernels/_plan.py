@@ -10,21 +10,25 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..masks import And, Mask, Not, Or, Where
+from ..domains import Graph
+from ..domains._neighbours import Neighbours
+from ..masks import And, Edges, Expander, Local, Mask, Not, Or, Where
 from ..masks._algebra import Predicate
 from . import _chunked, _reference, _sdpa
 from ._merge import Part, attend
-from ._normal import disjoint_terms
+from ._normal import Term, disjoint_terms
 from ._problem import Problem
 from ._scores import Scores
+from ._sparse import SparsePart
 from ._structure import Structure, tiled_structures
 from ._tiled import TiledPart
 
 # From the one that is fastest where it fits to the one that always fits; the oracle only on request.
 KERNELS = ("sdpa", "blocks", "packed", "windowed", "sparse", "chunked", "reference")
 
-# What a call of a kernel costs, in pairs of a dense one.
-PART_PAIRS = 2**15
+# What a call of a kernel costs, and what a listed pair does, in pairs of a dense one.
+CALL_COST = 2**15
+LISTED_PAIR_COST = 12
 
 
 _STRICT: ContextVar[str | None] = ContextVar("strict", default=None)
@@ -142,7 +146,7 @@ def _refused(kernel: str, reason: str) -> ValueError:
     )
 
 
-def _structured(problem: Problem, kernel: str, device: torch.device) -> list[tuple[TiledPart, Mask]] | str:
+def _structured(problem: Problem, kernel: str, device: torch.device) -> list[tuple[TiledPart | SparsePart, Mask]] | str:
     """The parts that cover the mask, each by the cheapest structure in its term (of the kernel, if named), or why there are none."""
     if problem.bias == "dense":
         return "a bias given as a tensor is dense already"
@@ -151,16 +155,15 @@ def _structured(problem: Problem, kernel: str, device: torch.device) -> list[tup
     terms = disjoint_terms(problem.mask, problem.domain, problem.keys)
     if terms is None:
         return "the mask has too many alternatives to take apart"
-    parts: list[tuple[TiledPart, Mask]] = []
+    parts: list[tuple[TiledPart | SparsePart, Mask]] = []
     for term, own in terms:
-        candidates = list(tiled_structures(term, problem, device))
+        candidates: list[Structure | _Listed] = [*tiled_structures(term, problem, device), *_listed(term, problem)]
         named = [structure for structure in candidates if structure.kernel == kernel]
         if not candidates or (kernel != "auto" and len(terms) == 1 and not named):
             return f"nothing in {own!r} on {problem.domain!r} says where its pairs are" + (
                 "" if kernel == "auto" else f" in a way that {kernel} uses"
             )
-        best = min(named or candidates, key=_cost)
-        part = TiledPart(best.kernel, repr(own), best.calls, best.exact if len(terms) == 1 else None, _is_fixed(own))
+        part = _part(min(named or candidates, key=_cost), own, len(terms) == 1, problem)
         if part.pairs:
             parts.append((part, own))
     if kernel != "auto" and not any(part.kernel == kernel for part, _ in parts):
@@ -170,22 +173,71 @@ def _structured(problem: Problem, kernel: str, device: torch.device) -> list[tup
     return parts if parts else "no pair is allowed"
 
 
+@dataclass(frozen=True)
+class _Listed:
+    """A structure whose pairs are listed."""
+
+    neighbours: Neighbours
+    rows: int | None
+    exact: bool
+    kernel: str = "sparse"
+
+
+def _listed(term: Term, problem: Problem) -> Iterator[_Listed]:
+    """Every list that covers a term: edges, tokens within some hops, links of an expander."""
+    domain = problem.domain
+    if domain != problem.keys:
+        return
+    for literal in term:
+        if isinstance(literal, Expander):
+            rows = None if domain.valid is None else domain.batch_size
+            yield _Listed(literal.neighbours(domain), rows, len(term) == 1)
+        elif isinstance(domain, Graph) and isinstance(literal, Edges) and not literal.self_loops:
+            yield _Listed(domain.csr, None, len(term) == 1)
+        elif isinstance(domain, Graph) and isinstance(literal, (Edges, Local)):
+            radius = literal.radius if isinstance(literal, Local) else 1
+            yield _Listed(domain.within_hops(int(radius)), None, len(term) == 1)  # type: ignore[arg-type]
+
+
+def _part(structure: Structure | _Listed, own: Mask, alone: bool, problem: Problem) -> TiledPart | SparsePart:
+    """The part that computes a term by a structure."""
+    if isinstance(structure, Structure):
+        return TiledPart(
+            structure.kernel, repr(own), structure.calls, structure.exact if alone else None, _is_fixed(own)
+        )
+    if structure.exact and alone:
+        return SparsePart(structure.neighbours, repr(own), rows=structure.rows)
+    fixed, extent = _is_fixed(own), own.extent()
+    return SparsePart(
+        structure.neighbours,
+        repr(own),
+        rows=structure.rows,
+        predicate=own.bind(problem.domain, problem.keys),
+        batch=1 if fixed and extent.batch is None and problem.domain.batch_size is None else problem.batch,
+        heads=1 if fixed and extent.heads is None else problem.heads,
+    )
+
+
 def _is_fixed(mask: Mask) -> bool:
     """Whether the mask says the same at each call: a function of the user's may not."""
     parts = mask.parts if isinstance(mask, (And, Or)) else (mask.part,) if isinstance(mask, Not) else ()
     return not isinstance(mask, Where) and all(_is_fixed(part) for part in parts)
 
 
-def _cost(work: Structure | TiledPart) -> float:
+def _cost(work: Structure | _Listed | TiledPart | SparsePart) -> float:
     """In pairs of a dense kernel."""
-    return work.pairs + PART_PAIRS * len(work.calls)
+    if isinstance(work, _Listed):
+        return CALL_COST + LISTED_PAIR_COST * work.neighbours.col.numel() / (work.rows or 1)
+    if isinstance(work, SparsePart):
+        return CALL_COST + LISTED_PAIR_COST * work.pairs
+    return CALL_COST * len(work.calls) + work.pairs
 
 
 def _chunks(problem: Problem, reasons: Mapping[str, str], device: torch.device) -> Plan:
     return _plan(problem, [(_chunked.part(problem, device), problem.mask)], reasons)
 
 
-def _plan(problem: Problem, parts: list[tuple[TiledPart, Mask]], reasons: Mapping[str, str]) -> Plan:
+def _plan(problem: Problem, parts: list[tuple[TiledPart | SparsePart, Mask]], reasons: Mapping[str, str]) -> Plan:
     pairs = sum(part.pairs for part, _ in parts)
     heads = problem.batch * problem.heads
     flops = int(2 * heads * pairs * (problem.head_dim + problem.value_dim))

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -131,10 +131,9 @@ class _EdgeAttention(torch.autograd.Function):
         call = _call(pattern, scores.using(tensors), query, key, value, Features(u, e))
         out, lse, sums = _engine(query).forward(call)
         assert sums is not None
-        out, sums = out.to(value.dtype), sums.to(value.dtype)
         ctx.pattern, ctx.scores = pattern, scores
         ctx.save_for_backward(query, key, value, u, e, out, lse, sums, *tensors)
-        return out, sums
+        return out.to(value.dtype), sums.to(value.dtype)
 
     @staticmethod
     @once_differentiable
@@ -144,7 +143,7 @@ class _EdgeAttention(torch.autograd.Function):
         delta = (grad.to(lse.dtype) * out).sum(-1) + (sums_grad.to(lse.dtype) * sums).sum(-1)
         merged = Merged(out, lse.masked_fill(lse == float("-inf"), float("inf")), grad, delta)
         q, k, v, du, de = (
-            torch.zeros_like(x, dtype=lse.dtype, memory_format=torch.contiguous_format)
+            torch.zeros_like(x, dtype=lse.dtype)
             for x in (query, key, value, u, e)
         )
         into = Gradients(
@@ -203,7 +202,7 @@ def _chunks(pattern: Pattern) -> Iterator[slice]:
 
 def _by_entry(
     pattern: Pattern, batch: int, heads: int, what: Callable[[Pairs], Tensor | None]
-) -> Float[Tensor, "#batch #heads entries"] | None:
+) -> Shaped[Tensor, "#batch #heads entries"] | None:
     """What a function of pairs says of every entry, for each row of the batch and head where they differ."""
     parts = []
     for entries in _chunks(pattern):
@@ -240,7 +239,7 @@ def _add_bias_gradients(call: Call, grad: Tensor, into: list[Tensor | None]) -> 
     for entries in _chunks(call.pattern):
         part = grad[..., entries]
         with torch.enable_grad():
-            bias = scores.bias(call.pattern.pairs(*call.query.shape[:2], entries))
+            bias = scores.bias(call.pattern.pairs(call.query.shape[0], call.query.shape[1], entries))
             assert bias is not None
             bias = _as_entries(bias, part.shape[-1])
         if not bias.requires_grad:

@@ -54,129 +54,137 @@ class Call:
 
 def forward(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
     """Output, log-sum-exp, and the sums of features."""
-    shape, like = call.query.shape[:3], call.query.new_empty((), dtype=call.wide)
-    out, lse = like.new_zeros(*shape, call.value.shape[-1]), like.new_zeros(*shape, 1)
-    sums = None if call.features is None else like.new_zeros(*shape, call.features.attr.shape[1])
-    tables = _Tables(call)
-    for heads in tables.heads():
-        stack = heads.stack
-        s, _ = heads.scored(heads.of(tables.query), heads.of_keys(tables.key))
+    (batch, heads, tokens), like = call.query.shape[:3], call.query.new_empty((), dtype=call.wide)
+    out = like.new_zeros(batch, tokens, heads, call.value.shape[-1]).transpose(1, 2)  # as a model will want to merge the heads
+    lse = like.new_full((batch, heads, tokens, 1), 0 if call.pattern.num_entries else float("-inf"))
+    sums = None if call.features is None else like.new_zeros(batch, heads, tokens, call.features.attr.shape[1])
+    features = None if call.features is None else _FeatureProducts(call, *call.features)
+    for some in _heads_in_turn(call, features):
+        stack = some.stack
+        s, _ = some.scored(some.of(call.query), some.of_keys(call.key))
         top = stack.max(s)
         p = s.sub_(stack.spread(top.masked_fill(top == float("-inf"), 0))).exp_()
         total = stack.sum(p)
-        heads.add(lse, (top + total.log())[:, None])
-        kept = heads.kept()
+        some.add(lse, (top + total.log())[:, None])
+        kept = some.kept()
         p = p if kept is None else p.mul_(kept)
         share = 1 / total.clamp(min=1)[:, None]  # less than 1 only where nothing counts
-        heads.add(out, stack.sums(p, heads.of_keys(tables.value)).mul_(share))
-        if sums is not None and tables.features is not None:
-            heads.add(sums, stack.sums_of_entries(p, tables.features.attr).mul_(share))
-    return out, lse[..., 0] if call.pattern.num_entries else lse[..., 0].fill_(float("-inf")), sums
+        some.add(out, stack.sums(p, some.of_keys(call.value)).mul_(share))
+        if sums is not None and features is not None:
+            some.add(sums, stack.sums_of_entries(p, features.attr).mul_(share))
+    return out, lse[..., 0], sums
 
 
 def backward(call: Call, merged: Merged, into: Gradients, bias_grad: Tensor | None, wanted: FeatureGradients | None) -> None:
     """Add every gradient, that of the entries' biases to ``bias_grad``."""
-    planes, scale = call.pattern.planes, call.scores.scale
-    lse, delta, grads = planes(merged.lse[..., None]), planes(merged.delta[..., None]), planes(merged.grad)
-    tables = _Tables(call)
-    sums = None if wanted is None or call.features is None else _FeatureProducts(call, wanted.sums, call.features.attr)
-    for heads in tables.heads():
-        stack, query, key, grad = heads.stack, heads.of(tables.query), heads.of_keys(tables.key), heads.of(grads)
-        s, tanh = heads.scored(query, key)
-        p = s.sub_(stack.spread(heads.of(lse)[:, 0])).exp_()
-        ds = stack.products(grad, heads.of_keys(tables.value))
-        ds = ds if sums is None else ds.add_(sums.of(heads))
-        kept = heads.kept()
+    scale, lse, delta = call.scores.scale, merged.lse[..., None], merged.delta[..., None]
+    features = sums = None
+    if wanted is not None and call.features is not None:
+        features, sums = _FeatureProducts(call, *call.features), _FeatureProducts(call, wanted.sums, call.features.attr)
+    for some in _heads_in_turn(call, features):
+        stack, query, key, grad = some.stack, some.of(call.query), some.of_keys(call.key), some.of(merged.grad)
+        s, tanh = some.scored(query, key)
+        p = s.sub_(stack.spread(some.of(lse)[:, 0])).exp_()
+        ds = stack.products(grad, some.of_keys(call.value))
+        ds = ds if sums is None else ds.add_(sums.of(some))
+        kept = some.kept()
         weights = p if kept is None else p * kept
         ds = ds if kept is None else ds.mul_(kept)
-        ds = ds.sub_(stack.spread(heads.of(delta)[:, 0])).mul_(p)
+        ds = ds.sub_(stack.spread(some.of(delta)[:, 0])).mul_(p)
         if bias_grad is not None:
-            bias_grad.flatten(0, 1).index_add_(0, heads.places(bias_grad), ds.view(stack.count, -1))
+            bias_grad.flatten(0, 1).index_add_(0, some.places(bias_grad), ds.view(stack.count, -1))
         ds = ds if tanh is None else ds.mul_(1 - tanh.square_())
-        heads.add_keys(into.value, stack.sums_by_key(weights, grad))
-        heads.add_keys(into.key, stack.sums_by_key(ds, query), scale)
-        heads.add(into.query, stack.sums(ds, key), scale)
-        if wanted is not None and sums is not None and tables.features is not None:
-            heads.add(wanted.query, stack.sums_of_entries(ds, sums.attr), scale)
+        some.add_keys(into.value, stack.sums_by_key(weights, grad))
+        some.add_keys(into.key, stack.sums_by_key(ds, query), scale)
+        some.add(into.query, stack.sums(ds, key), scale)
+        if wanted is not None and features is not None and sums is not None:
+            some.add(wanted.query, stack.sums_of_entries(ds, features.attr), scale)
             if wanted.attr is not None:
-                heads.add_to_entries(wanted.attr, ds, tables.features.planes, scale)
-                heads.add_to_entries(wanted.attr, weights, sums.planes)
-
-
-class _Tables:
-    """A call's inputs as planes."""
-
-    def __init__(self, call: Call) -> None:
-        self.call = call
-        self.query, self.key, self.value = (call.pattern.planes(x) for x in (call.query, call.key, call.value))
-        self.features = None if call.features is None else _FeatureProducts(call, *call.features)
-
-    def heads(self) -> Iterator[_Heads]:
-        """Some heads after others, until all are done."""
-        pattern, heads = self.call.pattern, self.call.query.shape[1]
-        stack = pattern.stack(len(self.query), heads // max(self.call.key.shape[1], 1))
-        for first in range(0, len(self.query) if pattern.num_entries else 0, stack.count):
-            yield _Heads(self, stack, first)
+                some.add_to_entries(wanted.attr, ds, features.vectors, scale)
+                some.add_to_entries(wanted.attr, weights, sums.vectors)
 
 
 class _FeatureProducts:
     """The products of queries' vectors with entries' features, computed for several heads at once, shortly before they are needed."""
 
-    def __init__(self, call: Call, vectors: Float[Tensor, "batch heads queries features"], attr: Float[Tensor, "entries features"]) -> None:
-        self._pattern, self.planes, self.attr = call.pattern, call.pattern.planes(vectors).to(call.wide), attr.to(call.wide)
-        self._first, self._ready = 0, self.planes.new_empty(0, 0)
+    def __init__(
+        self, call: Call, vectors: Float[Tensor, "batch heads queries features"], attr: Float[Tensor, "entries features"]
+    ) -> None:
+        self.vectors = vectors.flatten(0, 1) if call.pattern.rows is None else vectors.transpose(0, 1).flatten(1, 2)
+        self.attr, self._pattern = attr.to(call.wide), call.pattern
+        self._first, self._ready = 0, attr.new_empty(0, 0)
 
-    def of(self, heads: _Heads) -> Float[Tensor, " entries"]:
+    def of(self, some: _Heads) -> Float[Tensor, " entries"]:
         """Those of some heads; called for one after the other."""
-        if heads.first + heads.stack.count > self._first + len(self._ready):
-            several = max(FEATURE_SCORES // max(self._pattern.num_entries, 1), 1) // heads.stack.count * heads.stack.count
-            several = max(several, heads.stack.count)
-            self._first = heads.first
-            self._ready = self._pattern.products_with_entries(self.planes[self._first : self._first + several], self.attr)
-        first = heads.first - self._first
-        return self._ready[first : first + heads.stack.count].flatten()
+        count = some.stack.count
+        if some.first + count > self._first + len(self._ready):
+            several = max(FEATURE_SCORES // max(self._pattern.num_entries, 1) // count, 1) * count
+            self._first = some.first
+            self._ready = self._pattern.products_with_entries(self.vectors[some.first : some.first + several], self.attr)
+        return self._ready[some.first - self._first :][:count].flatten()
+
+
+def _heads_in_turn(call: Call, features: _FeatureProducts | None) -> Iterator[_Heads]:
+    """As many heads as a stack computes at once, until all are done."""
+    pattern, (batch, heads) = call.pattern, call.query.shape[:2]
+    stack = pattern.stack(batch, heads, heads // max(call.key.shape[1], 1))
+    planes = heads if pattern.rows is not None else batch * heads
+    for first in range(0, planes if pattern.num_entries else 0, stack.count):
+        yield _Heads(call, features, stack, first)
 
 
 class _Heads(NamedTuple):
     """The heads that a stack computes at once: the planes from ``first`` on."""
 
-    tables: _Tables
+    call: Call
+    features: _FeatureProducts | None
     stack: Stack
     first: int
 
+    def _of(self, x: Tensor) -> Tensor:
+        return self.call.pattern.planes(x, self.first, self.stack.count)
+
+    def _of_keys(self, x: Tensor) -> Tensor:
+        return self.call.pattern.planes(x, self.first // self._group, max(self.stack.count // self._group, 1))
+
     @property
-    def call(self) -> Call:
-        """What is computed."""
-        return self.tables.call
+    def _group(self) -> int:
+        return self.call.query.shape[1] // self.call.key.shape[1]
 
-    def of(self, planes: Float[Tensor, "planes tokens dim"]) -> Float[Tensor, "stack_tokens dim"]:
-        """These planes of queries as one table."""
-        return planes[self.first : self.first + self.stack.count].flatten(0, 1).to(self.call.wide).contiguous()
+    def of(self, x: Float[Tensor, "batch heads queries dim"]) -> Float[Tensor, "stack_queries dim"]:
+        """The part of ``x`` that belongs to these heads, as one table."""
+        return self._of(x).flatten(0, 2).to(self.call.wide).contiguous()
 
-    def of_keys(self, planes: Float[Tensor, "planes tokens dim"]) -> Float[Tensor, "stack_tokens dim"]:
-        """These planes of keys or values as one table, those of a key head once for each of its query heads."""
-        group, count = self.call.query.shape[1] // self.call.key.shape[1], self.stack.count
-        planes = planes[self.first // group :][: max(count // group, 1)]
-        planes = planes if count == 1 or group == 1 else planes.repeat_interleave(group, 0)
-        return planes.flatten(0, 1).to(self.call.wide).contiguous()
+    def of_keys(self, x: Float[Tensor, "batch kv_heads keys dim"]) -> Float[Tensor, "stack_keys dim"]:
+        """The part of ``x`` that belongs to these heads, as one table: that of a key head once for each of its query heads."""
+        planes = self._of_keys(x)
+        if self.stack.count > 1 and self._group > 1:
+            planes = planes.repeat_interleave(self._group, 0 if self.call.pattern.rows is not None else 1)
+        return planes.flatten(0, 2).to(self.call.wide).contiguous()
 
-    def add(self, x: Tensor, table: Float[Tensor, "stack_tokens dim"], scale: float = 1.0) -> None:
-        """Add ``scale * table`` to ``x`` where ``of`` would fetch from it."""
-        self.call.pattern.add(x, self.first, table.unflatten(0, (self.stack.count, -1)), scale)
+    def add(self, x: Tensor, table: Float[Tensor, "stack_queries dim"], scale: float = 1.0) -> None:
+        """Add ``scale * table`` to ``x`` where ``of`` fetches it from."""
+        planes = self._of(x)
+        planes.add_(table.view(planes.shape), alpha=scale)
 
-    def add_keys(self, x: Tensor, table: Float[Tensor, "stack_tokens dim"], scale: float = 1.0) -> None:
-        """Add ``scale * table`` to ``x`` where ``of_keys`` would fetch from it."""
-        group, tables = self.call.query.shape[1] // self.call.key.shape[1], table.unflatten(0, (self.stack.count, -1))
+    def add_keys(self, x: Tensor, table: Float[Tensor, "stack_keys dim"], scale: float = 1.0) -> None:
+        """Add ``scale * table`` to ``x`` where ``of_keys`` fetches it from."""
+        planes, group = self._of_keys(x), self._group
         if self.stack.count > 1 and group > 1:
-            tables = tables.unflatten(0, (-1, group)).sum(1)
-        self.call.pattern.add(x, self.first // group, tables, scale)
+            table = table.view(self.stack.count // group, group, -1).sum(1)
+        planes.add_(table.view(planes.shape), alpha=scale)
 
     def add_to_entries(
-        self, x: Float[Tensor, "entries dim"], factors: Float[Tensor, " stack_entries"], planes: Float[Tensor, "planes rows dim"], scale: float = 1.0
+        self,
+        x: Float[Tensor, "entries dim"],
+        factors: Float[Tensor, " stack_entries"],
+        vectors: Float[Tensor, "planes rows dim"],
+        scale: float = 1.0,
     ) -> None:
-        """Add to each entry ``scale`` times the sum over these heads of ``factor * planes[query]``."""
-        for factor, rows in zip(factors.view(self.stack.count, -1), planes[self.first : self.first + self.stack.count], strict=True):
-            x.addcmul_(factor[:, None], rows.index_select(0, self.call.pattern.row), value=scale)
+        """Add to each entry ``scale`` times the sum over these heads of ``factor * vectors[query]``."""
+        for i, factor in enumerate(factors.view(self.stack.count, -1)):
+            rows = vectors[self.first + i].index_select(0, self.call.pattern.row)
+            x.addcmul_(factor[:, None], rows, value=scale)
 
     def _numbers(self) -> tuple[Tensor, Tensor]:
         """The row of the batch and the head of each plane; 0 and the head where a plane is a head of all rows."""
@@ -195,8 +203,8 @@ class _Heads(NamedTuple):
         """Scores of the entries, minus infinity where one does not count, and the tanh of the soft cap."""
         scores, bias, allowed, tanh = self.call.scores, self.call.bias, self.call.allowed, None
         s = self.stack.products(query, key, scores.scale)
-        if self.tables.features is not None:
-            s.add_(self.tables.features.of(self), alpha=scores.scale)
+        if self.features is not None:
+            s.add_(self.features.of(self), alpha=scores.scale)
         if scores.softcap is not None:
             tanh = torch.tanh(s / scores.softcap)
             s = scores.softcap * tanh

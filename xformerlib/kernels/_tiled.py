@@ -101,6 +101,7 @@ class _Tile:
         self.group = query.shape[1] // key.shape[1]
         self.flash = (
             query.device.type == "cpu"
+            and not torch.is_grad_enabled()  # flash has no gradient of its log-sum-exp
             and scores.softcap is None
             and not scores.dropout_p
             and self.query.numel() * self.key.numel() > 0
@@ -190,7 +191,7 @@ class _Tile:
         if s.shape[-1] == 0:
             return s.new_zeros(*s.shape[:-1], self.value.shape[-1]), s.new_full(s.shape[:-1], float("-inf"))
         lse = torch.logsumexp(s, -1)
-        e = s.sub_(lse.masked_fill(lse == float("-inf"), 0)[..., None]).exp_()
+        e = torch.exp(s - lse.masked_fill(lse == float("-inf"), 0)[..., None])
         if self.scores.dropout_p:
             e = e * self.scores.kept(self.pairs) / (1 - self.scores.dropout_p)
         return _unfolded(_folded(e, self.group) @ _folded(self.value.to(self.wide), 1), self.query), lse
