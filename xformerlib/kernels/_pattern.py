@@ -18,7 +18,7 @@ from ._scores import Pairs
 STACK_ENTRIES = 2**18
 
 # Longer sums are taken in pieces: a sum of a million numbers one after the other loses three digits.
-PIECE_ENTRIES = 2**10
+PIECE_ENTRIES = 2**8
 
 # Entries that are given indices of their own at a time.
 CHUNK_ENTRIES = 2**16
@@ -107,7 +107,9 @@ class Pattern:
     def stack(self, batch: int, heads: int, group: int) -> Stack:
         """The pattern for as many planes at once as suits its size: one, some groups of heads, or some rows of the batch."""
         most = max(STACK_ENTRIES // max(self.size, 1), 1)
-        count = max(n for n in range(1, max(heads, 1) + 1) if n == 1 or (heads % n == 0 and n % group == 0 and n <= most))
+        count = max(
+            n for n in range(1, max(heads, 1) + 1) if n == 1 or (heads % n == 0 and n % group == 0 and n <= most)
+        )
         if count == heads and self.rows is None:
             count *= max((n for n in range(1, min(most // heads, batch) + 1) if batch % n == 0), default=1)
         if count not in self._stacks:
@@ -144,14 +146,20 @@ class Stack:
     def _entry(self) -> Tensor:
         return torch.arange(self._pattern.num_entries, device=self.row.device, dtype=self.row.dtype).repeat(self.count)
 
-    def products(self, rows: Float[Tensor, "rows dim"], cols: Float[Tensor, "cols dim"], scale: float = 1.0) -> Float[Tensor, " entries"]:
+    def products(
+        self, rows: Float[Tensor, "rows dim"], cols: Float[Tensor, "cols dim"], scale: float = 1.0
+    ) -> Float[Tensor, " entries"]:
         """``scale * rows[query] . cols[key]`` at every entry."""
         values = rows.new_zeros(self.row.shape)
         if values.numel() and rows.shape[1]:
             _hear_beta_notice()
-            if values.numel() > len(rows) * len(cols):  # parallel entries; torch would cut off what a matrix cannot hold
+            if values.numel() > len(rows) * len(
+                cols
+            ):  # parallel entries; torch would cut off what a matrix cannot hold
                 cols = F.pad(cols, (0, 0, 0, values.numel() - len(cols)))
-            at = torch.sparse_csr_tensor(self.rowptr, self.col, values, (rows.shape[0], cols.shape[0]), check_invariants=False)
+            at = torch.sparse_csr_tensor(
+                self.rowptr, self.col, values, (rows.shape[0], cols.shape[0]), check_invariants=False
+            )
             values = torch.sparse.sampled_addmm(at, rows, cols.T, beta=0.0, alpha=scale, out=at).values()
         return values
 

@@ -142,10 +142,7 @@ class _EdgeAttention(torch.autograd.Function):
         call = _call(ctx.pattern, ctx.scores.using(tuple(tensors)), query, key, value, Features(u, e))
         delta = (grad.to(lse.dtype) * out).sum(-1) + (sums_grad.to(lse.dtype) * sums).sum(-1)
         merged = Merged(out, lse.masked_fill(lse == float("-inf"), float("inf")), grad, delta)
-        q, k, v, du, de = (
-            torch.zeros_like(x, dtype=lse.dtype)
-            for x in (query, key, value, u, e)
-        )
+        q, k, v, du, de = (torch.zeros_like(x, dtype=lse.dtype) for x in (query, key, value, u, e))
         into = Gradients(
             q,
             k,

@@ -55,7 +55,9 @@ class Call:
 def forward(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
     """Output, log-sum-exp, and the sums of features."""
     (batch, heads, tokens), like = call.query.shape[:3], call.query.new_empty((), dtype=call.wide)
-    out = like.new_zeros(batch, tokens, heads, call.value.shape[-1]).transpose(1, 2)  # as a model will want to merge the heads
+    out = like.new_zeros(batch, tokens, heads, call.value.shape[-1]).transpose(
+        1, 2
+    )  # as a model will want to merge the heads
     lse = like.new_full((batch, heads, tokens, 1), 0 if call.pattern.num_entries else float("-inf"))
     sums = None if call.features is None else like.new_zeros(batch, heads, tokens, call.features.attr.shape[1])
     features = None if call.features is None else _FeatureProducts(call, *call.features)
@@ -75,7 +77,9 @@ def forward(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
     return out, lse[..., 0], sums
 
 
-def backward(call: Call, merged: Merged, into: Gradients, bias_grad: Tensor | None, wanted: FeatureGradients | None) -> None:
+def backward(
+    call: Call, merged: Merged, into: Gradients, bias_grad: Tensor | None, wanted: FeatureGradients | None
+) -> None:
     """Add every gradient, that of the entries' biases to ``bias_grad``."""
     scale, lse, delta = call.scores.scale, merged.lse[..., None], merged.delta[..., None]
     features = sums = None
@@ -108,7 +112,10 @@ class _FeatureProducts:
     """The products of queries' vectors with entries' features, computed for several heads at once, shortly before they are needed."""
 
     def __init__(
-        self, call: Call, vectors: Float[Tensor, "batch heads queries features"], attr: Float[Tensor, "entries features"]
+        self,
+        call: Call,
+        vectors: Float[Tensor, "batch heads queries features"],
+        attr: Float[Tensor, "entries features"],
     ) -> None:
         self.vectors = vectors.flatten(0, 1) if call.pattern.rows is None else vectors.transpose(0, 1).flatten(1, 2)
         self.attr, self._pattern = attr.to(call.wide), call.pattern
@@ -120,7 +127,9 @@ class _FeatureProducts:
         if some.first + count > self._first + len(self._ready):
             several = max(FEATURE_SCORES // max(self._pattern.num_entries, 1) // count, 1) * count
             self._first = some.first
-            self._ready = self._pattern.products_with_entries(self.vectors[some.first : some.first + several], self.attr)
+            self._ready = self._pattern.products_with_entries(
+                self.vectors[some.first : some.first + several], self.attr
+            )
         return self._ready[some.first - self._first :][:count].flatten()
 
 
@@ -188,7 +197,10 @@ class _Heads(NamedTuple):
 
     def _numbers(self) -> tuple[Tensor, Tensor]:
         """The row of the batch and the head of each plane; 0 and the head where a plane is a head of all rows."""
-        plane, heads = torch.arange(self.first, self.first + self.stack.count, device=self.call.query.device), self.call.query.shape[1]
+        plane, heads = (
+            torch.arange(self.first, self.first + self.stack.count, device=self.call.query.device),
+            self.call.query.shape[1],
+        )
         return torch.div(plane, heads, rounding_mode="floor"), plane % heads
 
     def places(self, x: Shaped[Tensor, "#batch #heads entries"]) -> Int[Tensor, " stack"]:
