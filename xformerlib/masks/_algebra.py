@@ -206,15 +206,20 @@ class _Combination(Mask):
             part.check(domain, keys)
 
     def extent(self) -> Extent:
-        batch, heads = (
-            {n for part in self.parts if (n := part.extent()[axis]) is not None and n != 1} for axis in (0, 1)
+        extents = [part.extent() for part in self.parts]
+        return Extent(
+            _agreed("rows", [extent.batch for extent in extents], self),
+            _agreed("heads", [extent.heads for extent in extents], self),
         )
-        if len(batch) > 1 or len(heads) > 1:
-            raise ValueError(
-                f"the parts of a mask must agree on batch and heads; got {batch or None} rows and {heads or None} heads in {self!r}"
-            )
-        varies = [any(part.extent()[axis] is not None for part in self.parts) for axis in (0, 1)]
-        return Extent(next(iter(batch), 1 if varies[0] else None), next(iter(heads), 1 if varies[1] else None))
+
+
+def _agreed(what: str, sizes: list[int | None], mask: Mask) -> int | None:
+    """The one size other than 1 that parts have; 1 if they have only that, None if none varies."""
+    varying = [size for size in sizes if size is not None]
+    more = {size for size in varying if size != 1}
+    if len(more) > 1:
+        raise ValueError(f"the parts of a mask must agree on batch and heads; got {sorted(more)} {what} in {mask!r}")
+    return max(varying) if varying else None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
