@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -241,7 +241,7 @@ def _weighted(bounds: Tensor, index: Tensor, weights: Tensor | None, table: Tens
     return torch.embedding_bag(table, index, bounds, False, 0, False, weights, True)[0]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _hear_beta_notice() -> None:
     """Let torch say once that sparse tensors are in beta, to nobody; the operation used here is tested against the oracle."""
     with warnings.catch_warnings():

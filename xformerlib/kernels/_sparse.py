@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -168,7 +168,7 @@ def _engine(query: Tensor) -> ModuleType:
     return _sparse_torch
 
 
-@lru_cache(maxsize=None)
+@cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
