@@ -7,11 +7,8 @@ bit. Beside input and output there are numbers for each entry, never vectors.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -78,7 +75,7 @@ class SparsePart(Part):
 
     def forward(self, scores: Scores, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         call = _call(self.pattern, self._left(scores), query, key, value)
-        out, lse, _ = _engine(query).forward(call)
+        out, lse, _ = _sparse_torch.forward(call)
         return out, lse
 
     def backward(
@@ -129,7 +126,7 @@ class _EdgeAttention(torch.autograd.Function):
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor]:
         call = _call(pattern, scores.using(tensors), query, key, value, Features(u, e))
-        out, lse, sums = _engine(query).forward(call)
+        out, lse, sums = _sparse_torch.forward(call)
         assert sums is not None
         ctx.pattern, ctx.scores = pattern, scores
         ctx.save_for_backward(query, key, value, u, e, out, lse, sums, *tensors)
@@ -159,24 +156,10 @@ class _EdgeAttention(torch.autograd.Function):
         )
 
 
-def _engine(query: Tensor) -> ModuleType:
-    """What computes: a fused kernel on CUDA, products of matrices elsewhere."""
-    if query.is_cuda and _has_triton():
-        from . import _sparse_triton
-
-        return _sparse_triton
-    return _sparse_torch
-
-
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def _call(
     pattern: Pattern, scores: Scores, query: Tensor, key: Tensor, value: Tensor, features: Features | None = None
 ) -> Call:
-    bias, allowed = (_by_entry(pattern, *query.shape[:2], what) for what in (scores.bias, scores.allowed))
+    bias, allowed = (_by_entry(pattern, query.shape[0], query.shape[1], what) for what in (scores.bias, scores.allowed))
     if allowed is not None and not scores.clean:
         query = _seen_only(query, allowed, pattern, pattern.row)
         key, value = (_seen_only(x, allowed, pattern, pattern.col) for x in (key, value))
@@ -188,7 +171,7 @@ def _backward(
 ) -> None:
     trained = call.bias is not None and any(grad is not None for grad in into.biases)
     bias_grad = torch.zeros_like(call.bias) if trained and call.bias is not None else None
-    _engine(call.query).backward(call, merged, into, bias_grad, wanted)
+    _sparse_torch.backward(call, merged, into, bias_grad, wanted)
     if bias_grad is not None:
         _add_bias_gradients(call, bias_grad, into.biases)
 
