@@ -41,6 +41,7 @@ def sequence(length: int) -> Sequence:
 
 
 def check_domain(name: str, domain: Domain, tokens: int, batch: int, device: torch.device) -> None:
+    """Raise unless a tensor of so many tokens and rows, on this device, lives on the domain."""
     if not isinstance(domain, Domain):
         raise TypeError(f"the domain of {name} must be a domain such as Sequence(length); got {type(domain).__name__}")
     if tokens != domain.num_tokens:
@@ -61,6 +62,7 @@ def check_domain(name: str, domain: Domain, tokens: int, batch: int, device: tor
 def check_inputs(
     query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, dropout_p: float, softcap: float | None
 ) -> None:
+    """Raise unless query, key and value fit each other, and the options are in range."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             raise TypeError(
@@ -118,6 +120,7 @@ def resolve_domains(
 
 
 def check_mask(mask: Mask) -> Mask:
+    """The mask, or an error where something else came."""
     if not isinstance(mask, Mask):
         raise TypeError(
             f"mask must be a mask such as masks.Causal(); got {type(mask).__name__}. Wrap a bool tensor (True = may attend) in masks.Dense."
@@ -126,6 +129,7 @@ def check_mask(mask: Mask) -> Mask:
 
 
 def bias_terms(bias: BiasLike | SequenceOf[BiasLike] | None) -> tuple[BiasLike, ...]:
+    """The biases one by one, sums taken apart."""
     given = () if bias is None else (bias,) if isinstance(bias, (Tensor, Position)) else tuple(bias)
     flat: list[BiasLike] = []
     for term in (part for each in given for part in (each.parts if isinstance(each, Position) else (each,))):
@@ -138,6 +142,7 @@ def bias_terms(bias: BiasLike | SequenceOf[BiasLike] | None) -> tuple[BiasLike, 
 
 
 def bias_kind(terms: tuple[BiasLike, ...]) -> str | None:
+    """What a plan must know of the biases: None, "fixed", "trained" or "dense" (see ``Problem``)."""
     if not terms:
         return None
     if any(isinstance(term, Tensor) for term in terms):
@@ -147,6 +152,7 @@ def bias_kind(terms: tuple[BiasLike, ...]) -> str | None:
 
 
 def check_heads(dim: int, heads: int, kv_heads: int, head_dim: int | None) -> None:
+    """Raise unless the sizes of a layer are whole numbers that divide as they must."""
     for name, value in (
         ("dim", dim),
         ("heads", heads),
@@ -164,6 +170,7 @@ def check_heads(dim: int, heads: int, kv_heads: int, head_dim: int | None) -> No
 
 
 def check_position(position: Position | None, heads: int) -> None:
+    """Raise unless the position can act within a layer of so many heads."""
     if position is None:
         return
     if not isinstance(position, Position):
