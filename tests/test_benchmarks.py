@@ -48,12 +48,12 @@ def test_names_are_unique() -> None:
 
 def test_main_prints_and_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "measured.json"
-    assert main(["--quick", "--rounds", "1", "--threads", "1", "--only", "plan", "vit", "--json", str(file)]) == 0
+    assert main(["--quick", "--rounds", "1", "--threads", "1", "--only", "plan", "dense-vit", "--json", str(file)]) == 0
     saved = json.loads(file.read_text())
-    assert [row["name"] for row in saved["lines"]] == ["plan", "vit"]
+    assert [row["name"] for row in saved["lines"]] == ["plan", "dense-vit"]
     assert saved["machine"]["torch"] == torch.__version__ and saved["machine"]["matmul_gflops"] > 0
     printed = capsys.readouterr().out
-    assert "vit" in printed and "target" in printed
+    assert "dense-vit" in printed and "target" in printed
 
 
 def test_an_unknown_name_is_refused() -> None:

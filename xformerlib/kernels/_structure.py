@@ -90,7 +90,7 @@ def _windowed(literal: Local | Dilated, term: Term, problem: Problem, device: to
 
 def _band_rows(reach: int) -> int:
     """Queries of a run: as many as half the keys that they reach beside their own, within what suits a matrix product."""
-    return min(256, max(32, 1 << max(reach // 2, 1).bit_length() - 1))
+    return min(256, max(32, 1 << max((reach + 1) // 2, 1).bit_length() - 1))
 
 
 def _reach(literal: Local | Dilated, domain: Domain) -> int | None:
