@@ -5,14 +5,19 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from ..domains import Domain
-from ..domains._base import both
+from ..domains._base import both, check_count
+from ._block_mask import block_mask_of
+from ._outline import Outline, Tiling
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 Predicate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -130,6 +135,58 @@ class Mask:
         allowed = allowed.expand(b.shape[0], h.shape[0], q.shape[0], k.shape[0])
         return (allowed if rows is not None or heads is not None else allowed[0, 0]).contiguous()
 
+    def outline(self, tiling: Tiling) -> Outline:
+        """What the mask's structure says of blocks of pairs; without structure nothing, and pairs must be asked."""
+        return tiling.unknown()
+
+    def to_block_mask(
+        self,
+        domain: Domain,
+        key_domain: Domain | None = None,
+        *,
+        block_size: int | tuple[int, int] = 128,
+        batch_size: int | None = None,
+        heads: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> BlockMask:
+        """The mask for ``torch.nn.attention.flex_attention``: the blocks of pairs that are allowed in part, and those allowed whole.
+
+        They are the ones that ``create_block_mask(mask.bind(domain), B, H, Tq, Tk)`` finds, but found from the structure of the mask:
+        only blocks that the structure leaves open are looked into. For a window on a million tokens that takes milliseconds and
+        memory in proportion to the blocks found, where all pairs would be 10^12. ``Where`` and ``Dense`` have no structure: their
+        pairs are asked, block by block, unless a mask that they are combined with by ``&`` rules them out.
+
+        Args:
+            domain: where queries live.
+            key_domain: where keys live, if elsewhere.
+            block_size: queries and keys of a block, >= 1; one number, or (queries, keys).
+            batch_size, heads: over how many rows and heads to evaluate a ``Where``, which cannot know. Others vary as far as they must,
+                and FlexAttention broadcasts the rest.
+            device: where to put the tables; by default where the tensors of the domain and the mask are, or else the CPU.
+
+        Raises:
+            ValueError: the mask is not defined on the domain, or ``batch_size`` is not the number of rows that the mask or domain has.
+
+        Example:
+            >>> (Causal() & Local(127)).to_block_mask(Sequence(1024)).kv_num_blocks
+            tensor([[[1, 2, 2, 2, 2, 2, 2, 2]]], dtype=torch.int32)
+        """
+        keys = domain if key_domain is None else key_domain
+        if device is not None:
+            domain, keys = domain.to(device), keys.to(device)
+        predicate, extent = self.bind(domain, keys), self.extent()
+        sizes = block_size if isinstance(block_size, tuple) else (block_size, block_size)
+        rows = max((n for n in (extent.batch, domain.batch_size, keys.batch_size) if n is not None), default=None)
+        for name, given, known in (("batch_size", batch_size, rows), ("heads", heads, extent.heads)):
+            if given is not None and known not in (None, 1, check_count(name, given, least=1)):
+                raise ValueError(f"{name} must be {known}, as {self!r} has on {domain!r}; got {name}={given}")
+        tiling = Tiling(
+            domain, keys, (check_count("block_size", sizes[0], least=1), check_count("block_size", sizes[1], least=1)),
+            batch_size or rows or 1,
+            torch.device(device or domain.device or keys.device or getattr(self, "device", None) or "cpu"),
+        )  # fmt: skip
+        return block_mask_of(predicate, tiling.outline_of(self), tiling, heads or extent.heads or 1)
+
 
 class Leaf(Mask):
     """A mask that is not made of others. ``kinds`` names the domains that it is defined on, ``instead`` what to use elsewhere."""
@@ -166,6 +223,9 @@ class Full(Leaf):
             return q >= 0
 
         return everywhere
+
+    def outline(self, tiling: Tiling) -> Outline:
+        return tiling.everywhere()
 
     def is_reflexive(self, domain: Domain) -> bool:
         return True
@@ -245,6 +305,13 @@ class And(_Combination):
 
         return all_of
 
+    def outline(self, tiling: Tiling) -> Outline:
+        outlines: list[Outline] = []
+        for part in self.parts:
+            outlines.append(part.outline(tiling))
+            tiling = tiling.among(outlines[-1].possible)
+        return Outline.all_of(outlines)
+
     def is_reflexive(self, domain: Domain) -> bool:
         return all(part.is_reflexive(domain) for part in self.parts)
 
@@ -278,6 +345,9 @@ class Or(_Combination):
             return result
 
         return any_of
+
+    def outline(self, tiling: Tiling) -> Outline:
+        return Outline.any_of([part.outline(tiling) for part in self.parts])
 
     def is_reflexive(self, domain: Domain) -> bool:
         return any(part.is_reflexive(domain) for part in self.parts)
@@ -313,6 +383,9 @@ class Not(Mask):
     def allows(self, domain: Domain, keys: Domain) -> Predicate:
         predicate = self.part.allows(domain, keys)
         return lambda b, h, q, k: ~predicate(b, h, q, k)
+
+    def outline(self, tiling: Tiling) -> Outline:
+        return self.part.outline(tiling).negated()
 
     def extent(self) -> Extent:
         return self.part.extent()

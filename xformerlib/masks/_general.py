@@ -13,6 +13,7 @@ from torch import Tensor
 from ..domains import Domain
 from ..domains._base import check_count
 from ._algebra import Extent, Leaf, Predicate
+from ._outline import Between, Outline, Tiling
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -61,6 +62,13 @@ class Global(Leaf):
         named = [self._named(where) for where in (domain, keys)]
         return lambda b, h, q, k: named[0](b, q) | named[1](b, k)
 
+    def outline(self, tiling: Tiling) -> Outline:
+        q, k = tiling.q, tiling.k
+        if isinstance(self.tokens, tuple):
+            q, k = tiling.every(tiling.domain), tiling.every(tiling.keys)
+        query, key = self._named(tiling.domain)(tiling.b, q), self._named(tiling.keys)(tiling.b, k)
+        return Outline.any_of([tiling.of_queries(query), tiling.of_keys(key)])
+
     def _named(self, where: Domain):  # type: ignore[no-untyped-def]
         tokens = self.tokens
         if isinstance(tokens, int):
@@ -97,6 +105,9 @@ class Prefix(Leaf):
 
     def allows(self, domain: Domain, keys: Domain) -> Predicate:
         return lambda b, h, q, k: keys.rank(b, k) < self.n
+
+    def outline(self, tiling: Tiling) -> Outline:
+        return tiling.of_keys(tiling.keys.rank(tiling.b, tiling.k) < self.n)
 
 
 class _TensorLeaf(Leaf):
@@ -153,6 +164,10 @@ class Segments(_TensorLeaf):
         ids, key_ids = self.ids, self.ids if self.key_ids is None else self.key_ids
         return lambda b, h, q, k: _look_up(ids, b, q) == _look_up(key_ids, b, k)
 
+    def outline(self, tiling: Tiling) -> Outline:
+        ids, key_ids = self.ids, self.ids if self.key_ids is None else self.key_ids
+        return tiling.between(Between.equal(ids.long(), key_ids.long()))
+
     def extent(self) -> Extent:
         rows = [len(ids) for ids in (self.ids, self.key_ids) if ids is not None and ids.ndim == 2]
         return Extent(max(rows)) if rows else Extent()
@@ -196,6 +211,9 @@ class Keys(_TensorLeaf):
 
     def allows(self, domain: Domain, keys: Domain) -> Predicate:
         return lambda b, h, q, k: _look_up(self.valid, b, k)
+
+    def outline(self, tiling: Tiling) -> Outline:
+        return tiling.of_keys(self.valid)
 
     def extent(self) -> Extent:
         return Extent(len(self.valid)) if self.valid.ndim == 2 else Extent()

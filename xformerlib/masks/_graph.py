@@ -11,6 +11,7 @@ from ..domains import Domain
 from ..domains._base import check_count, either
 from ..domains._neighbours import Neighbours, neighbours_from_sorted
 from ._algebra import Leaf, Predicate
+from ._outline import Between, Outline, Tiling
 from ._regular import regular_pattern
 
 
@@ -52,6 +53,12 @@ class Edges(Leaf):
             return result
 
         return joined
+
+    def outline(self, tiling: Tiling) -> Outline:
+        outlines = [tiling.of_neighbours(tiling.domain.csr)]  # type: ignore[attr-defined]
+        if self.self_loops:
+            outlines.append(tiling.between(Between.equal(tiling.q, tiling.k)))
+        return tiling.or_prefix(Outline.any_of(outlines))
 
     def is_reflexive(self, domain: Domain) -> bool:
         return self.self_loops
@@ -110,6 +117,9 @@ class Expander(Leaf):
             return result
 
         return linked
+
+    def outline(self, tiling: Tiling) -> Outline:
+        return tiling.or_prefix(tiling.of_neighbours(self.neighbours(tiling.domain)))
 
     def neighbours(self, domain: Domain) -> Neighbours:
         """The links of each token, itself among them. Where ``valid`` differs by row, token i of row b is ``b * num_tokens + i``."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..domains import Domain
+from ._outline import Between, Outline, Tiling
 from ._sequence import SpatialLeaf
 
 
@@ -51,6 +52,10 @@ class Axial(SpatialLeaf):
             return result
 
         return on_the_line
+
+    def relates_blocks(self, tiling: Tiling) -> Outline:
+        others = [axis for axis in range(tiling.domain.ndim) if axis != self.axis % tiling.domain.ndim]
+        return tiling.between(*(Between.equal(*tiling.coordinates(axis)) for axis in others))
 
     def is_reflexive(self, domain: Domain) -> bool:
         return True

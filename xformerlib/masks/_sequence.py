@@ -12,6 +12,7 @@ from torch import Tensor
 from ..domains import Domain
 from ..domains._base import either
 from ._algebra import Leaf, Predicate
+from ._outline import Between, Outline, Tiling
 
 Sizes = int | float | tuple[int | float, ...]
 
@@ -34,6 +35,13 @@ class SpatialLeaf(Leaf):
     def relates(self, domain: Domain, keys: Domain):  # type: ignore[no-untyped-def]
         """The relation ``(b, q, k) -> bool`` of ordinary tokens."""
         raise AssertionError("each spatial leaf has its own relation")
+
+    def outline(self, tiling: Tiling) -> Outline:
+        return tiling.or_prefix(self.relates_blocks(tiling))
+
+    def relates_blocks(self, tiling: Tiling) -> Outline:
+        """The outline of the relation of ordinary tokens."""
+        return tiling.unknown()
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,17 @@ class Causal(Leaf):
             return result
 
         return not_later
+
+    def outline(self, tiling: Tiling) -> Outline:
+        domain, keys = tiling.domain, tiling.keys
+        if domain.kind == "Graph":
+            ancestors = tiling.of_neighbours(domain.ancestors)  # type: ignore[attr-defined]
+            return tiling.or_prefix(ancestors).at_most()
+        if domain.kind != "Timeline" and domain == keys:
+            return tiling.between(Between(None, tiling.q, tiling.k))
+        if 0 < keys.prefix < domain.prefix:
+            return tiling.unknown()
+        return tiling.between(*_orders(tiling))
 
     def is_reflexive(self, domain: Domain) -> bool:
         return True
@@ -146,6 +165,30 @@ class Local(SpatialLeaf):
 
         return in_clamped_window
 
+    def relates_blocks(self, tiling: Tiling) -> Outline:
+        domain, keys = tiling.domain, tiling.keys
+        radii = per_axis("radius", self.radius, domain)
+        if domain.kind == "Graph":
+            hops = min(int(radii[0]), domain.num_tokens)
+            return tiling.of_neighbours(domain.within_hops(hops))  # type: ignore[attr-defined]
+        if self.border == "clamp":
+            if domain != keys and keys.items is not None:
+                return tiling.unknown()  # where the rim is depends on the item
+            tiling = tiling.within_reach([2 * radius for radius in radii])
+            return tiling.between(*(self._clamped(axis, radius, tiling) for axis, radius in enumerate(radii)))
+        tiling = tiling.within_reach(radii)
+        outline = tiling.between(*(_around(tiling, axis, radii[axis % len(radii)]) for axis in range(domain.ndim)))
+        # A ball is less than its box.
+        return outline.at_most() if domain.kind == "Points" else outline
+
+    def _clamped(self, axis: int, radius: int | float, tiling: Tiling) -> Between:
+        at_query, at_key = tiling.coordinates(axis)
+        first, last = tiling.keys.extent(axis, tiling.b, tiling.q if tiling.domain == tiling.keys else tiling.k[:1])
+        start = torch.maximum(
+            torch.minimum(at_query - radius, _like(last - 2 * radius, at_query)), _like(first, at_query)
+        )
+        return Between(start, start + 2 * radius, at_key)
+
     def is_reflexive(self, domain: Domain) -> bool:
         return True
 
@@ -203,6 +246,17 @@ class Dilated(SpatialLeaf):
             return result
 
         return on_lattice
+
+    def relates_blocks(self, tiling: Tiling) -> Outline:
+        radii, steps = (per_axis(*named, tiling.domain) for named in (("radius", self.radius), ("step", self.step)))
+        pairs = list(zip(*(n * (tiling.domain.ndim // len(n)) for n in (radii, steps)), strict=True))
+        if len(pairs) == 1 and steps[0] > min(tiling.size):  # whole blocks may lie between two keys
+            query, key = tiling.coordinates(0)
+            places = (query + m * int(steps[0]) for m in range(-int(radii[0]), int(radii[0]) + 1))
+            return Outline.any_of([tiling.between(Between.equal(place, key)) for place in places])
+        tiling = tiling.within_reach([radius * step for radius, step in pairs])
+        outline = tiling.between(*(_around(tiling, axis, radius * step) for axis, (radius, step) in enumerate(pairs)))
+        return outline if all(step == 1 for _, step in pairs) else outline.at_most()
 
     def is_reflexive(self, domain: Domain) -> bool:
         return True
@@ -265,6 +319,18 @@ class Windows(SpatialLeaf):
 
         return same_window
 
+    def relates_blocks(self, tiling: Tiling) -> Outline:
+        sizes, shifts = (per_axis(*named, tiling.domain) for named in (("size", self.size), ("shift", self.shift)))
+
+        def windows(axis: int) -> Between:
+            size, shift = sizes[axis % len(sizes)], shifts[axis % len(shifts)]
+            return Between.equal(
+                *(torch.div(at - shift, size, rounding_mode="floor") for at in tiling.coordinates(axis))
+            )
+
+        tiling = tiling.within_reach(sizes)
+        return tiling.between(*(windows(axis) for axis in range(tiling.domain.ndim)))
+
     def is_reflexive(self, domain: Domain) -> bool:
         return True
 
@@ -304,3 +370,36 @@ def per_axis(name: str, value: Sizes, domain: Domain) -> tuple[int | float, ...]
 
 def _like(value: Tensor | int | float, other: Tensor) -> Tensor:
     return value if isinstance(value, Tensor) else torch.full_like(other, value)
+
+
+def _around(tiling: Tiling, axis: int, radius: int | float) -> Between:
+    """Keys at most ``radius`` from a query on one axis; real numbers with slack for what the predicate's subtraction rounds."""
+    query, key = tiling.coordinates(axis)
+    if not key.is_floating_point():
+        radius = math.floor(min(radius, 2**40))
+        return Between(query - radius, query + radius, key)
+    info = torch.finfo(torch.promote_types(query.dtype, key.dtype))
+    radius = min(radius, info.max / 4)
+    largest = max(float(at.abs().max()) for at in (query, key))
+    return Between(query - radius, query + radius, key, slack=4 * info.eps * (largest + radius) + info.tiny**0.5)
+
+
+def _orders(tiling: Tiling) -> list[Between]:
+    """That a key is not later than a query: by time or place; prefix tokens before all others, by their own places."""
+    most = max(tiling.domain.prefix, tiling.keys.prefix)
+
+    def order(where: Domain, i: Tensor) -> Tensor:
+        order = where.place(i) - where.prefix if where.kind == "Grid" else where.coordinate(0, tiling.b, i)
+        prefix = where.is_prefix(tiling.b, i)
+        if prefix is None:
+            return order
+        # Places of the others are not negative; times may be.
+        return torch.where(prefix, -math.inf if order.is_floating_point() else where.place(i) - most, order)
+
+    query, key = order(tiling.domain, tiling.q), order(tiling.keys, tiling.k)
+    orders = [Between(None, query, key)]
+    if key.is_floating_point() and most > 1:  # and place by place
+        place, key_place = tiling.domain.place(tiling.q), tiling.keys.place(tiling.k)
+        key_prefix = key_place < tiling.keys.prefix
+        orders.append(Between(None, torch.where(place < tiling.domain.prefix, place, most), key_place * key_prefix))
+    return orders
