@@ -15,7 +15,7 @@ from ..domains._neighbours import expand_ranges
 from ._scores import Pairs
 
 # Entries of all planes of a stack. More at once save calls, fewer save memory.
-STACK_ENTRIES = 2**18
+STACK_ENTRIES = 2**20
 
 # Longer sums are taken in pieces: a sum of a million numbers one after the other loses three digits.
 PIECE_ENTRIES = 2**8

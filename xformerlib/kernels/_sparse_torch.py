@@ -55,9 +55,9 @@ class Call:
 def forward(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
     """Output, log-sum-exp, and the sums of features."""
     (batch, heads, tokens), like = call.query.shape[:3], call.query.new_empty((), dtype=call.wide)
-    out = like.new_zeros(batch, tokens, heads, call.value.shape[-1]).transpose(
-        1, 2
-    )  # as a model will want to merge the heads
+    by_token = call.query.stride(1) < call.query.stride(2)  # then a model will want to merge the heads again
+    out = like.new_zeros(batch, *((tokens, heads) if by_token else (heads, tokens)), call.value.shape[-1])
+    out = out.transpose(1, 2) if by_token else out
     lse = like.new_full((batch, heads, tokens, 1), 0 if call.pattern.num_entries else float("-inf"))
     sums = None if call.features is None else like.new_zeros(batch, heads, tokens, call.features.attr.shape[1])
     features = None if call.features is None else _FeatureProducts(call, *call.features)
