@@ -151,6 +151,11 @@ def bias_kind(terms: tuple[BiasLike, ...]) -> str | None:
     return "trained" if torch.is_grad_enabled() and any(t.requires_grad for t in tensors) else "fixed"
 
 
+def are_pointwise(terms: tuple[BiasLike, ...], domain: Domain) -> bool:
+    """Whether every score of the biases is an entry of a table or a formula (see ``Bias.is_pointwise``)."""
+    return all(isinstance(term, Tensor) or term.is_pointwise(domain) for term in terms)
+
+
 def check_heads(dim: int, heads: int, kv_heads: int, head_dim: int | None) -> None:
     """Raise unless the sizes of a layer are whole numbers that divide as they must."""
     for name, value in (

@@ -13,6 +13,7 @@ from . import kernels
 from ._cache import Cache
 from ._inputs import (
     BiasLike,
+    are_pointwise,
     bias_kind,
     bias_terms,
     check_heads,
@@ -86,7 +87,7 @@ def attention(
     problem = Problem(
         mask=mask, domain=domain, keys=key_domain, batch=query.shape[0], heads=query.shape[1], kv_heads=key.shape[1],
         head_dim=query.shape[-1], value_dim=value.shape[-1], dtype=query.dtype, device=query.device.type, bias=bias_kind(terms),
-        dropout_p=dropout_p, softcap=softcap is not None, sinks=sinks is not None,
+        pointwise_bias=are_pointwise(terms, domain), dropout_p=dropout_p, softcap=softcap is not None, sinks=sinks is not None,
     )  # fmt: skip
     plan = _plan(problem, kernel, query.device)
     scores = _scores(problem, terms, plan.predicate, query, scale, softcap)
@@ -125,7 +126,7 @@ def plan(
     problem = Problem(
         mask=mask, domain=domain, keys=key_domain, batch=domain.batch_size or batch, heads=heads, kv_heads=kv_heads or heads,
         head_dim=head_dim, value_dim=head_dim, dtype=dtype, device=torch.device(device).type, bias=bias_kind(bias_terms(bias)),
-        dropout_p=dropout_p, softcap=softcap is not None, sinks=sinks,
+        pointwise_bias=are_pointwise(bias_terms(bias), domain), dropout_p=dropout_p, softcap=softcap is not None, sinks=sinks,
     )  # fmt: skip
     return _plan(problem, kernel, torch.device(device))
 
@@ -385,9 +386,6 @@ def _scores(
     domain, keys, device = problem.domain, problem.keys, query.device
     dtype = torch.promote_types(query.dtype, torch.float32)
     only_mask = not any(isinstance(term, Tensor) for term in terms)  # a tensor of minus infinities hides keys too
-    seen = (domain == keys and problem.mask.is_reflexive(domain)) or (
-        isinstance(problem.mask, Full) and domain.items is None
-    )
     return Scores(
         predicate=predicate,
         biases=tuple(
@@ -401,7 +399,7 @@ def _scores(
         dropout_p=problem.dropout_p,
         seed=torch.randint(1 << 31, (), device=device) if problem.dropout_p else None,
         reflexive=problem.is_reflexive and only_mask,
-        clean=seen and only_mask,
+        clean=problem.is_clean and only_mask,
     )
 
 

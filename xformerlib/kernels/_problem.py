@@ -18,6 +18,7 @@ class Problem:
         mask: who may attend to whom, besides the facts of the domains.
         domain, keys: where queries and keys live.
         bias: what kind of score bias there is: None, "fixed", "trained" where its gradient is asked for, or "dense" for a tensor.
+        pointwise_bias: whether every bias is a tensor, a table or a formula (see ``positions.Bias.is_pointwise``).
     """
 
     mask: Mask
@@ -31,6 +32,7 @@ class Problem:
     dtype: torch.dtype
     device: str
     bias: str | None = None
+    pointwise_bias: bool = True
     dropout_p: float = 0.0
     softcap: bool = False
     sinks: bool = False
@@ -66,3 +68,9 @@ class Problem:
         """Whether every token attends at least to itself: no empty row, no key hidden from everybody."""
         no_padding = self.domain.valid is None
         return self.domain == self.keys and no_padding and self.mask.is_reflexive(self.domain)
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether every token that exists is seen by some query, and every query sees some key, so that nothing is hidden."""
+        seen = self.domain == self.keys and self.mask.is_reflexive(self.domain)
+        return seen or (isinstance(self.mask, Full) and self.domain.items is None)

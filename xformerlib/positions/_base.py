@@ -139,6 +139,10 @@ class PairBias(ABC):
     def scores(self, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
         """``at`` with an index of rows, up to broadcasting: ``(heads, ...)``."""
 
+    def of_head(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """``at(q, k, b)[h]``; where the bias is pointwise, by one look into each tensor, as a kernel of FlexAttention needs it."""
+        return self.at(q, k, b)[h]
+
     def using(self, tensors: tuple[Tensor, ...]) -> PairBias:
         """The same bias with other ``tensors``, of the same shapes."""
         other = copy.copy(self)
@@ -161,6 +165,10 @@ class Bias(Position, ABC):
 
         ``dtype`` is the dtype of the scores, fp32 or fp64; by default the parameters', and at least fp32.
         """
+
+    def is_pointwise(self, domain: Domain) -> bool:
+        """Whether the score of a pair is an entry of a table or a formula there, and ``PairBias.of_head`` computes just that."""
+        return False
 
     def _check(self, domain: Domain, key_domain: Domain | None) -> Domain:
         """The domain of the keys, or an error where positions on the two cannot be compared."""
@@ -254,6 +262,16 @@ class SumPair(PairBias):
             end = start + len(pair.tensors)
             scores = pair.using(self.tensors[start:end]).at(q, k, b)
             total = scores if total is None else total + scores
+            start = end
+        assert total is not None
+        return total
+
+    def of_head(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        start, total = 0, None
+        for pair in self.pairs:
+            end = start + len(pair.tensors)
+            score = pair.using(self.tensors[start:end]).of_head(b, h, q, k)
+            total = score if total is None else total + score
             start = end
         assert total is not None
         return total

@@ -103,6 +103,9 @@ class RelativeBias(Bias):
         for table in self.parameters():
             nn.init.trunc_normal_(table, std=0.02)
 
+    def is_pointwise(self, domain: Domain) -> bool:
+        return True
+
     def pair(self, domain: Domain, key_domain: Domain | None = None, *, dtype: torch.dtype | None = None) -> PairBias:
         keys = self._check(domain, key_domain)
         table = self.table.to(at_least_fp32(dtype or self.table.dtype))
@@ -216,6 +219,9 @@ class ContinuousBias(Bias):
         nn.init.trunc_normal_(self.inner.weight, std=0.02)
         nn.init.trunc_normal_(self.outer.weight, std=0.02)
         nn.init.zeros_(self.inner.bias)
+
+    def is_pointwise(self, domain: Domain) -> bool:
+        return in_steps(domain) or isinstance(domain, Graph)
 
     def pair(self, domain: Domain, key_domain: Domain | None = None, *, dtype: torch.dtype | None = None) -> PairBias:
         keys = self._check(domain, key_domain)
@@ -340,6 +346,9 @@ class DistanceDecay(Bias):
     def _published(self) -> Float64[Tensor, " heads"]:
         return torch.exp2(self.steps.double() * (-4 / self.base))
 
+    def is_pointwise(self, domain: Domain) -> bool:
+        return True
+
     def pair(self, domain: Domain, key_domain: Domain | None = None, *, dtype: torch.dtype | None = None) -> PairBias:
         keys = self._check(domain, key_domain)
         default = torch.get_default_dtype() if self.log_slopes is None else self.log_slopes.dtype
@@ -361,13 +370,18 @@ class _DecayPair(PairBias):
         super().__init__(domain, keys, (slopes,), heads=slopes.numel(), batch_size=rows, relative=in_steps(domain))
 
     def scores(self, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        distance = self._distance(b, q, k).detach()
-        prefix = self.domain.touches_prefix(self.keys, b, q, k)
-        if prefix is not None:
-            distance = torch.where(prefix, 0.0, distance)
+        distance = self._distance(b, q, k)
         return -self.tensors[0].reshape(-1, *(1,) * distance.ndim) * distance
 
+    def of_head(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return -self.tensors[0][h if self.heads > 1 else torch.zeros_like(h)] * self._distance(b, q, k)
+
     def _distance(self, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        distance = self._metric(b, q, k).detach()
+        prefix = self.domain.touches_prefix(self.keys, b, q, k)
+        return distance if prefix is None else torch.where(prefix, 0.0, distance)
+
+    def _metric(self, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
         dtype = self.tensors[0].dtype
         if not isinstance(self.domain, Grid):
             return self.domain.distance(self.keys, b, q, k).to(dtype)

@@ -49,6 +49,9 @@ class TablePair(PairBias):
             return table.index_select(0, index.flatten()).reshape(*index.shape, self.heads).movedim(-1, 0)
         return table[index].movedim(-1, 0)
 
+    def of_head(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return self.tensors[0][self.index(b, q, k), h if self.heads > 1 else torch.zeros_like(h)]
+
     def index(self, b: Tensor, q: Tensor, k: Tensor) -> Int[Tensor, "..."]:
         """The row of each pair."""
         row = self.row(b, q, k)
@@ -125,7 +128,7 @@ class HopPair(TablePair):
 
 def largest_graph(domain: Graph) -> int:
     """The number of nodes of the largest graph."""
-    return domain.fact("largest graph", lambda: int(domain.sizes.max()) if domain.sizes.numel() else 0)
+    return domain.largest
 
 
 def _span(domain: Domain, axis: int) -> tuple[int, int]:
@@ -133,9 +136,6 @@ def _span(domain: Domain, axis: int) -> tuple[int, int]:
     if isinstance(domain, Grid):
         return 0, domain.sizes[axis] - 1
     assert isinstance(domain, Sequence)
-    if domain.offsets is None:
-        return domain.start, domain.start + domain.length - 1
-    lengths = domain.lengths
-    assert lengths is not None
-    longest = domain.fact("longest item", lambda: int(lengths.max()) if lengths.numel() else 0)
+    # Padding may be met too.
+    longest = domain.length if domain.offsets is None else domain.longest
     return domain.start, domain.start + longest - 1
