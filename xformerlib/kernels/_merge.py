@@ -53,11 +53,13 @@ class Part(ABC):
         kernel: name of the kernel.
         what: the part, for people.
         pairs: query-key pairs that the kernel visits, for each row of the batch and head.
+        differentiable: whether autograd differentiates ``forward``, in output and log-sum-exp, so that ``backward`` is not needed.
     """
 
     kernel: str
     what: str
     pairs: float
+    differentiable: bool = False
 
     @abstractmethod
     def forward(self, scores: Scores, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,6 +77,9 @@ def attend(
 ) -> Float[Tensor, "batch heads queries value_dim"]:
     """Attention over the union of disjoint parts, each with the scores that its predicate leaves."""
     tensors = parts[0][1].tensors
+    if any(part.differentiable for part, _ in parts):
+        alone = [(part if part.differentiable else _Differentiable(part), scores) for part, scores in parts]
+        return _merged(alone, query, key, value, sinks)[0].to(value.dtype)
     if torch.compiler.is_compiling() and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         # Compiled code cannot differentiate a bias within a backward: it differentiates the formulas, computed twice.
         return checkpoint(_merged, parts, query, key, value, sinks, use_reentrant=False)[0].to(value.dtype)
@@ -119,13 +124,7 @@ class _Attend(torch.autograd.Function):
         wide = torch.promote_types(query.dtype, torch.float32)
         delta = (grad.to(wide) * out.to(wide)).sum(-1)
         merged = Merged(out, lse.masked_fill(lse == -torch.inf, torch.inf), grad, delta)
-        needed = ctx.needs_input_grad[5:]
-        into = Gradients(
-            torch.zeros_like(query, dtype=wide),
-            torch.zeros_like(key, dtype=wide),
-            torch.zeros_like(value, dtype=wide),
-            [torch.zeros_like(t) if need else None for t, need in zip(tensors, needed, strict=True)],
-        )
+        into = _no_gradients(query, key, value, tensors, ctx.needs_input_grad[5:])
         for part, scores in ctx.parts:
             part.backward(scores.using(tuple(tensors)), query, key, value, merged, into)
         sink_grad = None
@@ -142,7 +141,67 @@ class _Attend(torch.autograd.Function):
         )
 
 
+class _Differentiable(Part):
+    """A part that computes its own backward, as one that autograd differentiates."""
+
+    differentiable = True
+
+    def __init__(self, part: Part) -> None:
+        self.part = part
+        self.kernel, self.what, self.pairs = part.kernel, part.what, part.pairs
+
+    def forward(self, scores: Scores, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return _Alone.apply(self.part, scores, query, key, value, *scores.tensors)
+
+    def backward(
+        self, scores: Scores, query: Tensor, key: Tensor, value: Tensor, merged: Merged, into: Gradients
+    ) -> None:
+        self.part.backward(scores, query, key, value, merged, into)
+
+
+class _Alone(torch.autograd.Function):
+    """One part, in output and log-sum-exp l: with p the weights and dp the gradient of the output times the values,
+
+        ds = p (dp - (delta - dl)),
+
+    so that the backward of the part serves with delta less the gradient of l."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, part: Part, scores: Scores, query: Tensor, key: Tensor, value: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = part.forward(scores.using(tensors), query, key, value)
+        ctx.part, ctx.scores = part, scores
+        ctx.save_for_backward(query, key, value, out, lse, *tensors)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, lse_grad: Tensor) -> tuple[Any, ...]:
+        query, key, value, out, lse, *tensors = ctx.saved_tensors
+        delta = (grad * out).sum(-1) - lse_grad.masked_fill(lse == -torch.inf, 0)
+        merged = Merged(out, lse.masked_fill(lse == -torch.inf, torch.inf), grad, delta)
+        into = _no_gradients(query, key, value, tensors, ctx.needs_input_grad[5:])
+        ctx.part.backward(ctx.scores.using(tuple(tensors)), query, key, value, merged, into)
+        vectors = (g.to(x.dtype) for g, x in ((into.query, query), (into.key, key), (into.value, value)))
+        return None, None, *vectors, *into.biases
+
+
+def _no_gradients(
+    query: Tensor, key: Tensor, value: Tensor, tensors: SequenceOf[Tensor], needed: SequenceOf[bool]
+) -> Gradients:
+    wide = torch.promote_types(query.dtype, torch.float32)
+    return Gradients(
+        torch.zeros_like(query, dtype=wide),
+        torch.zeros_like(key, dtype=wide),
+        torch.zeros_like(value, dtype=wide),
+        [torch.zeros_like(t) if need else None for t, need in zip(tensors, needed, strict=True)],
+    )
+
+
 def _merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
-    total = torch.logaddexp(lse, more_lse)
-    safe = total.masked_fill(total == -torch.inf, 0)
+    # A row that is empty in both stays out of the logarithm, whose derivative there is 0 / 0.
+    empty = (lse == -torch.inf) & (more_lse == -torch.inf)
+    safe = torch.logaddexp(lse.masked_fill(empty, 0), more_lse.masked_fill(empty, 0))
+    total = safe.masked_fill(empty, -torch.inf)
     return out * torch.exp(lse - safe)[..., None] + more * torch.exp(more_lse - safe)[..., None], total
