@@ -19,6 +19,8 @@ LAYERS = [
     {"domains"},
     {"masks", "positions"},
     {"kernels", "_cache", "_inputs", "_sublayers"},
+    {"_planned"},
+    {"_compiled"},
     {"attention"},
     {"blocks", "_explain"},
     {"time_series", "vision", "graph"},

@@ -12,8 +12,6 @@ from .masks import Mask
 from .positions import Bias, Position
 
 BiasLike = Tensor | Bias
-MOST_SEQUENCES = 256
-_SEQUENCES: dict[int, Sequence] = {}  # a plain dict, which compiled code can look into
 
 
 def place(name: str, x: Tensor, dim: int, domain: Domain | None) -> Domain:
@@ -23,21 +21,9 @@ def place(name: str, x: Tensor, dim: int, domain: Domain | None) -> Domain:
     if x.ndim not in (2, 3) or x.shape[-1] != dim:
         raise ValueError(f"{name} must be (batch, tokens, {dim}) or (tokens, {dim}); got {tuple(x.shape)}")
     if domain is None:
-        return sequence(x.shape[-2])
+        return Sequence(x.shape[-2])
     check_domain(name, domain, x.shape[-2], x.shape[0] if x.ndim == 3 else 1, x.device)
     return domain
-
-
-def sequence(length: int) -> Sequence:
-    """``Sequence(length)``, one object for each length, so that what is known about it is kept between calls."""
-    known = _SEQUENCES.get(length)
-    if known is None:
-        known = Sequence(length)
-        if not torch.compiler.is_compiling():  # a traced call must not leave anything behind
-            if len(_SEQUENCES) >= MOST_SEQUENCES:
-                _SEQUENCES.pop(next(iter(_SEQUENCES)))
-            _SEQUENCES[length] = known
-    return known
 
 
 def check_domain(name: str, domain: Domain, tokens: int, batch: int, device: torch.device) -> None:
@@ -112,7 +98,8 @@ def resolve_domains(
                 f"{related[0]!r} relates places of queries and keys, and {queries} queries beside {keys} keys do not say which places "
                 "those are. Give domain and key_domain, for example Sequence(1, start=41) and Sequence(42)."
             )
-        domain, key_domain = sequence(queries), sequence(keys)
+        domain = Sequence(queries)
+        key_domain = domain if queries == keys else Sequence(keys)
     key_domain = domain if key_domain is None else key_domain
     check_domain("query", domain, queries, query.shape[0], query.device)
     check_domain("key", key_domain, keys, key.shape[0], key.device)

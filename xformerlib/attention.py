@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import kernels
 from ._cache import Cache
+from ._compiled import Inputs, run_in_graph
 from ._inputs import (
     BiasLike,
     are_pointwise,
@@ -23,16 +24,13 @@ from ._inputs import (
     place,
     resolve_domains,
 )
+from ._planned import bound_biases, check_extent, planned, scores_of, without_padding
 from .domains import Domain
-from .kernels import Plan, Problem, Scores
+from .kernels import Plan, Problem
 from .kernels._chunked import rows_per_block
-from .kernels._plan import check_strict
 from .kernels._scores import probabilities
 from .masks import Full, Mask
-from .masks._algebra import Predicate
 from .positions import Bias, Position, Rotation
-
-MOST_PLANS, MOST_FLEETING_PLANS = 64, 4  # kept on one domain
 
 
 def attention(
@@ -89,9 +87,15 @@ def attention(
         head_dim=query.shape[-1], value_dim=value.shape[-1], dtype=query.dtype, device=query.device.type, bias=bias_kind(terms),
         pointwise_bias=are_pointwise(terms, domain), dropout_p=dropout_p, softcap=softcap is not None, sinks=sinks is not None,
     )  # fmt: skip
-    plan = _plan(problem, kernel, query.device)
-    scores = _scores(problem, terms, plan.predicate, query, scale, softcap)
-    query, key, value = _without_padding(problem, query, key, value)
+    check_extent(problem)
+    plan = None if torch.compiler.is_compiling() else planned(problem, kernel, query.device)
+    biases = bound_biases(problem, terms, query.device)
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    seed = torch.randint(1 << 31, (), device=query.device) if dropout_p else None
+    query, key, value = without_padding(problem, query, key, value)
+    if plan is None:
+        return run_in_graph(problem, kernel, terms, biases, Inputs(query, key, value, sinks), scale, softcap, seed)
+    scores = scores_of(problem, plan.predicate, biases, scale, softcap, seed)
     with torch.autocast(query.device.type, enabled=False):
         return plan.run(problem, scores, query, key, value, sinks)
 
@@ -128,7 +132,7 @@ def plan(
         head_dim=head_dim, value_dim=head_dim, dtype=dtype, device=torch.device(device).type, bias=bias_kind(bias_terms(bias)),
         pointwise_bias=are_pointwise(bias_terms(bias), domain), dropout_p=dropout_p, softcap=softcap is not None, sinks=sinks,
     )  # fmt: skip
-    return _plan(problem, kernel, torch.device(device))
+    return planned(problem, kernel, torch.device(device))
 
 
 class Attention(nn.Module):
@@ -256,7 +260,9 @@ class Attention(nn.Module):
             full, domain, keys, len(q), self.heads, self.kv_heads, self.head_dim, self.head_dim, q.dtype, q.device.type
         )
         predicate = None if problem.is_full else full.bind(domain, keys)
-        scores = _scores(problem, terms, predicate, q, None, self.softcap)
+        check_extent(problem)
+        biases = bound_biases(problem, terms, q.device)
+        scores = scores_of(problem, predicate, biases, 1 / math.sqrt(self.head_dim), self.softcap, None)
         index = torch.arange(q.shape[2], device=q.device) if rows is None else torch.as_tensor(rows, device=q.device)
         index = index if index.numel() else index.long()
         if index.dtype not in (torch.int32, torch.int64):
@@ -336,81 +342,6 @@ class Attention(nn.Module):
     def extra_repr(self) -> str:
         heads = f"{self.heads}" if self.kv_heads == self.heads else f"{self.heads}, kv_heads={self.kv_heads}"
         return f"{self.dim}, {heads}, mask={self.mask!r}, kernel={self.kernel!r}"
-
-
-def _plan(problem: Problem, kernel: str, device: torch.device) -> Plan:
-    """The plan, kept on the domain of the queries: the last few, since a problem keeps its mask and its keys' domain in memory."""
-    # A mask of tensors compares by identity: one that is made anew for each call must not pile up.
-    fleeting = getattr(problem.mask, "device", None) is not None
-    plans: dict[tuple[Problem, str, torch.device], Plan] = problem.domain.fact(("plan", fleeting), dict)
-    key = (problem, kernel, device)
-    known = plans.get(key)
-    if known is None:
-        while len(plans) >= (MOST_FLEETING_PLANS if fleeting else MOST_PLANS):
-            plans.pop(next(iter(plans)))
-        known = plans[key] = kernels.choose(problem, kernel, device)
-    check_strict(known, problem, kernel)
-    return known
-
-
-def _scores(
-    problem: Problem,
-    terms: tuple[BiasLike, ...],
-    predicate: Predicate | None,
-    query: Tensor,
-    scale: float | None,
-    softcap: float | None,
-) -> Scores:
-    """The bound mask and the biases, bound to the domains."""
-    shape = (problem.batch, problem.heads, problem.num_queries, problem.num_keys)
-    for term in terms:
-        if isinstance(term, Bias):
-            if term.heads not in (1, problem.heads):
-                raise ValueError(
-                    f"bias must score as many heads as query has, {problem.heads}; got {term!r} of {term.heads}"
-                )
-        elif (
-            term.ndim < 2
-            or term.ndim > 4
-            or any(n not in (1, want) for n, want in zip(term.shape[::-1], shape[::-1], strict=False))
-        ):
-            raise ValueError(f"bias must broadcast to (B, H, Tq, Tk) = {shape}; got {tuple(term.shape)}")
-        elif not term.is_floating_point() or term.device != query.device:
-            raise TypeError(
-                f"bias must be floating-point on {query.device}; got {term.dtype} on {term.device}. Use masks.Dense for a bool mask."
-            )
-    extent = problem.mask.extent()
-    for what, varies, size in (("rows", extent.batch, problem.batch), ("heads", extent.heads, problem.heads)):
-        if varies not in (None, 1, size):
-            raise ValueError(f"mask must have 1 or {size} {what}, as query has; got {varies} in {problem.mask!r}")
-    domain, keys, device = problem.domain, problem.keys, query.device
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    only_mask = not any(isinstance(term, Tensor) for term in terms)  # a tensor of minus infinities hides keys too
-    return Scores(
-        predicate=predicate,
-        biases=tuple(
-            term.reshape((1,) * (4 - term.ndim) + term.shape)
-            if isinstance(term, Tensor)
-            else term.pair(domain, keys, dtype=dtype)
-            for term in terms
-        ),
-        scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale,
-        softcap=softcap,
-        dropout_p=problem.dropout_p,
-        seed=torch.randint(1 << 31, (), device=device) if problem.dropout_p else None,
-        reflexive=problem.is_reflexive and only_mask,
-        clean=problem.is_clean and only_mask,
-    )
-
-
-def _without_padding(problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The inputs with 0 at tokens that do not exist."""
-    if problem.domain.valid is not None:
-        query = query.masked_fill(~problem.domain.valid[:, None, :, None], 0)
-    if problem.keys.valid is not None:
-        hidden = ~problem.keys.valid[:, None, :, None]
-        key, value = key.masked_fill(hidden, 0), value.masked_fill(hidden, 0)
-    return query, key, value
 
 
 def _normed(norm: nn.Module, x: Tensor) -> Tensor:

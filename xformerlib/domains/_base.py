@@ -18,9 +18,11 @@ and a scalar under ``vmap`` in FlexAttention.
 from __future__ import annotations
 
 import copy
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence as SequenceOf
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from jaxtyping import Bool, Int, Shaped
@@ -30,6 +32,14 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Fact = TypeVar("Fact")
+
+# Facts that equal domains share, of the values that were asked last: a domain made anew for each call must not start from nothing.
+MOST_SHARED = 64
+_SHARED: dict[Hashable, dict[Hashable, Any]] = {}
+
+# Living domains by number: so a compiled graph names one that is more than a few sizes. (0 and 1 would be constants to the compiler.)
+_LIVING: WeakValueDictionary[int, Domain] = WeakValueDictionary()
+_NUMBERS = itertools.count(2)
 
 
 class Domain(ABC):
@@ -66,7 +76,8 @@ class Domain(ABC):
         self._batch_size = batch_size
         self._device = device
         self._rank_offset = 0
-        self._facts: dict[Hashable, Any] = {}
+        self._facts: dict[Hashable, Any] | None = None
+        self._number = 0 if torch.compiler.is_compiling() else self._enlisted()
 
     # -- which tokens ------------------------------------------------------------------------------------------
 
@@ -100,20 +111,54 @@ class Domain(ABC):
         )
 
     def fact(self, key: Hashable, make: Callable[[], Fact]) -> Fact:
-        """A value that depends on the domain alone: made at the first call, kept for the next ones."""
-        if key not in self._facts:
+        """A value that depends on the domain alone: made at the first call, kept for the next ones, and by equal domains."""
+        if (
+            torch.compiler.is_compiling()
+        ):  # a compiled graph must neither depend on what is kept nor leave anything behind
+            return make()
+        facts = self._known_facts()
+        if key not in facts:
             with torch.inference_mode(False):  # what is kept may be needed in training later
-                self._facts[key] = make()
-        return self._facts[key]
+                facts[key] = make()
+        return facts[key]
+
+    def _known_facts(self) -> dict[Hashable, Any]:
+        if self._facts is None:
+            value = self._value()
+            if value is None:
+                self._facts = {}
+            else:
+                facts = _SHARED.pop((type(self), value), {})
+                while len(_SHARED) >= MOST_SHARED:
+                    _SHARED.pop(next(iter(_SHARED)), None)
+                self._facts = _SHARED[type(self), value] = facts  # behind the others: the last to go
+        return self._facts
 
     def _own_facts(self) -> dict[Hashable, Any]:
         """The facts without plans and copies on other devices, which refer back to the domain."""
         return {
-            key: fact for key, fact in self._facts.items() if not (isinstance(key, tuple) and key[0] in ("to", "plan"))
+            key: fact
+            for key, fact in (self._facts or {}).items()
+            if not (isinstance(key, tuple) and key[0] in ("to", "plan", "pair"))
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_facts": self._own_facts()}
+        return {**self.__dict__, "_facts": self._own_facts() if self._value() is None else None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._number = self._enlisted()
+
+    # -- in compiled graphs ----------------------------------------------------------------------------------------
+
+    def _enlisted(self) -> int:
+        number = next(_NUMBERS)
+        _LIVING[number] = self
+        return number
+
+    def ticket(self) -> list[int]:
+        """The domain as whole numbers, for operators of compiled graphs: ``domain_of`` gives the domain for it."""
+        return [0, self._number]
 
     def to(self, device: torch.device | str) -> Self:
         """The same domain with its tensors, and the facts already computed, on ``device``; one copy per device."""
@@ -123,9 +168,13 @@ class Domain(ABC):
 
         def move() -> Any:
             moved = copy.copy(self)
-            moved.__dict__ = {
-                name: _to_device(value, target) for name, value in self.__dict__.items() if name != "_facts"
-            }
+            moved.__dict__.update(
+                {
+                    name: _to_device(value, target)
+                    for name, value in self.__dict__.items()
+                    if name not in ("_facts", "_number")
+                }
+            )
             moved._device = target
             moved._facts = _to_device(self._own_facts(), target)
             return moved
@@ -171,7 +220,7 @@ class Domain(ABC):
 
     # -- how two tokens are related ------------------------------------------------------------------------------
 
-    def check_related(self, keys: Domain, what: str) -> None:
+    def check_related(self, keys: Domain, what: object) -> None:
         """Raise unless positions on this domain and on ``keys`` can be compared."""
         if type(self) is not type(keys) or self.ndim != keys.ndim:
             raise ValueError(
@@ -260,7 +309,7 @@ class Domain(ABC):
         if offset == 0:
             return self
         piece = copy.copy(self)
-        piece._facts, piece._rank_offset = {}, offset
+        piece._facts, piece._rank_offset = None, offset
         return piece
 
     def begins_with(self, keys: Domain) -> bool:
@@ -302,7 +351,8 @@ def check_count(name: str, value: object, *, least: int = 0) -> int:
     """``value`` as an int, or an error that names the argument."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer; got {name}={value!r}")
-    number = int(value.__index__())
+    # A symbolic size stays one, so that a graph is compiled or exported for all sizes.
+    number: int = value if isinstance(value, (int, torch.SymInt)) else int(value.__index__())  # type: ignore[assignment]
     if number < least:
         raise ValueError(f"{name} must be >= {least}; got {name}={number}")
     return number

@@ -13,6 +13,7 @@ from ._base import Domain, as_lengths, check_count, offsets_of
 from ._neighbours import Neighbours, neighbours_of
 from ._random_walk import return_probabilities
 from ._spectral import laplacian_eigenvectors
+from ._tickets import domain_fact
 
 
 class HopTable(NamedTuple):
@@ -78,6 +79,7 @@ class Graph(Domain):
         device = self.edge_index.device
         self.edge_attr = _check_edge_attr(edge_attr, self.edge_index)
         self.batch, self.sizes = _check_batch(batch, num_graphs, self.num_nodes, self.edge_index)
+        self.largest = int(self.sizes.max()) if self.sizes.numel() else 0  # nodes of the largest graph
         super().__init__(
             num_tokens=self.num_nodes + prefix * self.sizes.numel(), ndim=3, prefix=prefix,
             offsets=offsets_of(self.sizes + prefix), device=device,
@@ -164,7 +166,15 @@ class Graph(Domain):
     @property
     def degrees(self) -> tuple[Int[Tensor, " nodes"], Int[Tensor, " nodes"]]:
         """The number of edges into each node and out of it; parallel edges and self-loops count."""
+        if torch.compiler.is_compiling():
+            size = [2, self.num_nodes]
+            table = domain_fact(self.ticket(), "_degree_table", None, size, torch.int64, self.edge_index)
+            return table[0], table[1]
         return self.fact("degrees", self._make_degrees)
+
+    @property
+    def _degree_table(self) -> Int[Tensor, "2 nodes"]:
+        return torch.stack(self.degrees)
 
     def _make_degrees(self) -> tuple[Tensor, Tensor]:
         source, target = (torch.bincount(ends, minlength=self.num_nodes) for ends in self.edge_index)
@@ -246,7 +256,20 @@ class Graph(Domain):
             tensor([[1., 2., 0.]], dtype=torch.float64)
         """
         k = check_count("k", k)
+        if torch.compiler.is_compiling():
+            names, rows = ("_eigenvalues", "_eigenvectors"), (self.sizes.numel(), self.num_nodes)
+            values, vectors = (
+                domain_fact(self.ticket(), name, k, [n, k], torch.float64, self.edge_index)
+                for name, n in zip(names, rows, strict=True)
+            )
+            return values, vectors
         return self.fact(("laplacian_eigenvectors", k), lambda: laplacian_eigenvectors(self._topology, k))
+
+    def _eigenvalues(self, k: int) -> Tensor:
+        return self.laplacian_eigenvectors(k)[0]
+
+    def _eigenvectors(self, k: int) -> Tensor:
+        return self.laplacian_eigenvectors(k)[1]
 
     def random_walk(self, steps: int) -> Float64[Tensor, "nodes steps"]:
         """The probability that a random walk from each node is back after 1, 2, ..., ``steps`` steps: ``diag((D^-1 A)^s)``.
@@ -262,6 +285,9 @@ class Graph(Domain):
             tensor([0.5000, 1.0000, 0.5000], dtype=torch.float64)
         """
         steps = check_count("steps", steps)
+        if torch.compiler.is_compiling():
+            size = [self.num_nodes, steps]
+            return domain_fact(self.ticket(), "random_walk", steps, size, torch.float64, self.edge_index)
         return self.fact(("random_walk", steps), lambda: return_probabilities(self._topology, steps))
 
     # -- the vocabulary of domains -----------------------------------------------------------------------------------
@@ -273,7 +299,7 @@ class Graph(Domain):
     def coordinate(self, axis: int, b: Tensor, i: Tensor) -> Tensor:
         return self.coordinates[..., axis][i]
 
-    def check_related(self, keys: Domain, what: str) -> None:
+    def check_related(self, keys: Domain, what: object) -> None:
         super().check_related(keys, what)
         if keys is not self:
             raise ValueError(

@@ -38,6 +38,7 @@ class Grid(Domain):
             raise ValueError(f"Grid takes 1 to 3 sizes; got {len(sizes)}: {sizes}")
         self.sizes: tuple[int, ...] = tuple(check_count("sizes", size) for size in sizes)
         self.item_sizes: Tensor | None = None
+        self.size_of_items: tuple[tuple[int, ...], ...] = (self.sizes,)
         prefix = check_count("prefix", prefix)
         super().__init__(num_tokens=prefix + math.prod(self.sizes), ndim=len(sizes), prefix=prefix)
 
@@ -45,7 +46,7 @@ class Grid(Domain):
     def packed(cls, sizes: SequenceOf[SequenceOf[int]] | Tensor, *, prefix: int = 0) -> Grid:
         """Grids of different sizes, one after the other without padding: ``Grid.packed([(4, 6), (8, 2)], prefix=1)``.
 
-        ``item_sizes`` holds the sizes, ``(items, ndim)``; ``sizes`` the largest on each axis.
+        ``item_sizes`` holds the sizes, ``(items, ndim)``, ``size_of_items`` the same as tuples; ``sizes`` the largest on each axis.
         """
         table = torch.as_tensor(sizes)
         if table.ndim != 2 or not 1 <= table.shape[1] <= 3:
@@ -57,7 +58,7 @@ class Grid(Domain):
         domain = cls(
             *(int(size) for size in (table.amax(0) if len(table) else torch.zeros(table.shape[1]))), prefix=prefix
         )
-        domain.item_sizes = table
+        domain.item_sizes, domain.size_of_items = table, tuple(tuple(item) for item in table.tolist())
         domain.offsets = offsets_of(table.prod(1) + prefix)
         domain.num_tokens = int(domain.offsets[-1])
         domain._device = table.device
@@ -69,8 +70,9 @@ class Grid(Domain):
             stride, size = math.prod(self.sizes[axis + 1 :]), self.sizes[axis]
             return place // max(stride, 1) % max(size, 1) if axis else place // max(stride, 1)
         sizes = self.item_sizes[0] if self.items is None else self.item_sizes[self.items[i]]
-        strides = sizes[..., axis + 1 :].prod(-1)
-        return torch.div(place, strides.clamp(min=1), rounding_mode="floor") % sizes[..., axis].clamp(min=1)
+        for other in range(axis + 1, self.ndim):  # and no product along an axis: kernels ask about one pair at a time
+            place = torch.div(place, sizes[..., other].clamp(min=1), rounding_mode="floor")
+        return place % sizes[..., axis].clamp(min=1)
 
     def precedes(self, keys: Domain, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
         """Row-major order."""
@@ -95,6 +97,9 @@ class Grid(Domain):
             return 0, self.sizes[axis] - 1
         sizes = self.item_sizes[0] if self.items is None else self.item_sizes[self.items[i]]
         return 0, sizes[..., axis] - 1
+
+    def ticket(self) -> list[int]:
+        return [2, self.prefix, *self.sizes] if self.item_sizes is None else super().ticket()
 
     def _value(self) -> Hashable:
         return (self.sizes, self.prefix) if self.item_sizes is None else None

@@ -34,9 +34,10 @@ class Sequence(Domain):
     """
 
     kind = "Sequence"
+    longest: int  # ordinary tokens of the longest row or item
 
     def __init__(self, length: int, *, start: int = 0, prefix: int = 0) -> None:
-        self.length = check_count("length", length)
+        self.length = self.longest = check_count("length", length)
         self.start = check_count("start", start)
         prefix = check_count("prefix", prefix)
         self.lengths: Tensor | None = None
@@ -58,7 +59,7 @@ class Sequence(Domain):
                 f"lengths must be <= length; got a row of {longest} tokens and length={length}. Raise length."
             )
         domain = cls(length, start=start, prefix=prefix)
-        domain.lengths = sizes
+        domain.lengths, domain.longest = sizes, longest
         domain.valid = torch.arange(domain.num_tokens, device=sizes.device) < prefix + sizes[:, None]
         domain._batch_size, domain._device = sizes.numel(), sizes.device
         return domain
@@ -68,7 +69,7 @@ class Sequence(Domain):
         """Sequences of unequal length, one after the other without padding; each has its own ``prefix`` tokens in front."""
         sizes = as_lengths("lengths", lengths)
         domain = cls(int(sizes.sum()), start=start, prefix=prefix)
-        domain.lengths = sizes
+        domain.lengths, domain.longest = sizes, int(sizes.max()) if sizes.numel() else 0
         domain.offsets = offsets_of(sizes + prefix)
         domain.num_tokens = domain.length + prefix * sizes.numel()
         domain._device = sizes.device
@@ -117,6 +118,10 @@ class Sequence(Domain):
 
     def last(self, count: int) -> Sequence:
         return Sequence(count, start=self.start + self.length - count)
+
+    def ticket(self) -> list[int]:
+        dense = self.lengths is None
+        return [1, self.length, self.start, self.prefix, self._rank_offset] if dense else super().ticket()
 
     def _value(self) -> Hashable:
         return (self.length, self.start, self.prefix, self._rank_offset) if self.lengths is None else None

@@ -20,7 +20,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 from ._scores import Scores
 
@@ -33,6 +32,7 @@ class Gradients:
     key: Tensor
     value: Tensor
     biases: list[Tensor | None]
+    sinks: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,26 @@ class Part(ABC):
     def forward(self, scores: Scores, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Output (0 in rows that see nothing here) and log-sum-exp (-inf there), in the precision of accumulation."""
 
-    @abstractmethod
     def backward(
         self, scores: Scores, query: Tensor, key: Tensor, value: Tensor, merged: Merged, into: Gradients
     ) -> None:
-        """Add this part's share of every gradient."""
+        """Add this part's share of every gradient; where autograd differentiates the forward, by computing that again."""
+        tensors = scores.tensors
+        needed = [i for i, total in enumerate(into.biases) if total is not None]
+        vectors = [x.detach().requires_grad_() for x in (query, key, value)]
+        leaves = [t.detach().requires_grad_(i in needed) for i, t in enumerate(tensors)]
+        with torch.enable_grad():
+            out, lse = self.forward(scores.using(tuple(leaves)), *vectors)
+        share = torch.exp(lse.detach() - merged.lse)
+        grad = merged.grad * share[..., None]
+        made = [(out, grad.to(out.dtype)), (lse, (grad * out.detach()).sum(-1) - share * merged.delta)]
+        outputs, grads = zip(*(pair for pair in made if pair[0].requires_grad), strict=True)
+        found = torch.autograd.grad(outputs, [*vectors, *(leaves[i] for i in needed)], grads, materialize_grads=True)
+        for total, more in zip(
+            (into.query, into.key, into.value, *(into.biases[i] for i in needed)), found, strict=True
+        ):
+            assert total is not None
+            total += more
 
 
 def attend(
@@ -79,14 +94,11 @@ def attend(
     tensors = parts[0][1].tensors
     if any(part.differentiable for part, _ in parts):
         alone = [(part if part.differentiable else _Differentiable(part), scores) for part, scores in parts]
-        return _merged(alone, query, key, value, sinks)[0].to(value.dtype)
-    if torch.compiler.is_compiling() and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        # Compiled code cannot differentiate a bias within a backward: it differentiates the formulas, computed twice.
-        return checkpoint(_merged, parts, query, key, value, sinks, use_reentrant=False)[0].to(value.dtype)
+        return merged_parts(alone, query, key, value, sinks)[0].to(value.dtype)
     return _Attend.apply(parts, query, key, value, sinks, *tensors)
 
 
-def _merged(
+def merged_parts(
     parts: SequenceOf[tuple[Part, Scores]], query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of all parts and the sinks."""
@@ -100,6 +112,34 @@ def _merged(
     return out, lse
 
 
+def gradients(
+    parts: SequenceOf[tuple[Part, Scores]],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    grad: Tensor,
+    needed: SequenceOf[bool],
+) -> Gradients:
+    """The gradients of everything from that of the output, which ``merged_parts`` made, in the precision of accumulation, with ``lse``.
+
+    ``needed`` says which tensors of the biases want one.
+    """
+    wide = torch.promote_types(query.dtype, torch.float32)
+    delta = (grad.to(wide) * out.to(wide)).sum(-1)
+    merged = Merged(out, lse.masked_fill(lse == -torch.inf, torch.inf), grad, delta)
+    into = _no_gradients(query, key, value, parts[0][1].tensors, needed)
+    for part, scores in parts:
+        part.backward(scores, query, key, value, merged, into)
+    if sinks is not None:
+        share = torch.exp(sinks.to(wide)[:, None] - merged.lse)
+        into.sinks = -(share * delta).sum((0, 2)).to(sinks.dtype)
+    into.query, into.key, into.value = into.query.to(query.dtype), into.key.to(key.dtype), into.value.to(value.dtype)
+    return into
+
+
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -111,7 +151,7 @@ class _Attend(torch.autograd.Function):
         sinks: Tensor | None,
         *tensors: Tensor,
     ) -> Tensor:
-        out, lse = _merged([(part, scores.using(tensors)) for part, scores in parts], query, key, value, sinks)
+        out, lse = merged_parts([(part, scores.using(tensors)) for part, scores in parts], query, key, value, sinks)
         ctx.parts = parts
         # In the precision of accumulation: delta in the backward is a difference of what rounding would lose.
         ctx.save_for_backward(query, key, value, sinks, out, lse, *tensors)
@@ -121,24 +161,9 @@ class _Attend(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         query, key, value, sinks, out, lse, *tensors = ctx.saved_tensors
-        wide = torch.promote_types(query.dtype, torch.float32)
-        delta = (grad.to(wide) * out.to(wide)).sum(-1)
-        merged = Merged(out, lse.masked_fill(lse == -torch.inf, torch.inf), grad, delta)
-        into = _no_gradients(query, key, value, tensors, ctx.needs_input_grad[5:])
-        for part, scores in ctx.parts:
-            part.backward(scores.using(tuple(tensors)), query, key, value, merged, into)
-        sink_grad = None
-        if sinks is not None:
-            share = torch.exp(sinks.to(wide)[:, None] - merged.lse)
-            sink_grad = -(share * delta).sum((0, 2)).to(sinks.dtype)
-        return (
-            None,
-            into.query.to(query.dtype),
-            into.key.to(key.dtype),
-            into.value.to(value.dtype),
-            sink_grad,
-            *into.biases,
-        )
+        parts = [(part, scores.using(tuple(tensors))) for part, scores in ctx.parts]
+        grads = gradients(parts, query, key, value, sinks, out, lse, grad, ctx.needs_input_grad[5:])
+        return None, grads.query, grads.key, grads.value, grads.sinks, *grads.biases
 
 
 class _Differentiable(Part):

@@ -96,20 +96,24 @@ class Plan:
         rows += [f"{'forward':<13} {self.flops / 1e9:.3g} GFLOP, {self.bytes / 2**20:.3g} MiB"]
         return "\n".join(rows)
 
+    def parts_of(self, scores: Scores) -> list[tuple[Part, Scores]]:
+        """The parts that are merged, each with its scores; none where one dense kernel computes it all."""
+        alone = len(self._run) == 1
+        return [
+            (part, scores if alone else replace(scores, predicate=predicate, reflexive=False))
+            for part, predicate in self._run
+        ]
+
     def run(
         self, problem: Problem, scores: Scores, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None
     ) -> Tensor:
         """The attention, computed as planned."""
+        parts = self.parts_of(scores)
+        if parts:
+            return attend(parts, query, key, value, sinks)
         if self.kernel == "reference":
             return _reference.run(scores, query, key, value, sinks)
-        if self.kernel == "sdpa":
-            return _sdpa.run(problem, scores, query, key, value)
-        alone = len(self._run) == 1
-        parts = [
-            (part, scores if alone else replace(scores, predicate=predicate, reflexive=False))
-            for part, predicate in self._run
-        ]
-        return attend(parts, query, key, value, sinks)
+        return _sdpa.run(problem, scores, query, key, value)
 
 
 def choose(problem: Problem, kernel: str, device: torch.device) -> Plan:

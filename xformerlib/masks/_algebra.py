@@ -201,7 +201,7 @@ class Leaf(Mask):
                     f"{type(self).__name__} is defined on {', '.join(self.kinds)}; got {where!r}. Use {self.instead} there instead."
                 )
         if self.relates_places:
-            domain.check_related(keys, repr(self))
+            domain.check_related(keys, self)
 
     def is_reflexive(self, domain: Domain) -> bool:
         return False

@@ -182,7 +182,7 @@ class Learned(Embedding):
         )
 
     def _of_sequence(self, domain: Sequence, size: int) -> Tensor:
-        last = domain.fact("last position", lambda: _last_position(domain))
+        last = _last_position(domain)
         if last >= size:
             raise ValueError(
                 f"Learned has a table of size={size} positions; got {domain!r}, which reaches position {last}. Raise size."
@@ -198,10 +198,9 @@ class Learned(Embedding):
         if len(size) != domain.ndim:
             raise ValueError(f"size must have one number for each axis; got size={size} and {domain!r}")
         table = self.table.reshape(*size, self.dim)
-        table_of_sizes = domain.item_sizes
-        if table_of_sizes is None:
+        if domain.item_sizes is None:
             return self._with_prefix(_resample(table, domain.sizes).flatten(0, -2), domain, front=True)
-        sizes = domain.fact("list of sizes", lambda: [tuple(row) for row in table_of_sizes.tolist()])
+        sizes = domain.size_of_items
         resampled = {item: _resample(table, item).flatten(0, -2) for item in dict.fromkeys(sizes)}
         front = self._prefix_rows(domain)
         return torch.cat([part for item in sizes for part in (front, resampled[item])]) if sizes else front[:0]
@@ -238,8 +237,7 @@ class Learned(Embedding):
 
 def _last_position(domain: Sequence) -> int:
     """The largest position of a token that exists; -1 where there is none."""
-    longest = domain.length if domain.lengths is None else int(domain.lengths.max()) if domain.lengths.numel() else 0
-    return domain.start + longest - 1 if longest else -1
+    return domain.start + domain.longest - 1 if domain.longest else -1
 
 
 def _resample(table: Float[Tensor, "*size dim"], size: tuple[int, ...]) -> Float[Tensor, "*new dim"]:
