@@ -56,6 +56,7 @@ class Domain(ABC):
     kind: ClassVar[str]  # the name used in messages
     # Whether coordinates are real numbers (time, space) or whole steps.
     continuous: ClassVar[bool] = False
+    _settled = False
 
     def __init__(
         self,
@@ -112,15 +113,18 @@ class Domain(ABC):
 
     def fact(self, key: Hashable, make: Callable[[], Fact]) -> Fact:
         """A value that depends on the domain alone: made at the first call, kept for the next ones, and by equal domains."""
-        if (
-            torch.compiler.is_compiling()
-        ):  # a compiled graph must neither depend on what is kept nor leave anything behind
+        # A compiled graph must neither depend on what is kept nor leave anything behind, unless it is for this domain.
+        if torch.compiler.is_compiling() and not (self._settled and self._facts is not None and key in self._facts):
             return make()
         facts = self._known_facts()
         if key not in facts:
             with torch.inference_mode(False):  # what is kept may be needed in training later
                 facts[key] = make()
         return facts[key]
+
+    def settle(self) -> None:
+        """Let compiled code read the facts that are kept: for kernels that are compiled for this domain, after they were asked once."""
+        self._settled = True
 
     def _known_facts(self) -> dict[Hashable, Any]:
         if self._facts is None:

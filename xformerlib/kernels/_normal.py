@@ -11,6 +11,7 @@ from torch import Tensor
 from ..domains import Domain
 from ..masks import And, Edges, Expander, Full, Global, Mask, Not, Or
 from ..masks._algebra import Leaf, Predicate
+from ..masks._outline import Outline, Tiling
 from ..masks._sequence import SpatialLeaf
 
 # More terms than this are not worth taking apart.
@@ -32,6 +33,9 @@ class NamedKeys(Leaf):
         named = self.whole._named(keys)
         return lambda b, h, q, k: named(b, k)
 
+    def outline(self, tiling: Tiling) -> Outline:
+        return tiling.of_keys(self.whole._named(tiling.keys)(tiling.b, tiling.every(tiling.keys)))
+
 
 @dataclass(frozen=True)
 class NamedQueries(Leaf):
@@ -46,6 +50,9 @@ class NamedQueries(Leaf):
         named = self.whole._named(domain)
         return lambda b, h, q, k: named(b, q)
 
+    def outline(self, tiling: Tiling) -> Outline:
+        return tiling.of_queries(self.whole._named(tiling.domain)(tiling.b, tiling.every(tiling.domain)))
+
 
 @dataclass(frozen=True)
 class PrefixKeys(Leaf):
@@ -54,6 +61,10 @@ class PrefixKeys(Leaf):
     def allows(self, domain: Domain, keys: Domain) -> Predicate:
         return lambda b, h, q, k: _or_nothing(keys.is_prefix(b, k), k)
 
+    def outline(self, tiling: Tiling) -> Outline:
+        k = tiling.every(tiling.keys)
+        return tiling.of_keys(_or_nothing(tiling.keys.is_prefix(tiling.b, k), k))
+
 
 @dataclass(frozen=True)
 class PrefixQueries(Leaf):
@@ -61,6 +72,10 @@ class PrefixQueries(Leaf):
 
     def allows(self, domain: Domain, keys: Domain) -> Predicate:
         return lambda b, h, q, k: _or_nothing(domain.is_prefix(b, q), q)
+
+    def outline(self, tiling: Tiling) -> Outline:
+        q = tiling.every(tiling.domain)
+        return tiling.of_queries(_or_nothing(tiling.domain.is_prefix(tiling.b, q), q))
 
 
 def _or_nothing(prefix: Tensor | None, index: Tensor) -> Tensor:

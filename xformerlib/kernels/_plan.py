@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ..domains import Graph
 from ..domains._neighbours import Neighbours
-from ..masks import And, Edges, Expander, Local, Mask, Not, Or, Where
+from ..masks import And, Edges, Expander, Full, Local, Mask, Not, Or, Where
 from ..masks._algebra import Predicate
-from . import _chunked, _reference, _sdpa
+from . import _chunked, _flex, _reference, _sdpa, _varlen
+from ._flex import FlexPart
 from ._merge import Part, attend
 from ._normal import Term, disjoint_terms
 from ._problem import Problem
@@ -22,6 +23,7 @@ from ._scores import Scores
 from ._sparse import SparsePart
 from ._structure import Structure, tiled_structures
 from ._tiled import TiledPart
+from ._varlen import VarlenPart
 
 # From the one that is fastest where it fits to the one that always fits; the oracle only on request.
 KERNELS = ("sdpa", "blocks", "packed", "windowed", "sparse", "chunked", "reference")
@@ -29,7 +31,8 @@ KERNELS = ("sdpa", "blocks", "packed", "windowed", "sparse", "chunked", "referen
 # What a call of a kernel costs, and what a listed pair does, in pairs of a dense one.
 CALL_COST = 2**15
 LISTED_PAIR_COST = 12
-
+# The same for a call of one of torch's fused kernels on a GPU.
+FUSED_CALL_COST = 2**19
 
 _STRICT: ContextVar[str | None] = ContextVar("strict", default=None)
 
@@ -61,7 +64,8 @@ def strict(level: str) -> Iterator[None]:
 
 def check_strict(plan: Plan, problem: Problem, kernel: str) -> None:
     """Raise if the plan is slow where that is forbidden."""
-    if _STRICT.get() is not None and kernel == "auto" and plan.kernel == "chunked":
+    slow = plan.kernel == "chunked" and not any(isinstance(part, FlexPart) for part, _ in plan._run)
+    if _STRICT.get() is not None and kernel == "auto" and slow:
         why = "; ".join(f"{name}: {reason}" for name, reason in plan.reasons.items())
         raise ValueError(
             f"strict(\"fused\") forbids the kernel 'chunked', the only one for {problem.mask!r} on {problem.domain!r}. {why}"
@@ -121,6 +125,8 @@ def choose(problem: Problem, kernel: str, device: torch.device) -> Plan:
     if kernel not in ("auto", *KERNELS):
         raise ValueError(f"kernel must be 'auto' or one of {', '.join(map(repr, KERNELS))}; got kernel={kernel!r}")
     reasons: dict[str, str] = {}
+    if device.type == "cuda" and not torch.cuda.is_available():
+        device = torch.device("cpu")  # a plan that is only looked at
     if kernel == "reference":
         return _dense("reference", problem, reasons)
     dense = _sdpa.refuse(problem)
@@ -130,6 +136,9 @@ def choose(problem: Problem, kernel: str, device: torch.device) -> Plan:
         return _dense("sdpa", problem, reasons)
     if dense is not None:
         reasons["sdpa"] = dense
+    not_flex = _not_flex(problem)
+    if not_flex is not None and problem.device == "cuda":
+        reasons["flex"] = not_flex
     if kernel == "chunked":
         return _chunks(problem, reasons, device)
     found = _structured(problem, kernel, device)
@@ -150,7 +159,14 @@ def _refused(kernel: str, reason: str) -> ValueError:
     )
 
 
-def _structured(problem: Problem, kernel: str, device: torch.device) -> list[tuple[TiledPart | SparsePart, Mask]] | str:
+def _not_flex(problem: Problem) -> str | None:
+    """Why FlexAttention cannot compute any part of the problem, or None."""
+    if problem.device != "cuda":
+        return "it is for CUDA"
+    return _flex.refuse(problem) or (None if _is_fixed(problem.mask) else _flex.refuse_function(problem))
+
+
+def _structured(problem: Problem, kernel: str, device: torch.device) -> list[tuple[Part, Mask]] | str:
     """The parts that cover the mask, each by the cheapest structure in its term (of the kernel, if named), or why there are none."""
     if problem.bias == "dense":
         return "a bias given as a tensor is dense already"
@@ -159,7 +175,7 @@ def _structured(problem: Problem, kernel: str, device: torch.device) -> list[tup
     terms = disjoint_terms(problem.mask, problem.domain, problem.keys)
     if terms is None:
         return "the mask has too many alternatives to take apart"
-    parts: list[tuple[TiledPart | SparsePart, Mask]] = []
+    chosen: list[tuple[Structure | _Listed, Mask]] = []
     for term, own in terms:
         candidates: list[Structure | _Listed] = [*tiled_structures(term, problem, device), *_listed(term, problem)]
         named = [structure for structure in candidates if structure.kernel == kernel]
@@ -167,14 +183,49 @@ def _structured(problem: Problem, kernel: str, device: torch.device) -> list[tup
             return f"nothing in {own!r} on {problem.domain!r} says where its pairs are" + (
                 "" if kernel == "auto" else f" in a way that {kernel} uses"
             )
-        part = _part(min(named or candidates, key=_cost), own, len(terms) == 1, problem)
-        if part.pairs:
-            parts.append((part, own))
-    if kernel != "auto" and not any(part.kernel == kernel for part, _ in parts):
+        chosen.append((min(named or candidates, key=_cost), own))
+    if kernel != "auto" and not any(structure.kernel == kernel for structure, _ in chosen):
         return f"no part of {problem.mask!r} on {problem.domain!r} has the structure that {kernel} uses"
-    if kernel == "auto" and sum(_cost(part) for part, _ in parts) >= problem.num_queries * problem.num_keys:
+    parts: list[tuple[Part, Mask]] = []
+    fused = _fused(chosen, kernel, problem, device) if _not_flex(problem) is None else None
+    if fused is not None:
+        parts = [fused]
+        chosen = [(structure, own) for structure, own in chosen if isinstance(structure, _Listed)]
+    parts += [(_part(structure, own, len(terms) == 1, problem), own) for structure, own in chosen]
+    parts = [(part, own) for part, own in parts if part.pairs]
+    small = problem.num_queries * problem.num_keys
+    if kernel == "auto" and problem.device == "cpu" and sum(_cost(part) for part, _ in parts) >= small:
         return "its structure leaves out too few pairs"
     return parts if parts else "no pair is allowed"
+
+
+def _fused(
+    chosen: list[tuple[Structure | _Listed, Mask]], kernel: str, problem: Problem, device: torch.device
+) -> tuple[Part, Mask] | None:
+    """One part for all that has a structure of tiles, which one of torch's fused kernels visits together; None where it cannot."""
+    visited = [(structure, own) for structure, own in chosen if isinstance(structure, Structure)]
+    if not visited:
+        return None
+    named = [structure for structure, _ in visited if structure.kernel == kernel]
+    name = max(named or [structure for structure, _ in visited], key=lambda structure: structure.pairs).kernel
+    own = problem.mask if len(visited) == len(chosen) else Or.of(*(own for _, own in visited))
+    if len(chosen) == 1 and visited[0][0].exact and _varlen.refuse(problem) is None:
+        return VarlenPart(name, problem, device), own
+    part = FlexPart(name, own, problem, device, beyond=_beyond(own))
+    return (part, own) if part.asked <= _flex.ASKED_PER_CALL else None
+
+
+def _beyond(mask: Mask) -> Mask | None:
+    """Where the mask may say something else at each call, one that allows whatever it does and says the same; otherwise None."""
+    return None if _is_fixed(mask) else _at_most(mask)
+
+
+def _at_most(mask: Mask) -> Mask:
+    if _is_fixed(mask):
+        return mask
+    if isinstance(mask, And):
+        return And.of(*map(_at_most, mask.parts))
+    return Or.of(*map(_at_most, mask.parts)) if isinstance(mask, Or) else Full()
 
 
 @dataclass(frozen=True)
@@ -228,20 +279,30 @@ def _is_fixed(mask: Mask) -> bool:
     return not isinstance(mask, Where) and all(_is_fixed(part) for part in parts)
 
 
-def _cost(work: Structure | _Listed | TiledPart | SparsePart) -> float:
+def _cost(work: Structure | _Listed | Part) -> float:
     """In pairs of a dense kernel."""
     if isinstance(work, _Listed):
         return CALL_COST + LISTED_PAIR_COST * work.neighbours.col.numel() / (work.rows or 1)
     if isinstance(work, SparsePart):
         return CALL_COST + LISTED_PAIR_COST * work.pairs
-    return CALL_COST * len(work.calls) + work.pairs
+    if isinstance(work, (Structure, TiledPart)):
+        return CALL_COST * len(work.calls) + work.pairs
+    return FUSED_CALL_COST + work.pairs
 
 
 def _chunks(problem: Problem, reasons: Mapping[str, str], device: torch.device) -> Plan:
-    return _plan(problem, [(_chunked.part(problem, device), problem.mask)], reasons)
+    part: Part = _chunked.part(problem, device)
+    if _not_flex(problem) is None and part.pairs:
+        beyond = _beyond(problem.mask)
+        refused = _flex.refuse_pairs(problem, beyond is None)
+        if refused is None:
+            part = FlexPart("chunked", problem.mask, problem, device, beyond=beyond)
+        else:
+            reasons = {**reasons, "flex": refused}
+    return _plan(problem, [(part, problem.mask)], reasons)
 
 
-def _plan(problem: Problem, parts: list[tuple[TiledPart | SparsePart, Mask]], reasons: Mapping[str, str]) -> Plan:
+def _plan(problem: Problem, parts: list[tuple[Part, Mask]], reasons: Mapping[str, str]) -> Plan:
     pairs = sum(part.pairs for part, _ in parts)
     heads = problem.batch * problem.heads
     flops = int(2 * heads * pairs * (problem.head_dim + problem.value_dim))

@@ -39,8 +39,8 @@ def block_mask_of(predicate: Predicate, outline: Outline, tiling: Tiling, heads:
     full = _places([blocks.full for blocks in by_head], shape)
     return BlockMask(
         (tiling.domain.num_tokens, tiling.keys.num_tokens),
-        *_tables(partial, shape), *_tables(full, shape),
-        *_tables(_transposed(partial, shape), turned), *_tables(_transposed(full, shape), turned),
+        *tables(partial, shape), *tables(full, shape),
+        *tables(transposed(partial, shape), turned), *tables(transposed(full, shape), turned),
         BLOCK_SIZE=tiling.size, mask_mod=predicate,
     )  # fmt: skip
 
@@ -126,7 +126,8 @@ def _places(by_head: list[Int[Tensor, " _"]], shape: tuple[int, int, int, int]) 
     return places[0] if heads == 1 else torch.cat(places).sort().values
 
 
-def _transposed(places: Int[Tensor, " blocks"], shape: tuple[int, int, int, int]) -> Int[Tensor, " blocks"]:
+def transposed(places: Int[Tensor, " blocks"], shape: tuple[int, int, int, int]) -> Int[Tensor, " blocks"]:
+    """The same blocks as places in a tensor of (rows, heads, key blocks, query blocks), in rising order."""
     *_, query_blocks, key_blocks = shape
     if places.numel() == 0:
         return places
@@ -134,7 +135,7 @@ def _transposed(places: Int[Tensor, " blocks"], shape: tuple[int, int, int, int]
     return ((line // query_blocks * key_blocks + k) * query_blocks + line % query_blocks).sort().values
 
 
-def _tables(places: Int[Tensor, " blocks"], shape: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
+def tables(places: Int[Tensor, " blocks"], shape: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
     """How many blocks each line has, (B, H, lines), and which, (B, H, lines, columns).
 
     What stands behind the blocks of a line has no meaning, so lines overlap in memory: it takes as many entries as the longest line
