@@ -37,6 +37,8 @@ _NUMBERS = count()
 
 def refuse(problem: Problem) -> str | None:
     """Why FlexAttention cannot compute the problem, or None."""
+    if problem.batch == 0:
+        return "there is nothing to visit"
     if problem.dropout_p:
         return "FlexAttention has no dropout"
     if problem.dtype.itemsize > 4:
@@ -129,7 +131,8 @@ def _open_blocks(mask: Mask, beyond: Mask, problem: Problem, device: torch.devic
     blocks = beyond.to_block_mask(
         problem.domain, problem.keys, block_size=BLOCK, batch_size=problem.batch, heads=problem.heads, device=device
     )
-    shape = problem.batch, problem.heads, *(-(-n // BLOCK) for n in blocks.seq_lengths)
+    lines, columns = (-(-n // BLOCK) for n in blocks.seq_lengths)
+    shape = (problem.batch, problem.heads, lines, columns)
     assert blocks.full_kv_num_blocks is not None
     assert blocks.full_kv_indices is not None
     listed = zip(
@@ -138,8 +141,8 @@ def _open_blocks(mask: Mask, beyond: Mask, problem: Problem, device: torch.devic
         strict=True,
     )
     b, h, q, k = (torch.cat(parts) for parts in listed)
-    places = (((b * shape[1] + h) * shape[2] + q) * shape[3] + k).sort().values
-    turned = (*shape[:2], shape[3], shape[2])
+    places = (((b * problem.heads + h) * lines + q) * columns + k).sort().values
+    turned = (problem.batch, problem.heads, columns, lines)
     return BlockMask(
         blocks.seq_lengths, *tables(places, shape), None, None, *tables(transposed(places, shape), turned), None, None,
         BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mask.bind(problem.domain.to(device), problem.keys.to(device)),
