@@ -22,7 +22,8 @@ from .domains import Domain
 from .domains._tickets import domain_of
 from .kernels import Plan, Problem, Scores, _sdpa
 from .kernels._merge import gradients, merged_parts
-from .masks._constants import asked_once, mask_of, number_of
+from .masks import Mask
+from .masks._constants import Ingredients, asked_once, mask_of, number_of
 from .positions import Bias
 from .positions._base import PairBias
 
@@ -59,12 +60,12 @@ def run_in_graph(
         scores = scores_of(problem, predicate, biases, scale, softcap, seed)
         with torch.autocast(query.device.type, enabled=False):
             return _sdpa.run(problem, scores, query, key, value)
-    mask, mask_tensors = number_of(problem.mask)
+    mask, (sizes, reals, mask_tensors) = number_of(problem.mask)
     numbers = [-1 if isinstance(term, Tensor) else _number_of_bias(term) for term in terms]
     tensors = [t for bias in biases for t in ((bias,) if isinstance(bias, Tensor) else bias.tensors)]
     out, _ = attend(
-        query, key, value, sinks, seed, tensors, mask_tensors, problem.domain.ticket(), problem.keys.ticket(), mask, numbers,
-        kernel, problem.bias, scale, softcap, problem.dropout_p,
+        query, key, value, sinks, seed, tensors, mask_tensors, problem.domain.ticket(), problem.keys.ticket(), mask, sizes, reals,
+        numbers, kernel, problem.bias, scale, softcap, problem.dropout_p,
     )  # fmt: skip
     return out.to(value.dtype)
 
@@ -73,11 +74,14 @@ def _is_plain(problem: Problem, kernel: str) -> bool:
     """Whether it is planned as one dense call for what is in sight here: no mask or a causal one, and nothing but sizes to know."""
     if kernel not in ("auto", "sdpa") or not (problem.is_full or problem.is_causal):
         return False
-    if problem.domain.valid is not None and kernel == "auto":
+    if problem.softcap or problem.sinks or (problem.domain.valid is not None and kernel == "auto"):
         return False
-    if problem.bias is None and not problem.dropout_p:  # whatever the length, which may be unknown
-        return not problem.softcap and not problem.sinks
-    return _sdpa.refuse(problem) is None
+    if problem.bias is None and (not problem.dropout_p or problem.device != "cpu"):
+        return True  # whatever the length, which may be unknown
+    known = (
+        problem.bias is None or problem.domain.kind != "Graph"
+    )  # what biases know of graphs is found by reading data
+    return known and problem.num_queries * problem.num_keys <= _sdpa.SMALL_PAIRS and _sdpa.refuse(problem) is None
 
 
 def _number_of_bias(bias: Bias) -> int:
@@ -113,9 +117,8 @@ def _work(
     inputs: Inputs,
     seed: Tensor | None,
     tensors: SequenceOf[Tensor],
-    mask_tensors: SequenceOf[Tensor],
     tickets: tuple[SequenceOf[int], SequenceOf[int]],
-    mask: int,
+    mask: Mask,
     biases: SequenceOf[int],
     options: tuple[str, str | None, float, float | None, float],
 ) -> _Work:
@@ -125,7 +128,7 @@ def _work(
     keys = domain if ticket == key_ticket else domain_of(key_ticket)
     terms = [None if number < 0 else _BIASES[number] for number in biases]
     problem = Problem(
-        mask=mask_of(mask, mask_tensors), domain=domain, keys=keys, batch=query.shape[0], heads=query.shape[1],
+        mask=mask, domain=domain, keys=keys, batch=query.shape[0], heads=query.shape[1],
         kv_heads=key.shape[1], head_dim=query.shape[-1], value_dim=value.shape[-1], dtype=query.dtype,
         device=query.device.type, bias=bias, dropout_p=dropout_p, softcap=softcap is not None, sinks=sinks is not None,
         pointwise_bias=all(term is None or term.is_pointwise(domain) for term in terms),
@@ -182,6 +185,8 @@ def attend(
     ticket: SequenceOf[int],
     key_ticket: SequenceOf[int],
     mask: int,
+    sizes: SequenceOf[int],
+    reals: SequenceOf[float],
     biases: SequenceOf[int],
     kernel: str,
     bias: str | None,
@@ -191,8 +196,9 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Output, in the precision of accumulation, and log-sum-exp (of no meaning where the plan is not in parts)."""
     inputs = Inputs(query, key, value, sinks)
+    whole_mask = mask_of(mask, Ingredients(list(sizes), list(reals), list(mask_tensors)))
     domains, options = (ticket, key_ticket), (kernel, bias, scale, softcap, dropout_p)
-    work = _work(inputs, seed, tensors, mask_tensors, domains, mask, biases, options)
+    work = _work(inputs, seed, tensors, domains, whole_mask, biases, options)
     wide = torch.promote_types(value.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
         if work.in_parts:
@@ -225,6 +231,8 @@ def attend_backward(
     ticket: SequenceOf[int],
     key_ticket: SequenceOf[int],
     mask: int,
+    sizes: SequenceOf[int],
+    reals: SequenceOf[float],
     biases: SequenceOf[int],
     kernel: str,
     bias: str | None,
@@ -234,8 +242,9 @@ def attend_backward(
 ) -> list[Tensor]:
     """Gradients of query, key, value, the sinks if there are any, and of the tensors of the biases: empty where none is needed."""
     inputs = Inputs(query, key, value, sinks)
+    whole_mask = mask_of(mask, Ingredients(list(sizes), list(reals), list(mask_tensors)))
     domains, options = (ticket, key_ticket), (kernel, bias, scale, softcap, dropout_p)
-    work = _work(inputs, seed, tensors, mask_tensors, domains, mask, biases, options)
+    work = _work(inputs, seed, tensors, domains, whole_mask, biases, options)
     with torch.autocast(query.device.type, enabled=False), _differentiable():
         if work.in_parts:
             parts = work.plan.parts_of(work.scores)

@@ -1,9 +1,8 @@
-"""Masks in compiled graphs, which hold a number for a mask, and the tensors that it is made with."""
+"""Masks in compiled graphs, which hold a number for the structure of a mask, and the numbers and tensors that it is made with."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ref
 
 from torch import Tensor
@@ -12,54 +11,64 @@ from ._algebra import Mask
 
 Recipe = tuple[Any, ...]
 
-# Masks by number, as what they are made of: class and fields. A compiled graph may need any of them at any time.
+# Masks by number, as what they are made of: classes, and which of the numbers and tensors that come with a call is which field. A
+# compiled graph may need any of them at any time.
 _RECIPES: list[Recipe] = []
 _NUMBERS: dict[Recipe, int] = {}
-_MASKS: dict[int, Mask] = {}
 
 # Masks made with the tensors of the last calls: so their plans are found again.
 MOST_MADE = 16
-_MADE: dict[tuple[int, ...], tuple[list[ref[Tensor]], Mask]] = {}
+_MADE: dict[tuple[Any, ...], tuple[list[ref[Tensor]], Mask]] = {}
 
 
-def number_of(mask: Mask) -> tuple[int, list[Tensor]]:
-    """The number of a mask, equal for equal masks, and the tensors in it, which are inputs of the graph."""
-    tensors: list[Tensor] = []
+class Ingredients(NamedTuple):
+    """What a mask is made of besides its structure: inputs of the graph, which may vary from call to call."""
+
+    sizes: list[int]
+    reals: list[float]
+    tensors: list[Tensor]
+
+
+def number_of(mask: Mask) -> tuple[int, Ingredients]:
+    """The number of a mask's structure, equal for equal masks, and the rest."""
+    rest = Ingredients([], [], [])
     things: list[Any] = []
-    recipe = _recipe(mask, tensors, things)
-    return _numbered(recipe, *things), tensors
+    recipe = _recipe(mask, rest, things)
+    return _numbered(recipe, *things), rest
 
 
-def mask_of(number: int, tensors: SequenceOf[Tensor]) -> Mask:
-    """The mask with this number, holding these tensors."""
-    if not tensors:
-        if number not in _MASKS:
-            _MASKS[number] = _made(_RECIPES[number], ())
-        return _MASKS[number]
-    key = (number, *(id(tensor) for tensor in tensors))
+def mask_of(number: int, rest: Ingredients) -> Mask:
+    """The mask with this number and these ingredients."""
+    key = (number, *rest.sizes, *rest.reals, *(id(tensor) for tensor in rest.tensors))
     refs, mask = _MADE.pop(key, ([], None))
-    if mask is None or any(known() is not tensor for known, tensor in zip(refs, tensors, strict=True)):
-        refs, mask = [ref(tensor) for tensor in tensors], _made(_RECIPES[number], tensors)
+    if mask is None or any(known() is not tensor for known, tensor in zip(refs, rest.tensors, strict=True)):
+        refs, mask = [ref(tensor) for tensor in rest.tensors], _made(_RECIPES[number], rest)
     while len(_MADE) >= MOST_MADE:
         _MADE.pop(next(iter(_MADE)), None)
     _MADE[key] = refs, mask
     return mask
 
 
-def _recipe(part: Any, tensors: list[Tensor], things: list[Any]) -> Recipe:
-    """What a mask is made of, in constants: ``("mask", class, recipes of its fields)``; tensors and functions by their place in a list."""
+def _recipe(part: Any, rest: Ingredients, things: list[Any]) -> Recipe:
+    """A mask as ``("mask", class, recipes of its fields)``; numbers, tensors and functions as their places in lists."""
     if isinstance(part, Mask) and hasattr(type(part), "__match_args__"):  # the fields of a dataclass
-        fields = [_recipe(getattr(part, name), tensors, things) for name in type(part).__match_args__]  # type: ignore[attr-defined]
+        fields = [_recipe(getattr(part, name), rest, things) for name in type(part).__match_args__]  # type: ignore[attr-defined]
         return ("mask", type(part), *fields)
-    if isinstance(part, Tensor):
-        tensors.append(part)
-        return ("tensor", len(tensors) - 1)
     if isinstance(part, tuple):
-        return ("tuple", *(_recipe(item, tensors, things) for item in part))
-    if part is None or isinstance(part, (bool, int, float, str)):
+        return ("tuple", *(_recipe(item, rest, things) for item in part))
+    if part is None or isinstance(part, (bool, str)):
         return ("constant", part)
-    things.append(part)
-    return ("thing", len(things) - 1)
+    kind, found = (
+        ("size", rest.sizes)
+        if isinstance(part, int)
+        else ("real", rest.reals)
+        if isinstance(part, float)
+        else ("tensor", rest.tensors)
+        if isinstance(part, Tensor)
+        else ("thing", things)
+    )
+    found.append(part)
+    return (kind, len(found) - 1)
 
 
 def asked_once(fn: Any) -> None:
@@ -82,15 +91,16 @@ def _numbered(recipe: Recipe, *things: Any) -> int:
 asked_once(_numbered)
 
 
-def _made(recipe: Any, tensors: SequenceOf[Tensor]) -> Mask:
+def _made(recipe: Recipe, rest: Ingredients) -> Mask:
     steps, things = recipe
+    found = {"size": rest.sizes, "real": rest.reals, "tensor": rest.tensors, "thing": things}
 
-    def make(step: Any) -> Any:
-        kind, *rest = step
+    def make(step: Recipe) -> Any:
+        kind, *parts = step
         if kind == "mask":
-            return rest[0](*(make(field) for field in rest[1:]))
+            return parts[0](*(make(field) for field in parts[1:]))
         if kind == "tuple":
-            return tuple(make(item) for item in rest)
-        return {"tensor": tensors, "thing": things}[kind][rest[0]] if kind != "constant" else rest[0]
+            return tuple(make(item) for item in parts)
+        return parts[0] if kind == "constant" else found[kind][parts[0]]
 
     return make(steps)
