@@ -239,7 +239,7 @@ def _compiled(kind: tuple[object, ...]) -> Callable[..., tuple[Tensor, Tensor]]:
     """
     code = _flex_attention.__code__
     own = code.replace(co_name=f"{code.co_name}_{next(_NUMBERS)}")  # lengths seen by one kind are no concern of another
-    own_function = FunctionType(own, _flex_attention.__globals__, own.co_name)
+    own_function = FunctionType(own, _flex_attention.__globals__, closure=_flex_attention.__closure__)
     return torch.compile(own_function, fullgraph=True)
 
 

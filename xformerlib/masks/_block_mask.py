@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 ASKED_PAIRS = 2**22
 SETTLED_BLOCKS = 2**20
 
+# Entries of a table, for one row of the batch and head, that are kept in full.
+PLAIN_ENTRIES = 2**16
+
 
 class Blocks(NamedTuple):
     """Numbers of the blocks of which some pairs are allowed, and of those of which all are; ``Tiling`` says which number is which."""
@@ -138,14 +141,15 @@ def transposed(places: Int[Tensor, " blocks"], shape: tuple[int, int, int, int])
 def tables(places: Int[Tensor, " blocks"], shape: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
     """How many blocks each line has, (B, H, lines), and which, (B, H, lines, columns).
 
-    What stands behind the blocks of a line has no meaning, so lines overlap in memory: it takes as many entries as the longest line
-    has blocks, not as many as there are columns. FlexAttention on the CPU insists on the full width of the shape.
+    What stands behind the blocks of a line has no meaning, so lines of large tables overlap in memory: it takes as many entries as the
+    longest line has blocks, not as many as there are columns. FlexAttention on the CPU insists on the full width of the shape.
     """
     *outer, lines, columns = shape
     total = outer[0] * outer[1] * lines
     line = places // max(columns, 1)
     counts = torch.bincount(line, minlength=total)
-    longest = int(counts.max()) if total else 0
+    # Small tables are plain ones: compiled code knows their strides from their shape, and serves all lengths.
+    longest = columns if lines * columns <= PLAIN_ENTRIES else int(counts.max()) if total else 0
     slot = torch.arange(places.numel(), device=places.device) - (counts.cumsum(0) - counts)[line]
     memory = torch.zeros(total * longest + columns, dtype=torch.int32, device=places.device)
     memory[line * longest + slot] = (places % max(columns, 1)).int()
