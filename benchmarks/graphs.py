@@ -60,6 +60,14 @@ def edges(setting: Setting) -> Work:
     return Work(side, installed(peer), kernel, attention_flops(count, heads, dim), attention_bytes(grad))
 
 
+def many_edges(setting: Setting) -> Work:
+    nodes = setting.size(50_000 if setting.device == "cpu" else 1_000_000, 200)
+    edge_index = unique_edges(nodes, 10 * nodes).to(setting.device)
+    inputs, grad = setting.qkv(1, 8, nodes, 32)
+    side, kernel = ours(setting, masks.Edges(), xf.Graph(edge_index, nodes), inputs, grad)
+    return Work(side, None, kernel, attention_flops(10 * nodes, 8, 32), attention_bytes(grad))
+
+
 def edge_features(setting: Setting) -> Work:
     """Features of edges are projected and added to keys and values, in ours without a vector for each edge and head."""
     from xformerlib.kernels._pattern import Pattern
@@ -195,6 +203,7 @@ LINES = (
         "edges", "20,000 nodes, 200,000 random edges, 8 heads x 32",
         "PyG TransformerConv, attention part", edges, Target(faster=10, smaller=8),
     ),
+    Line("edges-many", "10 random edges for each of 50,000 nodes (CUDA: 1,000,000)", "-", many_edges),
     Line(
         "edge-features", "power-law graph, 12,000 nodes, 1,000,000 edges with 4 features, 8 heads x 16",
         "PyG TransformerConv(edge_dim), attention part", edge_features, Target(faster=4, smaller=20),

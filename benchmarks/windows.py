@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -67,6 +68,26 @@ def long_window(setting: Setting) -> Work:
     return Work(side, None, kernel, attention_flops(tokens * WINDOW, HEADS, DIM), attention_bytes(grad))
 
 
+def beside_flex_attention(setting: Setting) -> Work:
+    """The call that a user of FlexAttention would write, compiled, its block mask made once."""
+    tokens = setting.size(8192, 512)
+    inputs, grad = setting.qkv(1, HEADS, tokens, DIM)
+    side, kernel = ours(setting, masks.Causal() & masks.Local(WINDOW - 1), xf.Sequence(tokens), inputs, grad)
+
+    def peer() -> Side:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        def window(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return (q >= k) & (q - k < WINDOW)
+
+        blocks = create_block_mask(window, None, None, tokens, tokens, device=setting.device)
+        compiled = torch.compile(flex_attention)
+        return Side(lambda: compiled(*inputs, block_mask=blocks), inputs, grad)
+
+    theirs = "FlexAttention has no backward on the CPU" if setting.device == "cpu" else peer()
+    return Work(side, theirs, kernel, attention_flops(tokens * WINDOW, HEADS, DIM), attention_bytes(grad))
+
+
 def window_and_globals(setting: Setting) -> Work:
     mask = masks.Local(WINDOW // 2) | masks.Global(16)
     return beside_dense_mask(setting, mask, xf.Sequence(setting.size(8192, 512)), HEADS, DIM)
@@ -81,6 +102,7 @@ LINES = (
         Target(faster=15, smaller=3),
     ),
     Line("causal-window-local", "the same", "local-attention", local_attention, Target(faster=1.5)),
+    Line("causal-window-flex", "the same, on CUDA", "FlexAttention", beside_flex_attention, Target(faster=0.95)),
     Line("causal-window-long", "the same at T = 65,536 (CUDA: 1,000,000)", "-", long_window, Target(bytes=2e9)),
     Line(
         "window-global",
