@@ -102,7 +102,7 @@ LINES = (
         Target(faster=15, smaller=3),
     ),
     Line("causal-window-local", "the same", "local-attention", local_attention, Target(faster=1.5)),
-    Line("causal-window-flex", "the same, on CUDA", "FlexAttention", beside_flex_attention, Target(faster=0.95)),
+    Line("causal-window-flex", "the same", "FlexAttention, on CUDA", beside_flex_attention, Target(faster=0.95)),
     Line("causal-window-long", "the same at T = 65,536 (CUDA: 1,000,000)", "-", long_window, Target(bytes=2e9)),
     Line(
         "window-global",

@@ -35,9 +35,10 @@ def _threads() -> Any:
 @pytest.mark.parametrize("line", LINES, ids=lambda line: line.name)
 def test_line_runs_and_agrees_with_its_peer(line: Line) -> None:
     row = _measure.measure(line, SETTING, ROOF)
-    assert row["missing"] is None
+    absent = line.peer.endswith("on CUDA")  # not here, and the line says so
+    assert (row["missing"] is not None) == absent
     assert row["seconds"] > 0
-    assert (row["faster"] is None) == (line.peer == "-")
+    assert (row["faster"] is None) == (line.peer == "-" or absent)
     assert row["kernel"] in ("sdpa", "windowed", "blocks", "packed", "sparse", "chunked")
     json.dumps(row)
 
