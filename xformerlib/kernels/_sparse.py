@@ -1,13 +1,13 @@
 """Attention over sparse sets of keys: a part of a mask whose pairs are listed.
 
 For each entry (i, j) of the list, s_ij = q_i . k_j; softmax over each query's entries; o_i = sum_j p_ij v_j. The backward computes s_ij
-again, and sums what belongs to a key over the entries sorted by key, so that nothing is added by atomics and results are the same bit by
-bit. Beside input and output there are numbers for each entry, never vectors.
+again, or p_ij is kept where that is little, and sums what belongs to a key over the entries sorted by key, so that nothing is added by
+atomics and results are the same bit by bit. Beside input and output there are numbers for each entry, never vectors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence as SequenceOf
 from dataclasses import replace
 from typing import Any
 
@@ -71,12 +71,15 @@ class SparsePart(Part):
             keep = allowed.flatten(0, 1).any(0)
             self.asks = not bool(allowed[..., keep].all())
             self.pattern = Pattern(self.pattern.row[keep], self.pattern.col[keep], num_queries, num_keys, rows)
-        self.pairs = self.pattern.num_entries // count
+        self.pairs = self.pattern.num_entries / count
 
     def forward(self, scores: Scores, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         call = _call(self.pattern, self._left(scores), query, key, value)
-        out, lse, _ = _sparse_torch.forward(call)
-        return out, lse
+        made = _sparse_torch.forward(call)
+        return made.out, made.lse
+
+    def alone(self, scores: Scores, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return _EdgeAttention.apply(self.pattern, self._left(scores), query, key, value, None, None, *scores.tensors)[0]
 
     def backward(
         self, scores: Scores, query: Tensor, key: Tensor, value: Tensor, merged: Merged, into: Gradients
@@ -113,6 +116,8 @@ def edge_attention(
 
 
 class _EdgeAttention(torch.autograd.Function):
+    """Attention over a pattern alone, with features or without, which need not be merged with that over others."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -121,39 +126,33 @@ class _EdgeAttention(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        u: Tensor,
-        e: Tensor,
+        u: Tensor | None,
+        e: Tensor | None,
         *tensors: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        call = _call(pattern, scores.using(tensors), query, key, value, Features(u, e))
-        out, lse, sums = _sparse_torch.forward(call)
-        assert sums is not None
-        ctx.pattern, ctx.scores = pattern, scores
-        ctx.save_for_backward(query, key, value, u, e, out, lse, sums, *tensors)
-        return out.to(value.dtype), sums.to(value.dtype)
+    ) -> tuple[Tensor, Tensor | None]:
+        features = None if u is None or e is None else Features(u, e)
+        made = _sparse_torch.forward(_call(pattern, scores.using(tensors), query, key, value, features), keep=True)
+        ctx.pattern, ctx.scores, ctx.tensors = pattern, scores, len(tensors)
+        ctx.save_for_backward(query, key, value, u, e, made.out, made.lse, made.sums, *tensors, *made.weights)
+        return made.out.to(value.dtype), None if made.sums is None else made.sums.to(value.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, sums_grad: Tensor) -> tuple[Any, ...]:
-        query, key, value, u, e, out, lse, sums, *tensors = ctx.saved_tensors
-        call = _call(ctx.pattern, ctx.scores.using(tuple(tensors)), query, key, value, Features(u, e))
-        delta = (grad.to(lse.dtype) * out).sum(-1) + (sums_grad.to(lse.dtype) * sums).sum(-1)
+    def backward(ctx: Any, grad: Tensor, sums_grad: Tensor | None) -> tuple[Any, ...]:
+        query, key, value, u, e, out, lse, sums, *rest = ctx.saved_tensors
+        tensors, weights = rest[: ctx.tensors], rest[ctx.tensors :]
+        delta, wanted, features = (grad.to(lse.dtype) * out).sum(-1), None, None
+        if sums_grad is not None and sums is not None:
+            features = Features(u, e)
+            delta += (sums_grad.to(lse.dtype) * sums).sum(-1)
+            du, de = (torch.zeros_like(x, dtype=lse.dtype) for x in features)
+            wanted = _sparse_torch.FeatureGradients(sums_grad, du, de if ctx.needs_input_grad[6] else None)
+        call = _call(ctx.pattern, ctx.scores.using(tuple(tensors)), query, key, value, features)
         merged = Merged(out, lse.masked_fill(lse == float("-inf"), float("inf")), grad, delta)
-        q, k, v, du, de = (torch.zeros_like(x, dtype=lse.dtype) for x in (query, key, value, u, e))
-        into = Gradients(
-            q,
-            k,
-            v,
-            [torch.zeros_like(t) if n else None for t, n in zip(tensors, ctx.needs_input_grad[7:], strict=True)],
-        )
-        wanted = _sparse_torch.FeatureGradients(sums_grad, du, de if ctx.needs_input_grad[6] else None)
-        _backward(call, merged, into, wanted)
-        return (
-            None,
-            None,
-            *(g.to(x.dtype) for g, x in ((q, query), (k, key), (v, value), (du, u), (de, e))),
-            *into.biases,
-        )
+        into = Gradients.of(tensors, ctx.needs_input_grad[7:])
+        _backward(call, merged, into, wanted, weights)
+        made = (None, None) if wanted is None else (wanted.query.to(u.dtype), de.to(e.dtype))
+        return None, None, *into.inputs(query, key, value), *made, *into.biases
 
 
 def _call(
@@ -167,11 +166,15 @@ def _call(
 
 
 def _backward(
-    call: Call, merged: Merged, into: Gradients, wanted: _sparse_torch.FeatureGradients | None = None
+    call: Call,
+    merged: Merged,
+    into: Gradients,
+    wanted: _sparse_torch.FeatureGradients | None = None,
+    kept: SequenceOf[Tensor] = (),
 ) -> None:
     trained = call.bias is not None and any(grad is not None for grad in into.biases)
     bias_grad = torch.zeros_like(call.bias) if trained and call.bias is not None else None
-    _sparse_torch.backward(call, merged, into, bias_grad, wanted)
+    _sparse_torch.backward(call, merged, into, bias_grad, wanted, kept)
     if bias_grad is not None:
         _add_bias_gradients(call, bias_grad, into.biases)
 

@@ -1,8 +1,8 @@
-"""Sparse attention by products of matrices, some heads at a time: sampled products, softmax of segments, weighted sums."""
+"""Sparse attention by products of matrices, some planes at a time: sampled products, softmax of segments, weighted sums."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,8 +11,9 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from ._merge import Gradients, Merged
-from ._pattern import Pattern, Stack
-from ._scores import Scores
+from ._pattern import Pattern
+from ._scores import Pairs, Scores
+from ._stack import Run, Stack, products_with_entries, stack_of
 
 # Scores of features that are held at a time; they are computed for several heads at once.
 FEATURE_SCORES = 2**22
@@ -51,61 +52,114 @@ class Call:
         """The precision of accumulation."""
         return torch.promote_types(self.query.dtype, torch.float32)
 
+    @property
+    def has_few_weights(self) -> bool:
+        """Whether the weights are fewer numbers than the output, and all that the backward needs of the scores."""
+        pattern = self.pattern
+        return self.scores.softcap is None and pattern.num_entries <= pattern.num_rows * self.value.shape[-1]
 
-def forward(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Output, log-sum-exp, and the sums of features."""
-    (batch, heads, tokens), like = call.query.shape[:3], call.query.new_empty((), dtype=call.wide)
-    by_token = call.query.stride(1) < call.query.stride(2)  # then a model will want to merge the heads again
-    out = like.new_zeros(batch, *((tokens, heads) if by_token else (heads, tokens)), call.value.shape[-1])
-    out = out.transpose(1, 2) if by_token else out
-    lse = like.new_full((batch, heads, tokens, 1), 0 if call.pattern.num_entries else float("-inf"))
-    sums = None if call.features is None else like.new_zeros(batch, heads, tokens, call.features.attr.shape[1])
+
+class Made(NamedTuple):
+    """Output, log-sum-exp, the sums of features, and the weights of each group of planes, if the backward is to have them again."""
+
+    out: Float[Tensor, "batch heads queries value_dim"]
+    lse: Float[Tensor, "batch heads queries"]
+    sums: Float[Tensor, "batch heads queries features"] | None
+    weights: tuple[Float[Tensor, " entries"], ...]
+
+
+def forward(call: Call, *, keep: bool = False) -> Made:
+    """The attention of all planes; with ``keep`` the weights too, if they are few."""
+    keep = keep and call.has_few_weights
+    batch, heads, tokens = call.query.shape[:3]
+    like, rows = call.query.new_empty((), dtype=call.wide), batch * tokens
+    out = like.new_empty(rows, heads, call.value.shape[-1])
+    lse = like.new_empty(rows, heads)
     features = None if call.features is None else _FeatureProducts(call, *call.features)
-    for some in _heads_in_turn(call, features):
-        stack = some.stack
-        s, _ = some.scored(some.of(call.query), some.of_keys(call.key))
-        top = stack.max(s)
-        p = s.sub_(stack.spread(top.masked_fill(top == float("-inf"), 0))).exp_()
-        total = stack.sum(p)
-        some.add(lse, (top + total.log())[:, None])
-        kept = some.kept()
-        p = p if kept is None else p.mul_(kept)
-        share = 1 / total.clamp(min=1)[:, None]  # less than 1 only where nothing counts
-        some.add(out, stack.sums(p, some.of_keys(call.value)).mul_(share))
-        if sums is not None and features is not None:
-            some.add(sums, stack.sums_of_entries(p, features.attr).mul_(share))
-    return out, lse[..., 0], sums
+    sums = None if call.features is None else like.new_empty(rows, heads, call.features.attr.shape[1])
+    query, key, value = (_by_token(x) for x in (call.query, call.key, call.value))
+    kept = []
+    for some in _groups(call):
+        q, k, v = some.of(query), some.of_keys(key), some.of_keys(value)
+        weights = like.new_empty(some.stack.num_entries if keep else 0)
+        for run in some.stack.by_query:
+            s, _ = some.scored(run, q[run.rows], k, features)
+            top = run.max(s)
+            p = s.sub_(top.masked_fill(top == float("-inf"), 0).index_select(0, run.at)).exp_()
+            total = run.sum(p)
+            p.mul_(total.clamp(min=1).reciprocal_().index_select(0, run.at))  # less than 1 only where nothing counts
+            some.place(lse, run).copy_(top.add_(total.log_()).unflatten(0, (-1, some.stack.heads)))
+            if keep:
+                weights[run.entries] = p
+            factor = some.dropout(run)
+            p = p if factor is None else p.mul_(factor)
+            some.place(out, run).copy_(run.sums(p, v).unflatten(0, (-1, some.stack.heads)))
+            if sums is not None and features is not None:
+                found = run.sums(p, features.attr, some.stack.entry[run.entries])
+                some.place(sums, run).copy_(found.unflatten(0, (-1, some.stack.heads)))
+        kept.append(weights)
+    sums = None if sums is None else _by_head(sums, batch)
+    return Made(_by_head(out, batch), _by_head(lse, batch), sums, tuple(kept) if keep else ())
 
 
 def backward(
-    call: Call, merged: Merged, into: Gradients, bias_grad: Tensor | None, wanted: FeatureGradients | None
+    call: Call,
+    merged: Merged,
+    into: Gradients,
+    bias_grad: Tensor | None,
+    wanted: FeatureGradients | None,
+    kept: SequenceOf[Tensor] = (),
 ) -> None:
-    """Add every gradient, that of the entries' biases to ``bias_grad``."""
-    scale, lse, delta = call.scores.scale, merged.lse[..., None], merged.delta[..., None]
+    """Add every gradient, that of the entries' biases to ``bias_grad``; ``kept`` are the weights of a forward with the same log-sum-exp."""
+    scale, (dq, dk, dv) = call.scores.scale, (_no_gradient(x, call.wide) for x in (call.query, call.key, call.value))
+    du = None if wanted is None else _no_gradient(wanted.query, call.wide)
     features = sums = None
     if wanted is not None and call.features is not None:
         features, sums = _FeatureProducts(call, *call.features), _FeatureProducts(call, wanted.sums, call.features.attr)
-    for some in _heads_in_turn(call, features):
-        stack, query, key, grad = some.stack, some.of(call.query), some.of_keys(call.key), some.of(merged.grad)
-        s, tanh = some.scored(query, key)
-        p = s.sub_(stack.spread(some.of(lse)[:, 0])).exp_()
-        ds = stack.products(grad, some.of_keys(call.value))
-        ds = ds if sums is None else ds.add_(sums.of(some))
-        kept = some.kept()
-        weights = p if kept is None else p * kept
-        ds = ds if kept is None else ds.mul_(kept)
-        ds = ds.sub_(stack.spread(some.of(delta)[:, 0])).mul_(p)
-        if bias_grad is not None:
-            bias_grad.flatten(0, 1).index_add_(0, some.places(bias_grad), ds.view(stack.count, -1))
-        ds = ds if tanh is None else ds.mul_(1 - tanh.square_())
-        some.add_keys(into.value, stack.sums_by_key(weights, grad))
-        some.add_keys(into.key, stack.sums_by_key(ds, query), scale)
-        some.add(into.query, stack.sums(ds, key), scale)
-        if wanted is not None and features is not None and sums is not None:
-            some.add(wanted.query, stack.sums_of_entries(ds, features.attr), scale)
-            if wanted.attr is not None:
-                some.add_to_entries(wanted.attr, ds, features.vectors, scale)
-                some.add_to_entries(wanted.attr, weights, sums.vectors)
+    query, key, value, grad = (_by_token(x) for x in (call.query, call.key, call.value, merged.grad))
+    lse, delta = (_by_token(x[..., None]) for x in (merged.lse, merged.delta))
+    for i, some in enumerate(_groups(call)):
+        stack, q, k, v, g = some.stack, some.of(query), some.of_keys(key), some.of_keys(value), some.of(grad)
+        row_lse, row_delta = some.of(lse)[:, 0], some.of(delta)[:, 0]
+        weights, slopes = q.new_empty(stack.num_entries), q.new_empty(stack.num_entries)
+        for run in stack.by_query:
+            p, tanh = (kept[i][run.entries], None) if kept else some.scored(run, q[run.rows], k, features)
+            p = p if kept else p.sub_(row_lse[run.rows].index_select(0, run.at)).exp_()
+            ds = run.products(g[run.rows], v)
+            ds = ds if sums is None else ds.add_(sums.of(some, run))
+            factor = some.dropout(run)
+            ds = ds if factor is None else ds.mul_(factor)
+            weights[run.entries] = p if factor is None else factor.mul_(p)
+            ds = ds.sub_(row_delta[run.rows].index_select(0, run.at)).mul_(p)
+            if bias_grad is not None:
+                some.add_to_entries(bias_grad, run, ds)
+            ds = ds if tanh is None else ds.mul_(1 - tanh.square_())
+            slopes[run.entries] = ds
+            some.add(dq, run, run.sums(ds, k), scale)
+            if features is not None and du is not None:
+                some.add(du, run, run.sums(ds, features.attr, stack.entry[run.entries]), scale)
+        for run in stack.by_key:
+            some.add_of_keys(dv, run, run.sums(weights.index_select(0, run.at), g))
+            some.add_of_keys(dk, run, run.sums(slopes.index_select(0, run.at), q), scale)
+        if wanted is not None and wanted.attr is not None and features is not None and sums is not None:
+            some.add_to_features(wanted.attr, slopes, some.of(features.vectors), scale)
+            some.add_to_features(wanted.attr, weights, some.of(sums.vectors))
+    batch = call.query.shape[0]
+    into.add(*(_by_head(x, batch) for x in (dq, dk, dv)))
+    if wanted is not None and du is not None:
+        wanted.query.add_(_by_head(du, batch))
+
+
+def _by_token(x: Float[Tensor, "batch heads tokens dim"]) -> Float[Tensor, "rows heads dim"]:
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _by_head(x: Float[Tensor, "rows heads *dim"], batch: int) -> Float[Tensor, "batch heads tokens *dim"]:
+    return x.unflatten(0, (batch, len(x) // max(batch, 1))).transpose(1, 2)
+
+
+def _no_gradient(x: Float[Tensor, "batch heads tokens dim"], dtype: torch.dtype) -> Float[Tensor, "rows heads dim"]:
+    return x.new_zeros(x.shape[0] * x.shape[2], x.shape[1], x.shape[3], dtype=dtype)
 
 
 class _FeatureProducts:
@@ -117,122 +171,152 @@ class _FeatureProducts:
         vectors: Float[Tensor, "batch heads queries features"],
         attr: Float[Tensor, "entries features"],
     ) -> None:
-        self.vectors = vectors.flatten(0, 1) if call.pattern.rows is None else vectors.transpose(0, 1).flatten(1, 2)
-        self.attr, self._pattern = attr.to(call.wide), call.pattern
-        self._first, self._ready = 0, attr.new_empty(0, 0)
+        self.vectors, self.attr = _by_token(vectors), attr.to(call.wide)
+        self._pattern, self._first, self._ready = call.pattern, (0, 0), attr.new_empty(0, 0, 0)
 
-    def of(self, some: _Heads) -> Float[Tensor, " entries"]:
-        """Those of some heads; called for one after the other."""
-        count = some.stack.count
-        if some.first + count > self._first + len(self._ready):
-            several = max(FEATURE_SCORES // max(self._pattern.num_entries, 1) // count, 1) * count
-            self._first = some.first
-            self._ready = self._pattern.products_with_entries(
-                self.vectors[some.first : some.first + several], self.attr
-            )
-        return self._ready[some.first - self._first :][:count].flatten()
+    def of(self, some: _Group, run: Run) -> Float[Tensor, " entries"]:
+        """Those of a run of entries of some planes; called for one group after the other."""
+        (blocks, heads), first = (some.stack.blocks, some.stack.heads), self._first
+        there = (
+            first[0] == some.block and first[1] <= some.head and some.head + heads <= first[1] + self._ready.shape[1]
+        )
+        if not there or self._ready.shape[0] != blocks:
+            size, rows = max(self._pattern.num_entries, 1), self._pattern.num_rows
+            several = max(FEATURE_SCORES // size // (blocks * heads), 1) * heads
+            planes = self.vectors[some.block * rows :][: blocks * rows, some.head : some.head + several]
+            planes = planes.unflatten(0, (blocks, rows)).transpose(1, 2)
+            found = products_with_entries(self._pattern, planes.flatten(0, 1).to(self.attr.dtype), self.attr)
+            self._first, self._ready = (some.block, some.head), found.unflatten(0, planes.shape[:2])
+        return some.entries(self._ready, run, *self._first)
 
 
-def _heads_in_turn(call: Call, features: _FeatureProducts | None) -> Iterator[_Heads]:
-    """As many heads as a stack computes at once, until all are done."""
+def _groups(call: Call) -> Iterator[_Group]:
+    """As many planes as a stack computes at once, until all are done."""
     pattern, (batch, heads) = call.pattern, call.query.shape[:2]
-    stack = pattern.stack(batch, heads, heads // max(call.key.shape[1], 1))
-    planes = heads if pattern.rows is not None else batch * heads
-    for first in range(0, planes if pattern.num_entries else 0, stack.count):
-        yield _Heads(call, features, stack, first)
+    stack = stack_of(pattern, batch, heads, heads // max(call.key.shape[1], 1))
+    for block in range(0, batch if pattern.rows is None else 1, stack.blocks):
+        for head in range(0, heads, stack.heads):
+            yield _Group(call, stack, block, head)
 
 
-class _Heads(NamedTuple):
-    """The heads that a stack computes at once: the planes from ``first`` on."""
+class _Group(NamedTuple):
+    """The planes that a stack computes at once: heads from ``head`` on, of the rows of the batch from ``block`` on (or of all)."""
 
     call: Call
-    features: _FeatureProducts | None
     stack: Stack
-    first: int
+    block: int
+    head: int
 
-    def _of(self, x: Tensor) -> Tensor:
-        return self.call.pattern.planes(x, self.first, self.stack.count)
+    def of(self, x: Float[Tensor, "rows heads dim"]) -> Float[Tensor, "stack_rows dim"]:
+        """The part of ``x`` that belongs to these planes, as one table."""
+        rows, stack = self.call.pattern.num_rows, self.stack
+        part = x[self.block * rows : (self.block + stack.blocks) * rows, self.head : self.head + stack.heads]
+        return part.flatten(0, 1).to(self.call.wide).contiguous()
 
-    def _of_keys(self, x: Tensor) -> Tensor:
-        return self.call.pattern.planes(x, self.first // self._group, max(self.stack.count // self._group, 1))
+    def of_keys(self, x: Float[Tensor, "rows kv_heads dim"]) -> Float[Tensor, "stack_rows dim"]:
+        """The part of what there is for keys that belongs to these planes, as one table."""
+        rows, stack = self.call.pattern.num_cols, self.stack
+        part = x[self.block * rows : (self.block + stack.blocks) * rows, self._kv_head :][:, : stack.kv_heads]
+        return part.flatten(0, 1).to(self.call.wide).contiguous()
 
     @property
-    def _group(self) -> int:
-        return self.call.query.shape[1] // self.call.key.shape[1]
+    def _kv_head(self) -> int:
+        return self.head // (self.call.query.shape[1] // self.call.key.shape[1])
 
-    def of(self, x: Float[Tensor, "batch heads queries dim"]) -> Float[Tensor, "stack_queries dim"]:
-        """The part of ``x`` that belongs to these heads, as one table."""
-        return self._of(x).flatten(0, 2).to(self.call.wide).contiguous()
+    def place(self, x: Shaped[Tensor, "rows heads *dim"], run: Run) -> Shaped[Tensor, "run_rows stack_heads *dim"]:
+        """Where the rows of a run lie in ``x``."""
+        first, heads = self.block * self.call.pattern.num_rows, self.stack.heads
+        rows = slice(first + run.rows.start // heads, first + run.rows.stop // heads)
+        return x[rows, self.head : self.head + heads]
 
-    def of_keys(self, x: Float[Tensor, "batch kv_heads keys dim"]) -> Float[Tensor, "stack_keys dim"]:
-        """The part of ``x`` that belongs to these heads, as one table: that of a key head once for each of its query heads."""
-        planes = self._of_keys(x)
-        if self.stack.count > 1 and self._group > 1:
-            planes = planes.repeat_interleave(self._group, 0 if self.call.pattern.rows is not None else 1)
-        return planes.flatten(0, 2).to(self.call.wide).contiguous()
+    def place_of_keys(
+        self, x: Float[Tensor, "rows kv_heads dim"], run: Run
+    ) -> Float[Tensor, "run_rows stack_heads dim"]:
+        """Where the rows of a run of keys lie in ``x``."""
+        first, heads = self.block * self.call.pattern.num_cols, self.stack.kv_heads
+        rows = slice(first + run.rows.start // heads, first + run.rows.stop // heads)
+        return x[rows, self._kv_head : self._kv_head + heads]
 
-    def add(self, x: Tensor, table: Float[Tensor, "stack_queries dim"], scale: float = 1.0) -> None:
-        """Add ``scale * table`` to ``x`` where ``of`` fetches it from."""
-        planes = self._of(x)
-        planes.add_(table.view(planes.shape), alpha=scale)
+    def add(self, x: Tensor, run: Run, rows: Float[Tensor, "run_rows dim"], scale: float = 1.0) -> None:
+        """Add ``scale`` times rows of a table of queries to ``x``."""
+        self.place(x, run).add_(rows.unflatten(0, (-1, self.stack.heads)), alpha=scale)
 
-    def add_keys(self, x: Tensor, table: Float[Tensor, "stack_keys dim"], scale: float = 1.0) -> None:
-        """Add ``scale * table`` to ``x`` where ``of_keys`` fetches it from."""
-        planes, group = self._of_keys(x), self._group
-        if self.stack.count > 1 and group > 1:
-            table = table.view(self.stack.count // group, group, -1).sum(1)
-        planes.add_(table.view(planes.shape), alpha=scale)
+    def add_of_keys(self, x: Tensor, run: Run, rows: Float[Tensor, "run_rows dim"], scale: float = 1.0) -> None:
+        """Add ``scale`` times rows of a table of keys to ``x``."""
+        self.place_of_keys(x, run).add_(rows.unflatten(0, (-1, self.stack.kv_heads)), alpha=scale)
+
+    def entries(
+        self, x: Shaped[Tensor, "#batch #heads entries"], run: Run, block: int = 0, head: int = 0
+    ) -> Shaped[Tensor, " run_entries"]:
+        """What there is for the entries of a run in ``x``, whose first plane is that of ``block`` and ``head``."""
+        plane = self._plane(x, block, head)
+        return x.flatten().index_select(0, self._places(x, run, block, head)) if plane is None else plane[run.entries]
 
     def add_to_entries(
+        self, x: Float[Tensor, "#batch #heads entries"], run: Run, more: Float[Tensor, " run_entries"]
+    ) -> None:
+        """Add to ``x`` what there is for the entries of a run; heads that share a number add to it one after the other."""
+        plane = self._plane(x, 0, 0)
+        if plane is None:
+            x.view(-1).index_add_(0, self._places(x, run, 0, 0), more.to(x.dtype))
+        else:
+            plane[run.entries] += more
+
+    def _plane(self, x: Tensor, block: int, head: int) -> Tensor | None:
+        if self.stack.blocks * self.stack.heads > 1:
+            return None
+        return x[self.block - block if x.shape[0] > 1 else 0, self.head - head if x.shape[1] > 1 else 0]
+
+    def _places(self, x: Tensor, run: Run, block: int, head: int) -> Int[Tensor, " run_entries"]:
+        """Where the entries of a run stand in ``x``, taken as one axis."""
+        blocks, heads = self._planes(run)
+        plane = (blocks - block) * (x.shape[1] if x.shape[0] > 1 else 0) + (heads - head) * (x.shape[1] > 1)
+        return plane * x.shape[2] + self.stack.entry[run.entries]
+
+    def _planes(self, run: Run) -> tuple[Tensor, Tensor]:
+        """The row of the batch, or 0 where a plane is a head of all rows, and the head of each entry of a run."""
+        row = run.at.long() + run.rows.start
+        block = torch.div(row, self.stack.heads * max(self.call.pattern.num_rows, 1), rounding_mode="floor")
+        return self.block + block, self.head + row % self.stack.heads
+
+    def add_to_features(
         self,
-        x: Float[Tensor, "entries dim"],
-        factors: Float[Tensor, " stack_entries"],
-        vectors: Float[Tensor, "planes rows dim"],
+        x: Float[Tensor, "pattern_entries dim"],
+        factors: Float[Tensor, " entries"],
+        vectors: Float[Tensor, "stack_rows dim"],
         scale: float = 1.0,
     ) -> None:
-        """Add to each entry ``scale`` times the sum over these heads of ``factor * vectors[query]``."""
-        for i, factor in enumerate(factors.view(self.stack.count, -1)):
-            rows = vectors[self.first + i].index_select(0, self.call.pattern.row)
-            x.addcmul_(factor[:, None], rows, value=scale)
+        """Add to each entry of the pattern ``scale`` times the sum over these planes of ``factor * vectors[query]``."""
+        for block in range(self.stack.blocks):
+            for head in range(self.stack.heads):
+                place, row = self.stack.plane(block, head)
+                x.addcmul_(factors.index_select(0, place)[:, None], vectors.index_select(0, row), value=scale)
 
-    def _numbers(self) -> tuple[Tensor, Tensor]:
-        """The row of the batch and the head of each plane; 0 and the head where a plane is a head of all rows."""
-        plane, heads = (
-            torch.arange(self.first, self.first + self.stack.count, device=self.call.query.device),
-            self.call.query.shape[1],
-        )
-        return torch.div(plane, heads, rounding_mode="floor"), plane % heads
-
-    def places(self, x: Shaped[Tensor, "#batch #heads entries"]) -> Int[Tensor, " stack"]:
-        """Where the planes stand in ``x``, its rows of the batch and heads taken as one axis."""
-        b, h = self._numbers()
-        return b * (x.shape[1] if x.shape[0] > 1 else 0) + (h if x.shape[1] > 1 else 0)
-
-    def _at(self, x: Shaped[Tensor, "#batch #heads entries"]) -> Shaped[Tensor, "_ entries"]:
-        return x[0] if x.shape[0] == x.shape[1] == 1 else x.flatten(0, 1)[self.places(x)]
-
-    def scored(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scores of the entries, minus infinity where one does not count, and the tanh of the soft cap."""
+    def scored(
+        self, run: Run, rows: Tensor, key: Tensor, features: _FeatureProducts | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scores of the entries of a run, minus infinity where one does not count, and the tanh of the soft cap."""
         scores, bias, allowed, tanh = self.call.scores, self.call.bias, self.call.allowed, None
-        s = self.stack.products(query, key, scores.scale)
-        if self.features is not None:
-            s.add_(self.features.of(self), alpha=scores.scale)
+        s = run.products(rows, key, scores.scale)
+        if features is not None:
+            s.add_(features.of(self, run), alpha=scores.scale)
         if scores.softcap is not None:
             tanh = torch.tanh(s / scores.softcap)
             s = scores.softcap * tanh
-        by_plane = s.view(self.stack.count, -1)
         if bias is not None:
-            by_plane += self._at(bias)
+            s.add_(self.entries(bias, run))
         if allowed is not None:
-            by_plane.masked_fill_(~self._at(allowed), float("-inf"))
+            s.masked_fill_(~self.entries(allowed, run), float("-inf"))
         return s, tanh
 
-    def kept(self) -> Tensor | None:
-        """What dropout multiplies the weights of the entries by."""
-        scores, pattern = self.call.scores, self.call.pattern
+    def dropout(self, run: Run) -> Tensor | None:
+        """What dropout multiplies the weights of the entries of a run by."""
+        scores, pattern, stack = self.call.scores, self.call.pattern, self.stack
         if not scores.dropout_p:
             return None
-        b, h = (number[:, None, None, None, None] for number in self._numbers())
-        pairs = pattern.pairs(1, 1)
-        kept = scores.kept(pairs._replace(b=b if pattern.rows is None else pairs.b, h=h))
-        return kept.flatten().to(self.call.wide).div_(1 - scores.dropout_p)
+        h = self._planes(run)[1]
+        token = torch.div(run.at.long() + run.rows.start, stack.heads, rounding_mode="floor")
+        b = self.block + torch.div(token, max(pattern.num_queries, 1), rounding_mode="floor")
+        key = torch.div(run.other.long(), stack.kv_heads, rounding_mode="floor")
+        kept = scores.kept(Pairs(b, h, token % max(pattern.num_queries, 1), key % max(pattern.num_keys, 1)))
+        return kept.to(self.call.wide).div_(1 - scores.dropout_p)
