@@ -292,10 +292,8 @@ class Attention(nn.Module):
         own = self.heads * self.head_dim
         if not cross:
             parts = self._linear(domain.zero_padding(x), 0, None)
-            q, key, value = (
-                self._heads(parts[..., :own]),
-                *(self._heads(part) for part in parts[..., own:].chunk(2, -1)),
-            )
+            other = self.kv_heads * self.head_dim
+            q, key, value = (self._heads(part) for part in parts.split([own, other, other], -1))
             q, key = _normed(self.query_norm, q), _normed(self.key_norm, key)
             for rotation in self._rotations(position):
                 q, key = rotation.rotate(q, key, domain)

@@ -26,13 +26,38 @@ from ._scores import Scores
 
 @dataclass
 class Gradients:
-    """Where the parts of a mask add what they compute: gradients of the inputs, and of the tensors of the biases."""
+    """Where the parts of a mask add what they compute: gradients of the tensors of the biases, and of the inputs (None: nothing yet)."""
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
     biases: list[Tensor | None]
+    query: Tensor | None = None
+    key: Tensor | None = None
+    value: Tensor | None = None
     sinks: Tensor | None = None
+
+    @staticmethod
+    def of(tensors: SequenceOf[Tensor], needed: SequenceOf[bool]) -> Gradients:
+        """No gradients yet; ``needed`` says which tensors of the biases want one."""
+        return Gradients([torch.zeros_like(t) if need else None for t, need in zip(tensors, needed, strict=True)])
+
+    def add(self, query: Tensor | None, key: Tensor | None, value: Tensor | None) -> None:
+        """Add to the gradients of the inputs."""
+        self.query, self.key, self.value = (
+            more if total is None else total if more is None else total.add_(more)
+            for total, more in ((self.query, query), (self.key, key), (self.value, value))
+        )
+
+    def buffers(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of the inputs, in the precision of accumulation and 0 where nothing came, to add to in place."""
+        wide = torch.promote_types(query.dtype, torch.float32)
+        self.query = torch.zeros_like(query, dtype=wide) if self.query is None else self.query
+        self.key = torch.zeros_like(key, dtype=wide) if self.key is None else self.key
+        self.value = torch.zeros_like(value, dtype=wide) if self.value is None else self.value
+        return self.query, self.key, self.value
+
+    def inputs(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of the inputs, in their dtypes."""
+        grads = self.buffers(query, key, value)
+        return grads[0].to(query.dtype), grads[1].to(key.dtype), grads[2].to(value.dtype)
 
 
 @dataclass(frozen=True)
@@ -65,6 +90,10 @@ class Part(ABC):
     def forward(self, scores: Scores, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Output (0 in rows that see nothing here) and log-sum-exp (-inf there), in the precision of accumulation."""
 
+    def alone(self, scores: Scores, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
+        """The output where this part is all there is, if the kernel has a way of its own to make and to differentiate it."""
+        return None
+
     def backward(
         self, scores: Scores, query: Tensor, key: Tensor, value: Tensor, merged: Merged, into: Gradients
     ) -> None:
@@ -80,9 +109,9 @@ class Part(ABC):
         made = [(out, grad.to(out.dtype)), (lse, (grad * out.detach()).sum(-1) - share * merged.delta)]
         outputs, grads = zip(*(pair for pair in made if pair[0].requires_grad), strict=True)
         found = torch.autograd.grad(outputs, [*vectors, *(leaves[i] for i in needed)], grads, materialize_grads=True)
-        for total, more in zip(
-            (into.query, into.key, into.value, *(into.biases[i] for i in needed)), found, strict=True
-        ):
+        into.add(*found[:3])
+        for i, more in zip(needed, found[3:], strict=True):
+            total = into.biases[i]
             assert total is not None
             total += more
 
@@ -92,6 +121,10 @@ def attend(
 ) -> Float[Tensor, "batch heads queries value_dim"]:
     """Attention over the union of disjoint parts, each with the scores that its predicate leaves."""
     tensors = parts[0][1].tensors
+    if len(parts) == 1 and sinks is None:
+        out = parts[0][0].alone(parts[0][1], query, key, value)
+        if out is not None:
+            return out
     if any(part.differentiable for part, _ in parts):
         alone = [(part if part.differentiable else _Differentiable(part), scores) for part, scores in parts]
         return merged_parts(alone, query, key, value, sinks)[0].to(value.dtype)
@@ -130,13 +163,13 @@ def gradients(
     wide = torch.promote_types(query.dtype, torch.float32)
     delta = (grad.to(wide) * out.to(wide)).sum(-1)
     merged = Merged(out, lse.masked_fill(lse == -torch.inf, torch.inf), grad, delta)
-    into = _no_gradients(query, key, value, parts[0][1].tensors, needed)
+    into = Gradients.of(parts[0][1].tensors, needed)
     for part, scores in parts:
         part.backward(scores, query, key, value, merged, into)
     if sinks is not None:
         share = torch.exp(sinks.to(wide)[:, None] - merged.lse)
         into.sinks = -(share * delta).sum((0, 2)).to(sinks.dtype)
-    into.query, into.key, into.value = into.query.to(query.dtype), into.key.to(key.dtype), into.value.to(value.dtype)
+    into.query, into.key, into.value = into.inputs(query, key, value)
     return into
 
 
@@ -206,22 +239,9 @@ class _Alone(torch.autograd.Function):
         query, key, value, out, lse, *tensors = ctx.saved_tensors
         delta = (grad * out).sum(-1) - lse_grad.masked_fill(lse == -torch.inf, 0)
         merged = Merged(out, lse.masked_fill(lse == -torch.inf, torch.inf), grad, delta)
-        into = _no_gradients(query, key, value, tensors, ctx.needs_input_grad[5:])
+        into = Gradients.of(tensors, ctx.needs_input_grad[5:])
         ctx.part.backward(ctx.scores.using(tuple(tensors)), query, key, value, merged, into)
-        vectors = (g.to(x.dtype) for g, x in ((into.query, query), (into.key, key), (into.value, value)))
-        return None, None, *vectors, *into.biases
-
-
-def _no_gradients(
-    query: Tensor, key: Tensor, value: Tensor, tensors: SequenceOf[Tensor], needed: SequenceOf[bool]
-) -> Gradients:
-    wide = torch.promote_types(query.dtype, torch.float32)
-    return Gradients(
-        torch.zeros_like(query, dtype=wide),
-        torch.zeros_like(key, dtype=wide),
-        torch.zeros_like(value, dtype=wide),
-        [torch.zeros_like(t) if need else None for t, need in zip(tensors, needed, strict=True)],
-    )
+        return None, None, *into.inputs(query, key, value), *into.biases
 
 
 def _merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from ._problem import Problem
 from ._scores import Scores
 from ._sparse import SparsePart
 from ._structure import Structure, tiled_structures
-from ._tiled import TiledPart
+from ._tiled import TiledPart, attend_arranged
 from ._varlen import VarlenPart
 
 # From the one that is fastest where it fits to the one that always fits; the oracle only on request.
@@ -113,6 +113,8 @@ class Plan:
     ) -> Tensor:
         """The attention, computed as planned."""
         parts = self.parts_of(scores)
+        if len(parts) == 1 and isinstance(part := parts[0][0], TiledPart) and part.arrangement is not None:
+            return attend_arranged(part, scores, query, key, value, sinks)
         if parts:
             return attend(parts, query, key, value, sinks)
         if self.kernel == "reference":
@@ -257,9 +259,8 @@ def _listed(term: Term, problem: Problem) -> Iterator[_Listed]:
 def _part(structure: Structure | _Listed, own: Mask, alone: bool, problem: Problem) -> TiledPart | SparsePart:
     """The part that computes a term by a structure."""
     if isinstance(structure, Structure):
-        return TiledPart(
-            structure.kernel, repr(own), structure.calls, structure.exact if alone else None, _is_fixed(own)
-        )
+        exact = structure.exact if alone else None
+        return TiledPart(structure.kernel, repr(own), structure.calls, exact, _is_fixed(own), structure.arrangement)
     if structure.exact and alone:
         return SparsePart(structure.neighbours, repr(own), rows=structure.rows)
     fixed, extent = _is_fixed(own), own.extent()

@@ -6,6 +6,7 @@ visit.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -88,13 +89,15 @@ class Scores:
 
     def bias(self, pairs: Pairs) -> Float[Tensor, "..."] | None:
         """The sum of the biases at these pairs, or None."""
+        return self.bias_by(lambda: pairs, lambda _, rows: rows())
+
+    def bias_by(
+        self, pairs: Callable[[], Pairs], recall: Callable[[Hashable, Callable[[], Tensor]], Tensor]
+    ) -> Float[Tensor, "..."] | None:
+        """``bias`` at pairs that are asked for only if they are needed: ``recall(key, rows)`` may know the rows of a table already."""
         total = None
         for bias in self.biases:
-            if isinstance(bias, Tensor):
-                part = _at(bias, pairs)
-            else:
-                part = bias.at(pairs.q, pairs.k, None if bias.batch_size is None else pairs.b)
-                part = part.squeeze(-3).movedim(0, -3)  # heads where the index has an axis of 1 for them
+            part = _at(bias, pairs()) if isinstance(bias, Tensor) else _scored(bias, pairs, recall)
             total = part if total is None else total + part
         return total
 
@@ -105,6 +108,23 @@ class Scores:
         for index in pairs:
             h = _mixed(h ^ index)
         return (h & 0xFFFFFF) >= int(self.dropout_p * (1 << 24))
+
+
+def _scored(
+    bias: PairBias, pairs: Callable[[], Pairs], recall: Callable[[Hashable, Callable[[], Tensor]], Tensor]
+) -> Float[Tensor, "..."]:
+    """A bound bias at these pairs."""
+
+    def rows() -> Tensor:
+        b, _, q, k = pairs()
+        return bias.index(b if bias.batch_size is not None else q.new_zeros(()), q, k)
+
+    if bias.rows_key is not None:
+        part = bias.from_rows(recall(bias.rows_key, rows))
+    else:
+        b, _, q, k = pairs()
+        part = bias.at(q, k, None if bias.batch_size is None else b)
+    return part.squeeze(-3).movedim(0, -3)  # heads where the index has an axis of 1 for them
 
 
 def _mixed(x: Tensor) -> Tensor:

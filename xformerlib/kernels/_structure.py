@@ -15,10 +15,13 @@ from ..masks import Axial, Causal, Dilated, Full, Local, Mask, Prefix, Segments,
 from ..masks._sequence import per_axis
 from ._normal import NamedKeys, NamedQueries, PrefixKeys, PrefixQueries, Term
 from ._problem import Problem
-from ._tiles import Band, Block, Gathered, Tiles
+from ._tiles import Arrangement, Band, Block, Gathered, Slices, Tiles
 
 # Pairs whose mask and bias are held at a time.
 CALL_PAIRS = 2**22
+
+# Scores, of all rows of the batch and heads, that take as long as a call costs besides.
+CALL_SCORES = 2**16
 
 
 @dataclass(frozen=True)
@@ -30,16 +33,19 @@ class Structure:
         calls: tiles, in batches.
         exact: "full" or "causal" where the tiles' pairs are just those that the term allows, all of them or in order; None where the
             predicate must be asked.
+        arrangement: the order in which the tiles are runs; None where it is that of the tokens.
     """
 
     kernel: str
     calls: tuple[Tiles, ...]
     exact: str | None = None
+    arrangement: Arrangement | None = None
 
     @property
     def pairs(self) -> float:
         """Pairs that the tiles hold, for each row of the batch."""
-        return sum(tiles.size for tiles in self.calls) * (0.5 if self.exact == "causal" else 1)
+        rows = 1 if self.arrangement is None else self.arrangement.rows or 1
+        return sum(tiles.size for tiles in self.calls) / rows * (0.5 if self.exact == "causal" else 1)
 
 
 def tiled_structures(term: Term, problem: Problem, device: torch.device) -> Iterator[Structure]:
@@ -51,12 +57,12 @@ def tiled_structures(term: Term, problem: Problem, device: torch.device) -> Iter
                 yield from _windowed(literal, term, problem, device)
             labels = _labels(literal, domain, device)
             if labels is not None:
-                yield from _grouped(labels, _exactness(term, domain, literal), device)
+                yield from _grouped(labels, _exactness(term, domain, literal), problem, device)
         if domain.items is not None:
-            yield from _grouped(domain.items.to(device), _exactness(term, domain, None), device)
+            yield from _grouped(domain.items.to(device), _exactness(term, domain, None), problem, device)
         elif isinstance(domain, Sequence) and domain.valid is not None:
             rows = domain.valid.to(device).long() - 1  # one group for each row of the batch: the tokens that exist
-            yield from _grouped(rows, _exactness(term, domain, None), device)
+            yield from _grouped(rows, _exactness(term, domain, None), problem, device)
     for literal in term:
         if isinstance(literal, (NamedKeys, PrefixKeys, Prefix)):
             yield from _rectangles(literal, problem, device, columns=True)
@@ -211,60 +217,62 @@ def _exactness(term: Term, domain: Domain, literal: Mask | None) -> str | None:
     return "causal" if rest == [Causal()] and ordered else None
 
 
-def _grouped(labels: Int[Tensor, "*batch tokens"], exact: str | None, device: torch.device) -> Iterator[Structure]:
+def _grouped(
+    labels: Int[Tensor, "*batch tokens"], exact: str | None, problem: Problem, device: torch.device
+) -> Iterator[Structure]:
     """Tokens of a label by tokens of the label; groups of about the same size together."""
-    rows = labels.ndim == 2
-    tokens = labels.shape[-1]
-    flat = (
-        labels
-        if not rows
-        else torch.where(
-            labels < 0,
-            -1,
-            labels
-            + (int(labels.max()) + 1 if labels.numel() else 1) * torch.arange(len(labels), device=device)[:, None],
-        )
-    )
-    flat = flat.flatten()
-    order = torch.argsort(flat, stable=True)
-    order = order[int((flat < 0).sum()) :]
+    rows, tokens = (len(labels) if labels.ndim == 2 else None), labels.shape[-1]
+    if rows is not None:  # labels of different rows are different
+        several = int(labels.max()) + 1 if labels.numel() else 1
+        labels = torch.where(labels < 0, -1, labels + several * torch.arange(rows, device=device)[:, None]).flatten()
+    order = torch.argsort(labels, stable=True)
+    order = order[int((labels < 0).sum()) :]
     if order.numel() == 0:
         return
-    sizes = torch.unique_consecutive(flat[order], return_counts=True)[1]
+    sizes = torch.unique_consecutive(labels[order], return_counts=True)[1]
     first = sizes.cumsum(0) - sizes
+    index: list[Tensor] = []
+    there: list[Tensor] = []
     calls: list[Tiles] = []
-    for chosen, width in _buckets(sizes):
-        step = torch.arange(width, device=device)
-        there = step < sizes[chosen][:, None]
-        index = order[(first[chosen][:, None] + step).clamp(max=order.numel() - 1)]
-        row = index[:, 0] // tokens if rows else None
-        index = torch.where(there, index % tokens, -1)
-        calls += _split(index, row, len(labels) if rows else 1, exact)
-    yield Structure("blocks" if int(sizes.min()) == int(sizes.max()) else "packed", tuple(calls), exact)
+    for chosen, width in _buckets(sizes, CALL_SCORES / (problem.heads * (1 if rows else problem.batch))):
+        step, size = torch.arange(width, device=device), sizes[chosen][:, None]
+        calls += _runs(sum(x.numel() for x in index), len(chosen), width, exact, device)
+        index.append(order[first[chosen][:, None] + torch.minimum(step, size - 1)].flatten())
+        there.append((step < size).flatten())
+    everywhere = bool(torch.cat(there).all())
+    arrangement = Arrangement(torch.cat(index), None if everywhere else torch.cat(there), tokens, rows)
+    in_place = everywhere and rows is None and torch.equal(arrangement.index, torch.arange(tokens, device=device))
+    kernel = "blocks" if int(sizes.min()) == int(sizes.max()) else "packed"
+    yield Structure(kernel, tuple(calls), exact, None if in_place else arrangement)
 
 
-def _buckets(sizes: Int[Tensor, " groups"]) -> Iterator[tuple[Int[Tensor, " chosen"], int]]:
-    """Groups to be padded to one size: no more than a quarter above the smallest of them, and at least to it."""
-    distinct = sizes.unique().tolist()
+def _buckets(sizes: Int[Tensor, " groups"], most: float) -> Iterator[tuple[Int[Tensor, " chosen"], int]]:
+    """Groups to be padded to one size, the largest of them, so that no more than so many pairs are computed for nothing."""
+    distinct, counts = (x.flip(0).tolist() for x in sizes.unique(return_counts=True))
     while distinct:
-        low = distinct[0]
-        high = max(size for size in distinct if size <= max(low * 1.25, low + 3))
-        yield ((sizes >= low) & (sizes <= high)).nonzero()[:, 0], high
-        distinct = [size for size in distinct if size > high]
+        wide, waste, taken = distinct[0], 0.0, 0
+        for size, count in zip(distinct, counts, strict=True):
+            waste += (wide**2 - size**2) * count
+            if waste > most:
+                break
+            taken += 1
+        yield ((sizes <= wide) & (sizes >= distinct[taken - 1])).nonzero()[:, 0], wide
+        distinct, counts = distinct[taken:], counts[taken:]
 
 
-def _split(index: Int[Tensor, "n width"], row: Tensor | None, batch: int, exact: str | None) -> Iterator[Tiles]:
-    """Tiles of groups in calls of a bounded number of pairs; a group that is too large alone is split by queries."""
-    n, width = index.shape
-    if width * width > CALL_PAIRS and exact is None:
-        for part in index.split(max(1, CALL_PAIRS // width), 1):
-            for i in range(n):
-                yield Gathered(part[i : i + 1], index[i : i + 1], None if row is None else row[i : i + 1], batch)
-        return
-    most = max(1, CALL_PAIRS // (width * width)) if exact is None else n
-    for i in range(0, n, most):
-        some = index[i : i + most]
-        yield Gathered(some, some, None if row is None else row[i : i + most], batch)
+def _runs(start: int, n: int, width: int, exact: str | None, device: torch.device) -> Iterator[Tiles]:
+    """Groups that stand one behind the other, in calls of a bounded number of pairs; one that is too large alone is split by queries."""
+    if exact is not None:
+        yield Slices(start, n, width, device)
+    elif width * width <= CALL_PAIRS:
+        most = CALL_PAIRS // (width * width)
+        for i in range(0, n, most):
+            yield Slices(start + i * width, min(most, n - i), width, device)
+    else:
+        rows = max(1, CALL_PAIRS // width)
+        for a in range(start, start + n * width, width):
+            for q in range(a, a + width, rows):
+                yield Block(slice(q, min(q + rows, a + width)), slice(a, a + width), device)
 
 
 # -- rectangles ----------------------------------------------------------------------------------------------------------

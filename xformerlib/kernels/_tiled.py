@@ -2,77 +2,186 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
-from torch.nn import functional as F
+from torch.autograd.function import once_differentiable
 
 from ..domains._base import both
-from ._merge import Gradients, Merged, Part
-from ._scores import Scores, without_hidden
-from ._tiles import Tiles
+from . import _flash, _formulas
+from ._merge import Gradients, Merged, Part, attend
+from ._scores import Pairs, Scores, without_hidden
+from ._tiles import Arrangement, Slices, Tiles
 
-_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+# Keys of tiles for which the formulas are faster than flash attention in the backward.
+FEW_COLUMNS = 64
 
-
-# Pairs of a part whose mask is kept between calls: 16 MiB.
-KEPT_PAIRS = 2**24
+# What a part keeps between calls, of masks and of indices into tables.
+KEPT_BYTES = 2**24
 
 
 class TiledPart(Part):
-    """A part whose kernel visits tiles; every allowed pair of the part is in one of them, once."""
+    """A part whose kernel visits tiles; every allowed pair of the part is in one of them, once.
+
+    Args:
+        kernel, what: as in ``Part``.
+        calls: tiles, in batches; of places where there is an ``arrangement``.
+        exact: "full" or "causal" where the tiles' pairs are just those of the part, all of them or in order.
+        keep: whether the mask says the same at each call, so that what it says of the tiles may be kept.
+    """
 
     def __init__(
-        self, kernel: str, what: str, calls: Iterable[Tiles], exact: str | None = None, keep: bool = False
+        self,
+        kernel: str,
+        what: str,
+        calls: Iterable[Tiles],
+        exact: str | None = None,
+        keep: bool = False,
+        arrangement: Arrangement | None = None,
     ) -> None:
-        self.kernel, self.what, self.calls, self.exact = kernel, what, tuple(calls), exact
-        self.pairs = sum(tiles.size for tiles in self.calls) * (0.5 if exact == "causal" else 1)
-        # Which pairs of each call count, once known: with ``keep``, for masks that say the same at each call.
-        self._masks: dict[int, Tensor | None] | None = {} if keep and self.pairs <= KEPT_PAIRS else None
-
-    def _tile(self, i: int, scores: Scores, query: Tensor, key: Tensor, value: Tensor) -> _Tile:
-        def allowed(make: Callable[[], Tensor | None]) -> Tensor | None:
-            if self._masks is None or any(isinstance(bias, Tensor) for bias in scores.biases):
-                return make()
-            if i not in self._masks:
-                if torch.compiler.is_compiling():  # a traced call must not leave anything behind
-                    return make()
-                self._masks[i] = make()
-            return self._masks[i]
-
-        return _Tile(self.calls[i], scores, query, key, value, self.exact, allowed)
+        self.kernel, self.what, self.calls = kernel, what, tuple(calls)
+        self.exact, self.keep, self.arrangement = exact, keep, arrangement
+        rows = 1 if arrangement is None else arrangement.rows or 1
+        self.pairs = sum(tiles.size for tiles in self.calls) / rows * (0.5 if exact == "causal" else 1)
+        # Whether each place is in one tile, with its queries and with its keys.
+        self._covers = arrangement is not None and all(isinstance(tiles, Slices) for tiles in self.calls)
+        self._kept: dict[Hashable, Tensor | None] = {}
+        self._room = KEPT_BYTES
 
     def forward(self, scores: Scores, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        wide = torch.promote_types(value.dtype, torch.float32)
-        out = value.new_zeros(*query.shape[:3], value.shape[-1], dtype=wide)
-        lse = query.new_full(query.shape[:3], float("-inf"), dtype=wide)
-        for i, tiles in enumerate(self.calls):
-            o, log = self._tile(i, scores, query, key, value).forward()
-            tiles.put_queries(out, o)
-            tiles.put_queries(lse[..., None], log[..., None])
-        return out, lse
+        if self.arrangement is None:
+            return self.forward_in_place(scores, query, key, value)
+        out, lse = self.forward_in_place(scores, *self.arrangement.arrange_all(query, key, value))
+        return self.arrangement.restore(out), self.arrangement.restore(lse[..., None], float("-inf"))[..., 0]
 
     def backward(
         self, scores: Scores, query: Tensor, key: Tensor, value: Tensor, merged: Merged, into: Gradients
     ) -> None:
+        arrangement = self.arrangement
+        if arrangement is None:
+            self.backward_in_place(scores, query, key, value, merged, into)
+            return
+        found, vectors = Gradients(into.biases), arrangement.arrange_all(query, key, value)
+        lse, delta = (arrangement.arrange(x[..., None])[..., 0] for x in (merged.lse, merged.delta))
+        merged = Merged(arrangement.arrange(merged.out), lse, arrangement.arrange(merged.grad), delta)
+        self.backward_in_place(scores, *vectors, _present(merged, arrangement.there), found)
+        into.add(*(None if x is None else arrangement.restore(x) for x in (found.query, found.key, found.value)))
+
+    def forward_in_place(self, scores: Scores, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """``forward`` on tensors that are arranged."""
+        out = lse = None
+        nothing = (None, None) if self._covers else (0.0, float("-inf"))
         for i, tiles in enumerate(self.calls):
-            rows = Merged(
-                tiles.queries(merged.out), tiles.queries(merged.lse[..., None])[..., 0], tiles.queries(merged.grad),
-                tiles.queries(merged.delta[..., None])[..., 0],
-            )  # fmt: skip
-            if tiles.query_there is not None:  # what stands for no token has no gradient
-                absent = ~tiles.query_there[:, None, None]
-                rows = Merged(
-                    rows.out, rows.lse, rows.grad.masked_fill(absent[..., None], 0), rows.delta.masked_fill(absent, 0)
+            o, log = _Tile(self, i, scores, query, key, value).forward()
+            out = tiles.put_queries(out, o, query.shape[2], nothing[0])
+            lse = tiles.put_queries(lse, log[..., None], query.shape[2], nothing[1])
+        if out is None or lse is None:
+            wide = torch.promote_types(value.dtype, torch.float32)
+            out = value.new_zeros(*query.shape[:3], value.shape[-1], dtype=wide)
+            lse = query.new_full((*query.shape[:3], 1), float("-inf"), dtype=wide)
+        return out, lse[..., 0]
+
+    def backward_in_place(
+        self, scores: Scores, query: Tensor, key: Tensor, value: Tensor, merged: Merged, into: Gradients
+    ) -> None:
+        """``backward`` on tensors that are arranged."""
+        for i, tiles in enumerate(self.calls):
+            grads = _Tile(self, i, scores, query, key, value).backward(_of_tiles(merged, tiles), into.biases)
+            if self._covers and isinstance(tiles, Slices):
+                into.query, into.key, into.value = (
+                    tiles.put_queries(x, grad, query.shape[2], None)
+                    for x, grad in zip((into.query, into.key, into.value), grads, strict=True)
                 )
-            grads = self._tile(i, scores, query, key, value).backward(rows, into.biases)
-            tiles.add_queries(into.query, grads.query)
-            tiles.add_keys(into.key, grads.key)
-            tiles.add_keys(into.value, grads.value)
+                continue
+            into.query = tiles.add_queries(into.query, grads.query, query.shape[2])
+            into.key = tiles.add_keys(into.key, grads.key, key.shape[2])
+            into.value = tiles.add_keys(into.value, grads.value, key.shape[2])
+
+    def recall(self, name: Hashable, make: Callable[[], Tensor | None]) -> Tensor | None:
+        """What ``make`` gives, kept for the next call as long as there is room."""
+        if name in self._kept:
+            return self._kept[name]
+        x = make()
+        size = 0 if x is None else x.numel() * x.element_size()
+        if size <= self._room and not torch.compiler.is_compiling():  # a traced call must not leave anything behind
+            self._kept[name] = x
+            self._room -= size
+        return x
+
+
+class ArrangedPart(Part):
+    """A part with an arrangement, computed on tensors that are arranged already."""
+
+    def __init__(self, part: TiledPart) -> None:
+        self.part, self.kernel, self.what, self.pairs = part, part.kernel, part.what, part.pairs
+
+    def forward(self, scores: Scores, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return self.part.forward_in_place(scores, query, key, value)
+
+    def backward(
+        self, scores: Scores, query: Tensor, key: Tensor, value: Tensor, merged: Merged, into: Gradients
+    ) -> None:
+        self.part.backward_in_place(scores, query, key, value, merged, into)
+
+
+class Arrange(torch.autograd.Function):
+    """Queries, keys and values, arranged."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, arrangement: Arrangement, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.arrangement = arrangement
+        return arrangement.arrange_all(query, key, value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return None, *(ctx.arrangement.restore(grad) for grad in grads)
+
+
+class Restore(torch.autograd.Function):
+    """What was computed for arranged queries, in the order of the tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, arrangement: Arrangement, x: Tensor) -> Tensor:
+        ctx.arrangement = arrangement
+        return arrangement.restore(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        grad, there = ctx.arrangement.arrange(grad), ctx.arrangement.there
+        return None, grad if there is None else grad.masked_fill_(~there[:, None], 0)
+
+
+def attend_arranged(
+    part: TiledPart, scores: Scores, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None
+) -> Tensor:
+    """Attention by one part that has an arrangement: what is kept for the backward is arranged already."""
+    assert part.arrangement is not None
+    query, key, value = Arrange.apply(part.arrangement, query, key, value)
+    return Restore.apply(part.arrangement, attend([(ArrangedPart(part), scores)], query, key, value, sinks))
+
+
+def _of_tiles(merged: Merged, tiles: Tiles) -> Merged:
+    lse, delta = (tiles.queries(x[..., None])[..., 0] for x in (merged.lse, merged.delta))
+    there = None if tiles.query_there is None else tiles.query_there[:, None]
+    return _present(Merged(tiles.queries(merged.out), lse, tiles.queries(merged.grad), delta), there)
+
+
+def _present(merged: Merged, there: Bool[Tensor, "..."] | None) -> Merged:
+    """The same without gradients of what stands for no token."""
+    if there is None:
+        return merged
+    return replace(
+        merged, grad=merged.grad.masked_fill(~there[..., None], 0), delta=merged.delta.masked_fill(~there, 0)
+    )
 
 
 class _TileGradients(NamedTuple):
@@ -82,186 +191,126 @@ class _TileGradients(NamedTuple):
 
 
 class _Tile:
-    """One call's tiles: their vectors ``(n, B, H, rows, D)``, which pairs count, and the two ways to compute with them."""
+    """One call's tiles: their vectors ``(B, n, H, rows, D)``, which pairs count, and the two ways to compute with them."""
 
-    def __init__(
-        self,
-        tiles: Tiles,
-        scores: Scores,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        exact: str | None,
-        known: Callable[[Callable[[], Tensor | None]], Tensor | None],
-    ) -> None:
-        self.scores = scores
-        self.pairs = tiles.pairs(*query.shape[:2])
-        self.wide = torch.promote_types(query.dtype, torch.float32)
-        self.query, self.key, self.value = tiles.queries(query), tiles.keys(key), tiles.keys(value)
-        self.group = query.shape[1] // key.shape[1]
-        self.flash = (
-            query.device.type == "cpu"
-            and not torch.is_grad_enabled()  # flash has no gradient of its log-sum-exp
-            and scores.softcap is None
-            and not scores.dropout_p
-            and self.query.numel() * self.key.numel() > 0
-        )
+    def __init__(self, part: TiledPart, i: int, scores: Scores, query: Tensor, key: Tensor, value: Tensor) -> None:
+        self.part, self.i, self.scores, self.tiles = part, i, scores, part.calls[i]
+        self.batch, self.heads = query.shape[:2]
+        self.query, self.key, self.value = self.tiles.queries(query), self.tiles.keys(key), self.tiles.keys(value)
+        self.flash = _flash.fits(scores, self.query, self.key)
         # In order without a mask: what is missing from a tile stands behind everything else.
-        self.in_order = exact == "causal" and self.flash and not scores.biases and self.group == 1
-        self.allowed = None if self.in_order else known(lambda: self._allowed(tiles, exact))
+        same_heads = query.shape[1] == key.shape[1]
+        self.in_order = self.flash and part.exact == "causal" and not scores.biases and same_heads
+        fixed = part.keep and not any(isinstance(bias, Tensor) for bias in scores.biases)
+        self.allowed = None
+        if not self.in_order:
+            self.allowed = part.recall(("mask", i), self._allowed) if fixed else self._allowed()
         if self.allowed is not None and not scores.clean:
-            whole = self.allowed.expand(*self.allowed.shape[:3], tiles.rows, tiles.columns)
+            whole = self.allowed.expand(*self.allowed.shape[:3], self.tiles.rows, self.tiles.columns)
             self.query, self.key, self.value = without_hidden(self.query, self.key, self.value, whole)
 
-    def _allowed(self, tiles: Tiles, exact: str | None) -> Tensor | None:
-        there = None if tiles.key_there is None else tiles.key_there[:, None, None, None, :]
-        if exact == "full" and not any(isinstance(bias, Tensor) for bias in self.scores.biases):
-            return there  # rows that are no tokens are computed and left behind
-        if tiles.query_there is not None:
-            there = both(there, tiles.query_there[:, None, None, :, None])
+    @cached_property
+    def pairs(self) -> Pairs:
+        """The indices of the tiles' pairs, broadcastable to ``(n, B, H, rows, columns)``."""
+        pairs = self.tiles.pairs(self.batch, self.heads)
+        return pairs if self.part.arrangement is None else self.part.arrangement.pairs(pairs)
+
+    @property
+    def _there(self) -> tuple[Tensor | None, Tensor | None]:
+        """Which queries and which keys are tokens, ``(n, rows)`` and ``(n, columns)``."""
+        arrangement = self.part.arrangement
+        if arrangement is None or arrangement.there is None:
+            return self.tiles.query_there, self.tiles.key_there
+        there = arrangement.there[None, None, :, None]
+        return self.tiles.queries(there)[0, :, 0, :, 0], self.tiles.keys(there)[0, :, 0, :, 0]
+
+    def _allowed(self) -> Bool[Tensor, "#batch #n #heads #rows #columns"] | None:
+        """Which pairs count; None where all do."""
+        queries, keys = self._there
+        there = None if keys is None else keys[:, None, None, None, :]
+        if self.part.exact == "full" and not any(isinstance(bias, Tensor) for bias in self.scores.biases):
+            return None if there is None else there.transpose(0, 1)  # rows that are no tokens are left behind
+        if queries is not None:
+            there = both(there, queries[:, None, None, :, None])
         allowed = both(self.scores.allowed(self.pairs), there)
-        return None if allowed is None else _ranked(allowed, 5)
+        return None if allowed is None else _by_row(allowed)
 
-    # -- flash ---------------------------------------------------------------------------------------------------
+    @property
+    def _has_empty_rows(self) -> bool:
+        if self.allowed is None:
+            return False
+        return not self.scores.reflexive or self._there[0] is not None
 
-    def _additive(self) -> Tensor | None:
+    def _bias(self, scores: Scores) -> Float[Tensor, "#batch #n #heads #rows #columns"] | None:
+        def recall(name: Hashable, make: Callable[[], Tensor]) -> Tensor:
+            rows = self.part.recall(("rows", self.i, name), lambda: _once(make()))
+            assert rows is not None
+            return rows
+
+        bias = scores.bias_by(lambda: self.pairs, recall)
+        return None if bias is None else _by_row(bias)
+
+    def _additive(self, bias: Tensor | None) -> Tensor | None:
         """Bias and mask as one tensor to add to the scores."""
-        bias = self.scores.bias(self.pairs)
-        if bias is not None:
-            bias = _ranked(bias, 5).to(self.wide)
+        wide = torch.promote_types(self.query.dtype, torch.float32)
+        bias = None if bias is None else bias.to(wide)
         if self.allowed is None:
             return bias
-        if bias is None:
-            bias = torch.zeros((), dtype=self.wide, device=self.allowed.device)
-        return torch.where(self.allowed, bias, float("-inf"))
-
-    def _flash_inputs(self) -> tuple[list[Tensor], dict[str, Any]]:
-        dim = max(self.query.shape[-1], self.value.shape[-1])
-        vectors = [_folded(_widened(x, dim), g) for x, g in ((self.query, self.group), (self.key, 1), (self.value, 1))]
-        mask = None if self.in_order else _folded_mask(self._additive(), self.query, self.group)
-        return vectors, {"attn_mask": mask, "scale": self.scores.scale}
+        bias = torch.zeros((), dtype=wide, device=self.allowed.device) if bias is None else bias
+        return torch.where(self.allowed, bias.contiguous(), float("-inf"))  # heads stand last, which is slow to read
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp."""
+        mask = None if self.in_order else self._additive(self._bias(self.scores))
         if not self.flash:
-            return self._forward_by_formula()
-        vectors, options = self._flash_inputs()
-        out, lse = _FLASH(*vectors, 0.0, self.in_order, **options)
-        out = _unfolded(out, self.query)[..., : self.value.shape[-1]].to(self.wide)
-        lse = _unfolded(lse[..., None], self.query)[..., 0].to(self.wide)
+            return _formulas.forward(self.query, self.key, self.value, self._parameters(mask))
+        out, lse = _flash.forward(self.query, self.key, self.value, mask, self.in_order, self.scores.scale)
         if self.allowed is not None and not self.scores.reflexive:
             lse = lse.masked_fill(~self.allowed.any(-1), float("-inf"))
         return out, lse
 
     def backward(self, rows: Merged, biases: list[Tensor | None]) -> _TileGradients:
         """Gradients of the tiles' vectors; those of the biases are added to ``biases``."""
-        if not self.flash or any(bias is not None for bias in biases):
-            return self._backward_by_formula(rows, biases)
-        vectors, options = self._flash_inputs()
-        dim = vectors[0].shape[-1]
-        grad, out = (_folded(_widened(x.to(self.query.dtype), dim), self.group) for x in (rows.grad, rows.out))
-        lse = _folded(rows.lse[..., None], self.group)[..., 0]
-        dq, dk, dv = _FLASH_BACKWARD(grad, *vectors, out, lse, 0.0, self.in_order, **options)
-        return self._gradients(dq, dk, dv)
-
-    def _gradients(self, dq: Tensor, dk: Tensor, dv: Tensor) -> _TileGradients:
-        return _TileGradients(
-            _unfolded(dq, self.query)[..., : self.query.shape[-1]],
-            dk.unflatten(1, self.key.shape[1:3])[..., : self.key.shape[-1]],
-            dv.unflatten(1, self.key.shape[1:3])[..., : self.value.shape[-1]],
-        )
-
-    # -- formulas ------------------------------------------------------------------------------------------------
-
-    def _scored(self, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Scores, minus infinity where a pair does not count, and the tanh of the soft cap."""
-        query, key = self.query.to(self.wide), self.key.to(self.wide)
-        s = (_folded(query, self.group) @ _folded(key, 1).transpose(-2, -1)).mul_(self.scores.scale)
-        s = s.reshape(*query.shape[:4], key.shape[3])
-        tanh = None
-        if self.scores.softcap is not None:
-            tanh = torch.tanh(s / self.scores.softcap)
-            s = self.scores.softcap * tanh
-        if bias is not None:
-            s = s + bias.to(self.wide)
-        return (s if self.allowed is None else s.masked_fill_(~self.allowed, float("-inf"))), tanh
-
-    def _forward_by_formula(self) -> tuple[Tensor, Tensor]:
-        s, _ = self._scored(self.scores.bias(self.pairs))
-        if s.shape[-1] == 0:
-            return s.new_zeros(*s.shape[:-1], self.value.shape[-1]), s.new_full(s.shape[:-1], float("-inf"))
-        lse = torch.logsumexp(s, -1)
-        e = torch.exp(s - lse.masked_fill(lse == float("-inf"), 0)[..., None])
-        if self.scores.dropout_p:
-            e = e * self.scores.kept(self.pairs) / (1 - self.scores.dropout_p)
-        return _unfolded(_folded(e, self.group) @ _folded(self.value.to(self.wide), 1), self.query), lse
-
-    def _backward_by_formula(self, rows: Merged, biases: list[Tensor | None]) -> _TileGradients:
-        grad = _folded(rows.grad.to(self.wide), self.group)
-        leaves, bias = self._bias_with_grad(biases)
-        s, tanh = self._scored(None if bias is None else bias.detach())
-        p = s.sub_(rows.lse[..., None]).exp_()
-        dp = (grad @ _folded(self.value.to(self.wide), 1).transpose(-2, -1)).reshape(p.shape)
-        dropped = p
-        if self.scores.dropout_p:
-            kept = self.scores.kept(self.pairs) / (1 - self.scores.dropout_p)
-            dropped, dp = p * kept, dp * kept
-        dv = _folded(dropped, self.group).transpose(-2, -1) @ grad
-        ds = dp.sub_(rows.delta[..., None]).mul_(p)
-        if bias is not None and leaves:
-            self._add_bias_gradients(bias, leaves, ds, biases)
-        if tanh is not None:
-            ds = ds * (1 - tanh**2)
-        ds = _folded(ds.mul_(self.scores.scale), self.group)
-        dk = ds.transpose(-2, -1) @ _folded(self.query.to(self.wide), self.group)
-        return self._gradients(ds @ _folded(self.key.to(self.wide), 1), dk, dv)
-
-    def _bias_with_grad(self, biases: list[Tensor | None]) -> tuple[dict[int, Tensor], Tensor | None]:
-        """The tiles' bias, and the tensors whose gradients are wanted as leaves of its graph."""
+        vectors = (self.query, self.key, self.value)
+        if not any(total is not None for total in biases):
+            mask = None if self.in_order else self._additive(self._bias(self.scores))
+            if self.flash and (self.in_order or self.tiles.columns > FEW_COLUMNS):
+                return _TileGradients(*_flash.backward(*vectors, mask, self.in_order, self.scores.scale, rows))
+            return _TileGradients(*_formulas.backward(*vectors, self._parameters(mask), rows, None))
         every = self.scores.tensors
-        leaves = {i: every[i].detach().requires_grad_() for i, into in enumerate(biases) if into is not None}
-        scores = self.scores.using(tuple(leaves.get(i, t) for i, t in enumerate(every)))
+        leaves = {i: every[i].detach().requires_grad_() for i, total in enumerate(biases) if total is not None}
         with torch.enable_grad():
-            return leaves, scores.bias(self.pairs)
-
-    def _add_bias_gradients(
-        self, bias: Tensor, leaves: dict[int, Tensor], ds: Tensor, into: list[Tensor | None]
-    ) -> None:
-        summed = ds.sum_to_size(_ranked(bias, ds.ndim).shape).reshape(bias.shape).to(bias.dtype)
-        for i, grad in zip(
-            leaves, torch.autograd.grad(bias, list(leaves.values()), summed, allow_unused=True), strict=True
-        ):
-            if grad is not None:
-                total = into[i]
-                assert total is not None
+            bias = self._bias(self.scores.using(tuple(leaves.get(i, t) for i, t in enumerate(every))))
+        assert bias is not None
+        bias_grad = torch.zeros_like(bias, dtype=torch.promote_types(bias.dtype, torch.float32))
+        mask = self._additive(bias.detach())
+        grads = _formulas.backward(*vectors, self._parameters(mask), rows, bias_grad)
+        found = torch.autograd.grad(bias, list(leaves.values()), bias_grad.to(bias.dtype), allow_unused=True)
+        for i, grad in zip(leaves, found, strict=True):
+            total = biases[i]
+            if grad is not None and total is not None:
                 total += grad
+        return _TileGradients(*grads)
+
+    def _parameters(self, mask: Tensor | None) -> _formulas.Parameters:
+        scores = self.scores
+        kept = (lambda: _by_row(scores.kept(self.pairs))) if scores.dropout_p else None
+        return _formulas.Parameters(scores.scale, scores.softcap, mask, self._has_empty_rows, scores.dropout_p, kept)
 
 
-def _ranked(x: Tensor, rank: int) -> Tensor:
-    return x.reshape((1,) * (rank - x.ndim) + x.shape)
+def _by_row(x: Tensor) -> Shaped[Tensor, "#batch #n #heads #rows #columns"]:
+    """What was asked of ``Pairs``, in the order of the tiles' vectors."""
+    return x.reshape((1,) * (5 - x.ndim) + x.shape).transpose(0, 1)
 
 
-def _widened(x: Tensor, dim: int) -> Tensor:
-    return x if x.shape[-1] == dim else F.pad(x, (0, dim - x.shape[-1]))
-
-
-def _folded(x: Float[Tensor, "n batch heads rows dim"], group: int) -> Float[Tensor, "n kv_batch_heads group_rows dim"]:
-    """Rows of the batch and key heads as one axis, a group's query heads as further rows: what key and value are shared by."""
-    n, batch, heads, rows, dim = x.shape
-    return x.reshape(n, batch * (heads // group), group * rows, dim)
-
-
-def _unfolded(x: Tensor, like: Tensor) -> Tensor:
-    """The inverse of ``_folded``."""
-    return x.reshape(*like.shape[:4], x.shape[-1])
-
-
-def _folded_mask(mask: Tensor | None, query: Tensor, group: int) -> Tensor | None:
-    if mask is None:
-        return None
-    n, batch, heads, rows, _ = query.shape
-    mask = mask.expand(mask.shape[0], *mask.shape[1:3], rows, mask.shape[-1])
-    if mask.shape[1] == mask.shape[2] == 1:
-        mask = mask[:, :, 0]
-        return (mask if group == 1 else mask.repeat(1, 1, group, 1)).expand(n, -1, -1, -1)
-    return _folded(mask.expand(n, batch, heads, rows, mask.shape[-1]), group)
+def _once(index: Tensor) -> Tensor:
+    """An index that is the same for all tiles, once."""
+    index = index.int()
+    if (
+        index.ndim == 5
+        and index.shape[0] > 1
+        and not torch.compiler.is_compiling()
+        and bool((index == index[:1]).all())
+    ):
+        return index[:1].clone()
+    return index

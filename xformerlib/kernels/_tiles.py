@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence as SequenceOf
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,18 +16,18 @@ from ._scores import Pairs
 class Tiles(ABC):
     """``n`` tiles of ``rows`` queries by ``columns`` keys; each query of the tiles is in one tile only.
 
-    Tensors of tokens are ``(B, H, T, D)``, tensors of tiles ``(n, B, H, rows, D)``.
+    Tensors of tokens are ``(B, H, T, D)``, tensors of tiles ``(B, n, H, rows, D)``. What is put or added goes into a tensor of tokens,
+    or where that is None into a new one of so many tokens, which is returned.
     """
 
     n: int
     rows: int
     columns: int
-    share: float = 1.0  # of the rows of the batch, that the tiles are for
 
     @property
-    def size(self) -> float:
-        """Pairs in the tiles, for each row of the batch."""
-        return self.n * self.rows * self.columns * self.share
+    def size(self) -> int:
+        """Pairs in the tiles."""
+        return self.n * self.rows * self.columns
 
     @abstractmethod
     def pairs(self, batch: int, heads: int) -> Pairs:
@@ -43,30 +44,31 @@ class Tiles(ABC):
         return None
 
     @abstractmethod
-    def queries(self, x: Float[Tensor, "batch heads tokens dim"]) -> Float[Tensor, "n tile_batch heads rows dim"]:
+    def queries(self, x: Float[Tensor, "batch heads tokens dim"]) -> Float[Tensor, "batch n heads rows dim"]:
         """The tiles' queries."""
 
     @abstractmethod
-    def keys(self, x: Float[Tensor, "batch heads tokens dim"]) -> Float[Tensor, "n tile_batch heads columns dim"]:
+    def keys(self, x: Float[Tensor, "batch heads tokens dim"]) -> Float[Tensor, "batch n heads columns dim"]:
         """The tiles' keys."""
 
     @abstractmethod
     def put_queries(
-        self, x: Float[Tensor, "batch heads tokens dim"], tile: Float[Tensor, "n tile_batch heads rows dim"]
-    ) -> None:
-        """Write what was computed for the tiles' queries where they stand in ``x``."""
+        self, x: Tensor | None, tile: Float[Tensor, "batch n heads rows dim"], tokens: int, fill: float | None = 0.0
+    ) -> Float[Tensor, "batch heads tokens dim"]:
+        """Write what was computed for the tiles' queries where they stand; a new tensor holds ``fill`` elsewhere, or anything
+        (None)."""
 
     @abstractmethod
     def add_queries(
-        self, x: Float[Tensor, "batch heads tokens dim"], tile: Float[Tensor, "n tile_batch heads rows dim"]
-    ) -> None:
-        """Add what was computed for the tiles' queries where they stand in ``x``."""
+        self, x: Tensor | None, tile: Float[Tensor, "batch n heads rows dim"], tokens: int
+    ) -> Float[Tensor, "batch heads tokens dim"]:
+        """Add what was computed for the tiles' queries where they stand."""
 
     @abstractmethod
     def add_keys(
-        self, x: Float[Tensor, "batch heads tokens dim"], tile: Float[Tensor, "n tile_batch heads columns dim"]
-    ) -> None:
-        """Add what was computed for the tiles' keys where they stand in ``x``."""
+        self, x: Tensor | None, tile: Float[Tensor, "batch n heads columns dim"], tokens: int
+    ) -> Float[Tensor, "batch heads tokens dim"]:
+        """Add what was computed for the tiles' keys where they stand."""
 
 
 class Block(Tiles):
@@ -86,47 +88,40 @@ class Block(Tiles):
         return Pairs.of(batch, heads, q, k)
 
     def queries(self, x: Tensor) -> Tensor:
-        return _fetch(x, self.q)[None]
+        return _fetch(x, self.q)[:, None]
 
     def keys(self, x: Tensor) -> Tensor:
-        return _fetch(x, self.k)[None]
+        return _fetch(x, self.k)[:, None]
 
-    def put_queries(self, x: Tensor, tile: Tensor) -> None:
+    def put_queries(self, x: Tensor | None, tile: Tensor, tokens: int, fill: float | None = 0.0) -> Tensor:
+        if self.rows == tokens and isinstance(self.q, slice):
+            return tile[:, 0]
+        x = _new(tile, tokens, fill) if x is None else x
         if isinstance(self.q, slice):
-            x[:, :, self.q] = tile[0]
+            x[:, :, self.q] = tile[:, 0]
         else:
-            x.index_copy_(2, self.q, tile[0].to(x.dtype))
+            x.index_copy_(2, self.q, tile[:, 0].to(x.dtype))
+        return x
 
-    def add_queries(self, x: Tensor, tile: Tensor) -> None:
-        _add(x, self.q, tile[0])
+    def add_queries(self, x: Tensor | None, tile: Tensor, tokens: int) -> Tensor:
+        return _add(x, self.q, tile[:, 0], tokens)
 
-    def add_keys(self, x: Tensor, tile: Tensor) -> None:
-        _add(x, self.k, tile[0])
+    def add_keys(self, x: Tensor | None, tile: Tensor, tokens: int) -> Tensor:
+        return _add(x, self.k, tile[:, 0], tokens)
 
 
 class Gathered(Tiles):
-    """Tiles of listed queries and keys, -1 where a tile is not full; with ``row``, each tile in one row of a batch of ``batch``.
+    """Tiles of listed queries and keys, -1 where a tile is not full. Queries are in one tile at most, keys in any number."""
 
-    Queries are in one tile at most, keys in any number.
-    """
-
-    def __init__(
-        self,
-        q_index: Int[Tensor, "n rows"],
-        k_index: Int[Tensor, "n columns"],
-        row: Int[Tensor, " n"] | None = None,
-        batch: int = 1,
-    ) -> None:
+    def __init__(self, q_index: Int[Tensor, "n rows"], k_index: Int[Tensor, "n columns"]) -> None:
         (self.n, self.rows), self.columns = q_index.shape, k_index.shape[1]
-        self.row, self.share = row, 1 / batch
         self._q, self._k = q_index.clamp(min=0), k_index.clamp(min=0)
         self._q_there, self._k_there = (None if bool((i >= 0).all()) else i >= 0 for i in (q_index, k_index))
         self._q_places, self._q_targets = _places(q_index)
         self._k_places, self._k_targets = _places(k_index)
 
     def pairs(self, batch: int, heads: int) -> Pairs:
-        pairs = Pairs.of(batch, heads, self._q, self._k)
-        return pairs if self.row is None else pairs._replace(b=self.row[:, None, None, None, None])
+        return Pairs.of(batch, heads, self._q, self._k)
 
     @property
     def query_there(self) -> Tensor | None:
@@ -136,44 +131,26 @@ class Gathered(Tiles):
     def key_there(self) -> Tensor | None:
         return self._k_there
 
-    def _index(self, index: Tensor, tokens: int) -> Tensor:
-        return index.flatten() if self.row is None else (index + tokens * self.row[:, None]).flatten()
-
-    def _flat(self, x: Tensor) -> Tensor:
-        """(B, H, T, D), or with rows (1, H, B * T, D)."""
-        return x if self.row is None else x.transpose(0, 1).flatten(1, 2)[None]
-
     def queries(self, x: Tensor) -> Tensor:
-        picked = self._flat(x).index_select(2, self._index(self._q, x.shape[2]))
-        return picked.unflatten(2, (self.n, self.rows)).movedim(2, 0)
+        return _fetch(x, self._q.flatten()).unflatten(2, (self.n, self.rows)).transpose(1, 2)
 
     def keys(self, x: Tensor) -> Tensor:
-        picked = self._flat(x).index_select(2, self._index(self._k, x.shape[2]))
-        return picked.unflatten(2, (self.n, self.columns)).movedim(2, 0)
+        return _fetch(x, self._k.flatten()).unflatten(2, (self.n, self.columns)).transpose(1, 2)
 
-    def put_queries(self, x: Tensor, tile: Tensor) -> None:
-        self._into(x, tile, self._q, self._q_places, self._q_targets, add=False)
+    def put_queries(self, x: Tensor | None, tile: Tensor, tokens: int, fill: float | None = 0.0) -> Tensor:
+        x = _new(tile, tokens, fill) if x is None else x
+        return x.index_copy_(2, self._q_targets, self._listed(tile, self._q_places).to(x.dtype))
 
-    def add_queries(self, x: Tensor, tile: Tensor) -> None:
-        self._into(x, tile, self._q, self._q_places, self._q_targets, add=True)
+    def add_queries(self, x: Tensor | None, tile: Tensor, tokens: int) -> Tensor:
+        return _add(x, self._q_targets, self._listed(tile, self._q_places), tokens)
 
-    def add_keys(self, x: Tensor, tile: Tensor) -> None:
-        self._into(x, tile, self._k, self._k_places, self._k_targets, add=True)
+    def add_keys(self, x: Tensor | None, tile: Tensor, tokens: int) -> Tensor:
+        return _add(x, self._k_targets, self._listed(tile, self._k_places), tokens)
 
-    def _into(
-        self, x: Tensor, tile: Tensor, index: Tensor, places: Tensor | None, targets: Tensor, *, add: bool
-    ) -> None:
-        flat = tile.movedim(0, 2).flatten(2, 3)
-        if places is not None:  # leave out what stands for no token
-            flat = flat.index_select(2, places)
-        if self.row is None:
-            _write(x, targets, flat, add)
-            return
-        row = self.row.repeat_interleave(index.shape[1])
-        row = row if places is None else row[places]
-        whole = x.transpose(0, 1).flatten(1, 2).contiguous()[None]
-        _write(whole, targets + row * x.shape[2], flat, add)
-        x.copy_(whole[0].unflatten(1, (x.shape[0], x.shape[2])).transpose(0, 1))
+    @staticmethod
+    def _listed(tile: Tensor, places: Tensor | None) -> Tensor:
+        """The vectors of a tensor of tiles one after the other, without those that stand for no token."""
+        return _flat(tile) if places is None else _fetch(_flat(tile), places)
 
 
 class Band(Tiles):
@@ -216,7 +193,7 @@ class Band(Tiles):
         x = x[:, :, start:stop]
         if left or right:
             x = F.pad(x, (0, 0, left, right))
-        return x.unfold(2, before + self.rows + after, self.rows).movedim(2, 0).transpose(-2, -1)
+        return x.unfold(2, before + self.rows + after, self.rows).transpose(1, 2).transpose(-2, -1)
 
     def queries(self, x: Tensor) -> Tensor:
         return self._runs(x, 0, 0)
@@ -224,52 +201,195 @@ class Band(Tiles):
     def keys(self, x: Tensor) -> Tensor:
         return self._runs(x, self.before, self.after)
 
-    def put_queries(self, x: Tensor, tile: Tensor) -> None:
+    def put_queries(self, x: Tensor | None, tile: Tensor, tokens: int, fill: float | None = 0.0) -> Tensor:
         start, stop, _, _ = self._around(0, 0)
-        x[:, :, start:stop] = tile.movedim(0, 2).flatten(2, 3)[:, :, : stop - start]
+        runs = _flat(tile)[:, :, : stop - start]
+        if stop - start == tokens:
+            return runs
+        x = _new(tile, tokens, fill) if x is None else x
+        x[:, :, start:stop] = runs
+        return x
 
-    def add_queries(self, x: Tensor, tile: Tensor) -> None:
+    def add_queries(self, x: Tensor | None, tile: Tensor, tokens: int) -> Tensor:
         start, stop, _, _ = self._around(0, 0)
-        x[:, :, start:stop] += tile.movedim(0, 2).flatten(2, 3)[:, :, : stop - start]
+        return _add(x, slice(start, stop), _flat(tile)[:, :, : stop - start], tokens)
 
-    def add_keys(self, x: Tensor, tile: Tensor) -> None:
+    def add_keys(self, x: Tensor | None, tile: Tensor, tokens: int) -> Tensor:
         # Each run's keys overlap the next one's: add them piece by piece, each piece of all runs at once.
         start, stop, left, right = self._around(self.before, self.after)
-        total = x.new_zeros(*x.shape[:2], left + stop - start + right, x.shape[3])
-        moved = tile.movedim(0, 2)
-        for piece in range(0, self.columns, self.rows):
-            width = min(self.rows, self.columns - piece)
-            runs = total[:, :, piece : piece + self.n * self.rows]
-            short = self.n * self.rows - runs.shape[2]
-            if short:  # the last run's piece is not whole
-                whole = runs[:, :, : (self.n - 1) * self.rows].unflatten(2, (self.n - 1, self.rows))
-                whole[..., :width, :] += moved[:, :, :-1, piece : piece + width]
-                runs[:, :, (self.n - 1) * self.rows :][:, :, :width] += moved[:, :, -1, piece : piece + width]
+        length, width = left + stop - start + right, self.n * self.rows
+        total = _new(tile, length + -length % self.rows, None)
+        total[:, :, width:] = 0
+        by_run = total.unflatten(2, (-1, self.rows))
+        for i, first in enumerate(range(0, self.columns, self.rows)):
+            piece = tile[..., first : first + self.rows, :].transpose(1, 2)
+            runs = by_run[:, :, i : i + self.n, : piece.shape[-2]]
+            if i:
+                runs += piece
             else:
-                runs.unflatten(2, (self.n, self.rows))[..., :width, :] += moved[:, :, :, piece : piece + width]
-        x[:, :, start:stop] += total[:, :, left : left + stop - start]
+                runs.copy_(piece)
+        found = total[:, :, left : left + stop - start]
+        return found if x is None and stop - start == tokens else _add(x, slice(start, stop), found, tokens)
+
+
+class Slices(Tiles):
+    """Runs of ``width`` tokens, one behind the other from ``first`` on, each by itself."""
+
+    def __init__(self, first: int, n: int, width: int, device: torch.device) -> None:
+        self.first, self.n, self.rows, self.columns, self.device = first, n, width, width, device
+
+    @property
+    def _all(self) -> slice:
+        return slice(self.first, self.first + self.n * self.rows)
+
+    def pairs(self, batch: int, heads: int) -> Pairs:
+        index = torch.arange(self._all.start, self._all.stop, device=self.device).view(self.n, self.rows)
+        return Pairs.of(batch, heads, index, index)
+
+    def queries(self, x: Tensor) -> Tensor:
+        return x[:, :, self._all].unflatten(2, (self.n, self.rows)).transpose(1, 2)
+
+    def keys(self, x: Tensor) -> Tensor:
+        return self.queries(x)
+
+    def put_queries(self, x: Tensor | None, tile: Tensor, tokens: int, fill: float | None = 0.0) -> Tensor:
+        if self.n * self.rows == tokens:
+            return _flat(tile)
+        x = _new(tile, tokens, fill) if x is None else x
+        self.queries(x).copy_(tile)
+        return x
+
+    def add_queries(self, x: Tensor | None, tile: Tensor, tokens: int) -> Tensor:
+        if x is None:
+            return self.put_queries(x, tile, tokens)
+        self.queries(x).add_(tile)
+        return x
+
+    def add_keys(self, x: Tensor | None, tile: Tensor, tokens: int) -> Tensor:
+        return self.add_queries(x, tile, tokens)
+
+
+class Arrangement:
+    """The tokens in another order, in which the tiles of a part are runs.
+
+    Args:
+        index: the token at each place.
+        there: whether it belongs there, each token at most at one place; elsewhere it only fills the place. None: everywhere.
+        tokens: T.
+        rows: where each row of the batch has an order of its own, their number: token i of row b is then ``b * T + i``, and arranged
+            tensors have one row.
+    """
+
+    def __init__(
+        self,
+        index: Int[Tensor, " places"],
+        there: Bool[Tensor, " places"] | None,
+        tokens: int,
+        rows: int | None = None,
+    ) -> None:
+        self.index, self.there, self.rows, self.tokens = index, there, rows, tokens
+        places = torch.arange(index.numel(), device=index.device) if there is None else there.nonzero()[:, 0]
+        everyone = tokens * (1 if rows is None else rows)
+        home = index.new_full((everyone,), -1)
+        home[index[places]] = places
+        self._missing = None if places.numel() == everyone else home < 0
+        self._home = home.clamp_(min=0)
+        self._row = None if rows is None else torch.div(index, max(tokens, 1), rounding_mode="floor")
+        self._token = index if rows is None else index % max(tokens, 1)
+
+    @property
+    def size(self) -> int:
+        """The number of places."""
+        return self.index.numel()
+
+    def arrange(self, x: Float[Tensor, "batch heads tokens dim"]) -> Float[Tensor, "_ heads places dim"]:
+        """A tensor of tokens, in the order of places; whatever where there is no token."""
+        if self.rows is None:
+            return _fetch(x, self.index)
+        return _fetch(x.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2), self.index)
+
+    def arrange_all(
+        self,
+        query: Float[Tensor, "batch heads tokens _"],
+        key: Float[Tensor, "batch kv_heads tokens _"],
+        value: Float[Tensor, "batch kv_heads tokens _"],
+    ) -> tuple[
+        Float[Tensor, "_ heads places _"], Float[Tensor, "_ kv_heads places _"], Float[Tensor, "_ kv_heads places _"]
+    ]:
+        """``arrange`` for all three; those that one projection left side by side in memory are fetched at once."""
+        joint = _joint((query, key, value))
+        if joint is None:
+            return self.arrange(query), self.arrange(key), self.arrange(value)
+        query, key, value = self.arrange(joint).split([x.shape[1] for x in (query, key, value)], 1)
+        return query, key, value
+
+    def restore(
+        self, x: Float[Tensor, "_ heads places dim"], fill: float = 0.0
+    ) -> Float[Tensor, "batch heads tokens dim"]:
+        """The inverse of ``arrange``; ``fill`` for tokens that have no place."""
+        x = _fetch(x, self._home)
+        if self._missing is not None:
+            x = x.masked_fill_(self._missing[:, None], fill)
+        return x if self.rows is None else x[0].unflatten(1, (self.rows, self.tokens)).transpose(0, 1)
+
+    def pairs(self, pairs: Pairs) -> Pairs:
+        """The tokens of pairs of places."""
+        # Every tile is in one row of the batch, that of its first query.
+        b = pairs.b if self._row is None else self._row[pairs.q[..., :1, :]]
+        return Pairs(b, pairs.h, self._token[pairs.q], self._token[pairs.k])
 
 
 def _count(at: slice | Tensor) -> int:
     return at.stop - at.start if isinstance(at, slice) else at.numel()
 
 
-def _fetch(x: Tensor, at: slice | Tensor) -> Tensor:
-    return x[:, :, at] if isinstance(at, slice) else x.index_select(2, at)
+def _new(like: Tensor, tokens: int, fill: float | None) -> Float[Tensor, "batch heads tokens dim"]:
+    """A tensor of tokens, the heads of a token side by side, as a model will want to merge them; ``fill=None`` leaves it as it comes."""
+    shape = (like.shape[0], tokens, like.shape[-3], like.shape[-1])
+    return (like.new_empty(shape) if fill is None else like.new_full(shape, fill)).transpose(1, 2)
 
 
-def _add(x: Tensor, at: slice | Tensor, y: Tensor) -> None:
+def _flat(tile: Float[Tensor, "batch n heads rows dim"]) -> Float[Tensor, "batch heads places dim"]:
+    """The vectors of all tiles one after the other."""
+    return tile.transpose(2, 3).flatten(1, 2).transpose(1, 2)
+
+
+def _fetch(x: Float[Tensor, "batch heads tokens dim"], at: slice | Tensor) -> Float[Tensor, "batch heads places dim"]:
+    """Some tokens. Whole runs of memory are copied many times as fast as rows of another stride."""
+    if isinstance(at, slice):
+        return x[:, :, at]
+    if x.is_contiguous():
+        return x.flatten(0, 1).index_select(1, at).unflatten(0, x.shape[:2])
+    by_token = x.transpose(1, 2).contiguous()
+    return by_token.flatten(2).index_select(1, at).unflatten(2, by_token.shape[2:]).transpose(1, 2)
+
+
+def _joint(tensors: SequenceOf[Tensor]) -> Float[Tensor, "batch all_heads tokens dim"] | None:
+    """The tensor that others are the heads of, one after the other; None where they are not."""
+    first, at = tensors[0], tensors[0].storage_offset()
+    (batch, _, tokens, dim), strides = first.shape, first.stride()
+    if strides[3] != 1 or strides[1] != dim:
+        return None
+    for x in tensors:
+        same = (x.shape[0], x.shape[2], x.shape[3]) == (batch, tokens, dim) and x.stride() == strides
+        if (
+            not same
+            or x.storage_offset() != at
+            or x.data_ptr() - at * x.element_size()
+            != first.data_ptr() - (first.storage_offset() * first.element_size())
+        ):
+            return None
+        at += x.shape[1] * dim
+    return first.as_strided((batch, sum(x.shape[1] for x in tensors), tokens, dim), strides)
+
+
+def _add(x: Tensor | None, at: slice | Tensor, y: Tensor, tokens: int) -> Tensor:
+    x = _new(y, tokens, 0.0) if x is None else x
     if isinstance(at, slice):
         x[:, :, at] += y
     else:
-        x.index_add_(2, at, y.to(x.dtype))
-
-
-def _write(x: Tensor, at: Tensor, y: Tensor, add: bool) -> None:
-    if add:
-        x.index_add_(2, at, y.to(x.dtype))
-    else:
-        x.index_copy_(2, at, y.to(x.dtype))
+        x.transpose(1, 2).index_add_(1, at, y.transpose(1, 2).to(x.dtype))
+    return x
 
 
 def _places(index: Tensor) -> tuple[Tensor | None, Tensor]:

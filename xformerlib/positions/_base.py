@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import cast
 
 import torch
@@ -142,6 +142,19 @@ class PairBias(ABC):
     def of_head(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         """``at(q, k, b)[h]``; where the bias is pointwise, by one look into each tensor, as a kernel of FlexAttention needs it."""
         return self.at(q, k, b)[h]
+
+    @property
+    def rows_key(self) -> Hashable:
+        """For scores that are rows of a table: what tells, for two domains, which row each pair has. None for others."""
+        return None
+
+    def index(self, b: Tensor, q: Tensor, k: Tensor) -> Int[Tensor, "..."]:
+        """The row of each pair, where there is a ``rows_key``."""
+        raise NotImplementedError(f"{type(self).__name__} has no table")
+
+    def from_rows(self, index: Int[Tensor, "*pairs"]) -> Float[Tensor, "heads *pairs"]:
+        """The scores of pairs by their rows, where there is a ``rows_key``."""
+        raise NotImplementedError(f"{type(self).__name__} has no table")
 
     def using(self, tensors: tuple[Tensor, ...]) -> PairBias:
         """The same bias with other ``tensors``, of the same shapes."""

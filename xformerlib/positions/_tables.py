@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Hashable
 
 import torch
 from jaxtyping import Float, Int
@@ -43,7 +44,10 @@ class TablePair(PairBias):
         super().__init__(domain, keys, (table,), heads=table.shape[1], batch_size=batch_size, relative=relative)
 
     def scores(self, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        table, index = self.tensors[0], self.index(b, q, k)
+        return self.from_rows(self.index(b, q, k))
+
+    def from_rows(self, index: Int[Tensor, "*pairs"]) -> Float[Tensor, "heads *pairs"]:
+        table = self.tensors[0]
         # Its backward is twice as fast as that of indexing; on a GPU it would add with atomics, in no fixed order.
         if table.is_cpu:
             return table.index_select(0, index.flatten()).reshape(*index.shape, self.heads).movedim(-1, 0)
@@ -113,12 +117,20 @@ class StepPair(TablePair):
         super().__init__(domain, keys, table, prefix_table, relative=True)
         self.offsets = offsets
 
+    @property
+    def rows_key(self) -> Hashable:
+        return StepPair, self.prefix_rows
+
     def row(self, b: Tensor, q: Tensor, k: Tensor) -> Int[Tensor, "..."]:
         return self.offsets.code(self.domain, b, q) - self.offsets.first - self.offsets.code(self.keys, b, k)
 
 
 class HopPair(TablePair):
     """A row for each number of hops; the last but one for all that are more, the last for pairs without a path."""
+
+    @property
+    def rows_key(self) -> Hashable:
+        return HopPair, self.rows, self.prefix_rows
 
     def row(self, b: Tensor, q: Tensor, k: Tensor) -> Int[Tensor, "..."]:
         assert isinstance(self.domain, Graph)
