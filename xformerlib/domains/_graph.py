@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from jaxtyping import Bool, Float64, Int, Integer, Shaped
 from torch import Tensor
 
 from . import _graph_facts as facts
-from ._base import Domain, as_lengths, check_count, offsets_of
+from ._base import Domain, Fact, as_lengths, check_count, offsets_of
 from ._neighbours import Neighbours, neighbours_of
 from ._random_walk import return_probabilities
 from ._spectral import laplacian_eigenvectors
@@ -147,12 +148,18 @@ class Graph(Domain):
         first = offsets_of(self.sizes)[:-1]
         return facts.Topology(self.edge_index[0], self.edge_index[1], self.batch, first, self.sizes)
 
+    def _found(self, key: Hashable, make: Callable[[], Fact]) -> Fact:
+        """A fact that is found by reading data, which cannot be traced: compiled code takes one that is there already."""
+        if torch.compiler.is_compiling() and self._facts is not None and key in self._facts:
+            return self._facts[key]
+        return self.fact(key, make)
+
     # -- edges -----------------------------------------------------------------------------------------------------
 
     @property
     def csr(self) -> Neighbours:
         """The sources of the edges into each token, parallel edges included; ``origin`` is the column of ``edge_index``."""
-        return self.fact("csr", self._make_csr)
+        return self._found("csr", self._make_csr)
 
     def _make_csr(self) -> Neighbours:
         source, target = self.node_tokens[self.edge_index]
@@ -161,7 +168,7 @@ class Graph(Domain):
     @property
     def csr_transpose(self) -> Neighbours:
         """The targets of the edges out of each token; ``origin`` is the entry of ``csr``."""
-        return self.fact("csr_transpose", lambda: self.csr.transpose(self.num_tokens))
+        return self._found("csr_transpose", lambda: self.csr.transpose(self.num_tokens))
 
     @property
     def degrees(self) -> tuple[Int[Tensor, " nodes"], Int[Tensor, " nodes"]]:
@@ -189,7 +196,7 @@ class Graph(Domain):
         Raises:
             ValueError: more than 2^28 pairs.
         """
-        return self.fact("hops", self._make_hops)
+        return self._found("hops", self._make_hops)
 
     def _make_hops(self) -> HopTable:
         table, begin = facts.hop_table(self._topology)
@@ -220,7 +227,7 @@ class Graph(Domain):
             ValueError: a negative radius, or more than 2^28 pairs.
         """
         radius = min(check_count("radius", radius), self.num_nodes)
-        return self.fact(("within_hops", radius), lambda: facts.within_hops(self.csr, radius))
+        return self._found(("within_hops", radius), lambda: facts.within_hops(self.csr, radius))
 
     @property
     def ancestors(self) -> Neighbours:
@@ -229,7 +236,7 @@ class Graph(Domain):
         Raises:
             ValueError: the graph has a cycle, or more than 2^28 pairs.
         """
-        return self.fact("ancestors", self._make_ancestors)
+        return self._found("ancestors", self._make_ancestors)
 
     def _make_ancestors(self) -> Neighbours:
         nodes = self._by_token(torch.arange(self.num_nodes, device=self.device))
