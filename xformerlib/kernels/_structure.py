@@ -21,7 +21,7 @@ from ._tiles import Arrangement, Band, Block, Gathered, Slices, Tiles
 CALL_PAIRS = 2**22
 
 # Scores, of all rows of the batch and heads, that take as long as a call costs besides.
-CALL_SCORES = 2**16
+CALL_SCORES = 2**15
 
 
 @dataclass(frozen=True)

@@ -257,7 +257,7 @@ class _Tile:
         if self.allowed is None:
             return bias
         bias = torch.zeros((), dtype=wide, device=self.allowed.device) if bias is None else bias
-        return torch.where(self.allowed, bias.contiguous(), float("-inf"))  # heads stand last, which is slow to read
+        return torch.where(self.allowed, bias, float("-inf"))
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp."""
@@ -305,7 +305,6 @@ def _by_row(x: Tensor) -> Shaped[Tensor, "#batch #n #heads #rows #columns"]:
 
 def _once(index: Tensor) -> Tensor:
     """An index that is the same for all tiles, once."""
-    index = index.int()
     if (
         index.ndim == 5
         and index.shape[0] > 1

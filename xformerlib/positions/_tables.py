@@ -48,13 +48,11 @@ class TablePair(PairBias):
 
     def from_rows(self, index: Int[Tensor, "*pairs"]) -> Float[Tensor, "heads *pairs"]:
         table = self.tensors[0]
-        # Its backward is twice as fast as that of indexing; on a GPU it would add with atomics, in no fixed order.
-        if table.is_cpu:
-            return table.index_select(0, index.flatten()).reshape(*index.shape, self.heads).movedim(-1, 0)
-        return table[index].movedim(-1, 0)
-
-    def of_head(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return self.tensors[0][self.index(b, q, k), h if self.heads > 1 else torch.zeros_like(h)]
+        if not table.is_cpu:
+            return table[index].movedim(-1, 0)
+        # Several times as fast as an index of whole rows, forward and backward, and the heads come first.
+        of_head = index.long().reshape(1, -1).expand(self.heads, -1)
+        return table.t().gather(1, of_head).reshape(self.heads, *index.shape)
 
     def index(self, b: Tensor, q: Tensor, k: Tensor) -> Int[Tensor, "..."]:
         """The row of each pair."""
