@@ -52,7 +52,8 @@ def text(name: str) -> str:
         shown = str(xf.plan(mask, where, heads=4, **options))  # type: ignore[arg-type]
     except ValueError as refusal:
         shown = str(refusal)
-    return f"# {name}\n{re.sub(r'<function .*? at \w+>', '<function>', shown)}\n"
+    shown = re.sub(r"<function .*? at \w+>", "<function>", shown)
+    return f"# {name}\n{shown}\n"
 
 
 @pytest.mark.parametrize("name", CASES)
