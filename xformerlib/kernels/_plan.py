@@ -6,11 +6,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..domains import Graph
+from ..domains._ball import within_ball
 from ..domains._neighbours import Neighbours
 from ..masks import And, Edges, Expander, Full, Local, Mask, Not, Or, Where
 from ..masks._algebra import Predicate
@@ -21,7 +23,7 @@ from ._normal import Term, disjoint_terms
 from ._problem import Problem
 from ._scores import Scores
 from ._sparse import SparsePart
-from ._structure import Structure, tiled_structures
+from ._structure import Structure, reach, tiled_structures
 from ._tiled import TiledPart, attend_arranged
 from ._varlen import VarlenPart
 
@@ -30,7 +32,7 @@ KERNELS = ("sdpa", "blocks", "packed", "windowed", "sparse", "chunked", "referen
 
 # What a call of a kernel costs, and what a listed pair does, in pairs of a dense one.
 CALL_COST = 2**15
-LISTED_PAIR_COST = 12
+LISTED_PAIR_COST = 8
 # The same for a call of one of torch's fused kernels on a GPU.
 FUSED_CALL_COST = 2**19
 
@@ -241,7 +243,7 @@ class _Listed:
 
 
 def _listed(term: Term, problem: Problem) -> Iterator[_Listed]:
-    """Every list that covers a term: edges, tokens within some hops, links of an expander."""
+    """Every list that covers a term: edges, tokens within some hops or some distance, links of an expander."""
     domain = problem.domain
     if domain != problem.keys:
         return
@@ -254,6 +256,10 @@ def _listed(term: Term, problem: Problem) -> Iterator[_Listed]:
         elif isinstance(domain, Graph) and isinstance(literal, (Edges, Local)):
             radius = literal.radius if isinstance(literal, Local) else 1
             yield _Listed(domain.within_hops(int(radius)), None, len(term) == 1)  # type: ignore[arg-type]
+        elif isinstance(literal, Local) and domain.continuous and reach(literal, domain) is None:
+            near = domain.fact(("ball", literal.radius), partial(within_ball, domain, float(literal.radius)))  # type: ignore[arg-type]
+            if near is not None:
+                yield _Listed(near, domain.batch_size, False)
 
 
 def _part(structure: Structure | _Listed, own: Mask, alone: bool, problem: Problem) -> TiledPart | SparsePart:

@@ -27,6 +27,9 @@ from ._sparse_torch import Call, Features
 # Entries whose mask and biases are computed at a time: an MLP holds hundreds of numbers for each.
 BIAS_ENTRIES = 2**14
 
+# Tokens whose inner products of output and gradient are computed at a time.
+INNER_TOKENS = 2**11
+
 
 class SparsePart(Part):
     """Pairs that are listed: a graph's edges, the tokens within some hops, the links of an expander.
@@ -141,10 +144,10 @@ class _EdgeAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, sums_grad: Tensor | None) -> tuple[Any, ...]:
         query, key, value, u, e, out, lse, sums, *rest = ctx.saved_tensors
         tensors, weights = rest[: ctx.tensors], rest[ctx.tensors :]
-        delta, wanted, features = (grad.to(lse.dtype) * out).sum(-1), None, None
+        delta, wanted, features = _inner(grad, out), None, None
         if sums_grad is not None and sums is not None:
             features = Features(u, e)
-            delta += (sums_grad.to(lse.dtype) * sums).sum(-1)
+            delta += _inner(sums_grad, sums)
             du, de = (torch.zeros_like(x, dtype=lse.dtype) for x in features)
             wanted = _sparse_torch.FeatureGradients(sums_grad, du, de if ctx.needs_input_grad[6] else None)
         call = _call(ctx.pattern, ctx.scores.using(tuple(tensors)), query, key, value, features)
@@ -153,6 +156,12 @@ class _EdgeAttention(torch.autograd.Function):
         _backward(call, merged, into, wanted, weights)
         made = (None, None) if wanted is None else (wanted.query.to(u.dtype), de.to(e.dtype))
         return None, None, *into.inputs(query, key, value), *made, *into.biases
+
+
+def _inner(x: Float[Tensor, "batch heads tokens dim"], y: Float[Tensor, "batch heads tokens dim"]) -> Tensor:
+    """The inner products of vectors, some tokens at a time: all products at once would be one more tensor of their size."""
+    parts = zip(x.split(INNER_TOKENS, 2), y.split(INNER_TOKENS, 2), strict=True)
+    return torch.cat([(a.to(b.dtype) * b).sum(-1) for a, b in parts], 2)
 
 
 def _call(

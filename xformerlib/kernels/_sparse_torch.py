@@ -78,25 +78,24 @@ def forward(call: Call, *, keep: bool = False) -> Made:
     features = None if call.features is None else _FeatureProducts(call, *call.features)
     sums = None if call.features is None else like.new_empty(rows, heads, call.features.attr.shape[1])
     query, key, value = (_by_token(x) for x in (call.query, call.key, call.value))
-    kept = []
+    kept, lowest = [], torch.finfo(call.wide).min
     for some in _groups(call):
         q, k, v = some.of(query), some.of_keys(key), some.of_keys(value)
         weights = like.new_empty(some.stack.num_entries if keep else 0)
         for run in some.stack.by_query:
             s, _ = some.scored(run, q[run.rows], k, features)
             top = run.max(s)
-            p = s.sub_(top.masked_fill(top == float("-inf"), 0).index_select(0, run.at)).exp_()
+            p = s.sub_(top.clamp(min=lowest).index_select(0, run.at)).exp_()
             total = run.sum(p)
             p.mul_(total.clamp(min=1).reciprocal_().index_select(0, run.at))  # less than 1 only where nothing counts
-            some.place(lse, run).copy_(top.add_(total.log_()).unflatten(0, (-1, some.stack.heads)))
+            some.put(lse, run, top.add_(total.log_()))
             if keep:
                 weights[run.entries] = p
             factor = some.dropout(run)
             p = p if factor is None else p.mul_(factor)
-            some.place(out, run).copy_(run.sums(p, v).unflatten(0, (-1, some.stack.heads)))
+            some.put(out, run, run.sums(p, v))
             if sums is not None and features is not None:
-                found = run.sums(p, features.attr, some.stack.entry[run.entries])
-                some.place(sums, run).copy_(found.unflatten(0, (-1, some.stack.heads)))
+                some.put(sums, run, run.sums(p, features.attr, some.stack.entry[run.entries]))
         kept.append(weights)
     sums = None if sums is None else _by_head(sums, batch)
     return Made(_by_head(out, batch), _by_head(lse, batch), sums, tuple(kept) if keep else ())
@@ -111,8 +110,8 @@ def backward(
     kept: SequenceOf[Tensor] = (),
 ) -> None:
     """Add every gradient, that of the entries' biases to ``bias_grad``; ``kept`` are the weights of a forward with the same log-sum-exp."""
-    scale, (dq, dk, dv) = call.scores.scale, (_no_gradient(x, call.wide) for x in (call.query, call.key, call.value))
-    du = None if wanted is None else _no_gradient(wanted.query, call.wide)
+    dq, dk, dv = (_table_like(x, call.wide) for x in (call.query, call.key, call.value))
+    du = None if wanted is None else _table_like(wanted.query, call.wide)
     features = sums = None
     if wanted is not None and call.features is not None:
         features, sums = _FeatureProducts(call, *call.features), _FeatureProducts(call, wanted.sums, call.features.attr)
@@ -134,15 +133,15 @@ def backward(
             if bias_grad is not None:
                 some.add_to_entries(bias_grad, run, ds)
             ds = ds if tanh is None else ds.mul_(1 - tanh.square_())
-            slopes[run.entries] = ds
-            some.add(dq, run, run.sums(ds, k), scale)
+            slopes[run.entries] = ds.mul_(call.scores.scale)
+            some.put(dq, run, run.sums(ds, k))
             if features is not None and du is not None:
-                some.add(du, run, run.sums(ds, features.attr, stack.entry[run.entries]), scale)
+                some.put(du, run, run.sums(ds, features.attr, stack.entry[run.entries]))
         for run in stack.by_key:
             some.add_of_keys(dv, run, run.sums(weights.index_select(0, run.at), g))
-            some.add_of_keys(dk, run, run.sums(slopes.index_select(0, run.at), q), scale)
+            some.add_of_keys(dk, run, run.sums(slopes.index_select(0, run.at), q))
         if wanted is not None and wanted.attr is not None and features is not None and sums is not None:
-            some.add_to_features(wanted.attr, slopes, some.of(features.vectors), scale)
+            some.add_to_features(wanted.attr, slopes, some.of(features.vectors))
             some.add_to_features(wanted.attr, weights, some.of(sums.vectors))
     batch = call.query.shape[0]
     into.add(*(_by_head(x, batch) for x in (dq, dk, dv)))
@@ -158,8 +157,8 @@ def _by_head(x: Float[Tensor, "rows heads *dim"], batch: int) -> Float[Tensor, "
     return x.unflatten(0, (batch, len(x) // max(batch, 1))).transpose(1, 2)
 
 
-def _no_gradient(x: Float[Tensor, "batch heads tokens dim"], dtype: torch.dtype) -> Float[Tensor, "rows heads dim"]:
-    return x.new_zeros(x.shape[0] * x.shape[2], x.shape[1], x.shape[3], dtype=dtype)
+def _table_like(x: Float[Tensor, "batch heads tokens dim"], dtype: torch.dtype) -> Float[Tensor, "rows heads dim"]:
+    return x.new_empty(x.shape[0] * x.shape[2], x.shape[1], x.shape[3], dtype=dtype)
 
 
 class _FeatureProducts:
@@ -237,13 +236,15 @@ class _Group(NamedTuple):
         rows = slice(first + run.rows.start // heads, first + run.rows.stop // heads)
         return x[rows, self._kv_head : self._kv_head + heads]
 
-    def add(self, x: Tensor, run: Run, rows: Float[Tensor, "run_rows dim"], scale: float = 1.0) -> None:
-        """Add ``scale`` times rows of a table of queries to ``x``."""
-        self.place(x, run).add_(rows.unflatten(0, (-1, self.stack.heads)), alpha=scale)
+    def put(self, x: Shaped[Tensor, "rows heads *dim"], run: Run, rows: Shaped[Tensor, "run_rows *dim"]) -> None:
+        """Write the rows of a run, which nobody else does."""
+        self.place(x, run).copy_(rows.unflatten(0, (-1, self.stack.heads)))
 
-    def add_of_keys(self, x: Tensor, run: Run, rows: Float[Tensor, "run_rows dim"], scale: float = 1.0) -> None:
-        """Add ``scale`` times rows of a table of keys to ``x``."""
-        self.place_of_keys(x, run).add_(rows.unflatten(0, (-1, self.stack.kv_heads)), alpha=scale)
+    def add_of_keys(self, x: Float[Tensor, "rows kv_heads dim"], run: Run, rows: Float[Tensor, "run_rows dim"]) -> None:
+        """Write the rows of a run of keys, or add to what the heads before have written that share a key head."""
+        place, rows = self.place_of_keys(x, run), rows.unflatten(0, (-1, self.stack.kv_heads))
+        is_first = self.head % (self.call.query.shape[1] // self.call.key.shape[1]) == 0
+        (place.copy_ if is_first else place.add_)(rows)
 
     def entries(
         self, x: Shaped[Tensor, "#batch #heads entries"], run: Run, block: int = 0, head: int = 0
@@ -284,13 +285,13 @@ class _Group(NamedTuple):
         x: Float[Tensor, "pattern_entries dim"],
         factors: Float[Tensor, " entries"],
         vectors: Float[Tensor, "stack_rows dim"],
-        scale: float = 1.0,
     ) -> None:
-        """Add to each entry of the pattern ``scale`` times the sum over these planes of ``factor * vectors[query]``."""
+        """Add to each entry of the pattern the sum over these planes of ``factor * vectors[query]``."""
         for block in range(self.stack.blocks):
             for head in range(self.stack.heads):
                 place, row = self.stack.plane(block, head)
-                x.addcmul_(factors.index_select(0, place)[:, None], vectors.index_select(0, row), value=scale)
+                of_plane = factors if len(factors) == self.call.pattern.num_entries else factors.index_select(0, place)
+                x.addcmul_(of_plane[:, None], vectors.index_select(0, row))
 
     def scored(
         self, run: Run, rows: Tensor, key: Tensor, features: _FeatureProducts | None

@@ -87,11 +87,15 @@ class Stack:
     @cached_property
     def entry(self) -> Int[Tensor, " entries"]:
         """The entry of the pattern that each one is."""
+        if self.blocks == self.heads == 1:
+            return torch.arange(self.num_entries, device=self._rowptr.device, dtype=self._rowptr.dtype)
         return _side_by_side(self._rowptr, self.heads)[2] % max(self._pattern.num_entries, 1)
 
     def plane(self, block: int, head: int) -> tuple[Int[Tensor, " entries"], Int[Tensor, " entries"]]:
         """Of one plane: where the entries of the pattern stand here, and their rows in the table of queries."""
         pattern = self._pattern
+        if self.blocks == self.heads == 1:
+            return self.entry, pattern.row
         row = pattern.row + block * pattern.num_rows
         entry = torch.arange(pattern.num_entries, device=row.device, dtype=row.dtype) + block * pattern.num_entries
         return self._places(entry, row, head), row * self.heads + head
