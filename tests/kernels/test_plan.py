@@ -38,6 +38,7 @@ CASES: dict[str, tuple[masks.Mask | None, xf.Domain, dict[str, object]]] = {
     "edges": (Edges(self_loops=True), xf.Graph(EDGES, 2000), {}),
     "edges, an expander and a global node": (Edges() | Expander(4, seed=0) | Global(1), xf.Graph(EDGES, 2000), {}),
     "graphs": (None, xf.Graph(EDGES[:, :0], 2000, batch=torch.arange(2000) // 50), {}),
+    "balls": (Local(0.05), xf.Points(torch.rand(4096, 3, generator=GENERATOR)), {}),
     "a function": (Where(lambda b, h, q, k: q > k), xf.Sequence(4096), {}),
     "a function within a window": (Where(lambda b, h, q, k: q > k) & Local(64), xf.Sequence(4096), {}),
     "trained buckets": (None, xf.Sequence(4096), {"bias": positions.RelativeBias(4)}),

@@ -79,16 +79,16 @@ def _windowed(literal: Local | Dilated, term: Term, problem: Problem, device: to
         if domain.items is None:
             yield Structure("windowed", tuple(_grid_halo(literal, domain, device)))
         return
-    reach = _reach(literal, domain)
-    if reach is None:
+    before = reach(literal, domain)
+    if before is None:
         return
-    after = 0 if Causal() in term and isinstance(domain, Sequence) else reach
-    reach, after = min(reach, domain.num_tokens - 1), min(after, domain.num_tokens - 1)
-    rows = _band_rows(reach + after)
+    after = 0 if Causal() in term and isinstance(domain, Sequence) else before
+    before, after = min(before, domain.num_tokens - 1), min(after, domain.num_tokens - 1)
+    rows = _band_rows(before + after)
     tiles = -(-domain.num_tokens // rows)
-    most = max(1, CALL_PAIRS // (rows * (reach + rows + after)))
+    most = max(1, CALL_PAIRS // (rows * (before + rows + after)))
     calls = [
-        Band(first * rows, min(most, tiles - first), rows, reach, after, domain.num_tokens, device)
+        Band(first * rows, min(most, tiles - first), rows, before, after, domain.num_tokens, device)
         for first in range(0, tiles, most)
     ]
     yield Structure("windowed", tuple(calls))
@@ -99,7 +99,7 @@ def _band_rows(reach: int) -> int:
     return min(256, max(32, 1 << max((reach + 1) // 2, 1).bit_length() - 1))
 
 
-def _reach(literal: Local | Dilated, domain: Domain) -> int | None:
+def reach(literal: Local | Dilated, domain: Domain) -> int | None:
     """How many tokens before or behind a query its keys may stand, in the order of the tensors; None where that is unknown."""
     if isinstance(domain, Sequence):
         if isinstance(literal, Dilated):
@@ -282,8 +282,6 @@ def _rectangles(literal: Mask, problem: Problem, device: torch.device, *, column
     """Some keys by all queries, or some queries by all keys."""
     domain, keys = problem.domain, problem.keys
     where = keys if columns else domain
-    if where.batch_size is not None and where.valid is None:
-        return
     if problem.domain.items is not None and domain.num_items > 1 and domain.num_items * 4 > domain.num_tokens**0.5:
         return  # a token of each of many items by all tokens of all items is mostly nothing: the items' own tiles are better
     at = torch.arange(where.num_tokens, device=device)
