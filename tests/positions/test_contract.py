@@ -9,6 +9,7 @@ from torch import Tensor
 
 from xformerlib import Domain, Graph, Grid, Points, Sequence, Timeline
 from xformerlib.positions import Bias, PairBias, Position, Sum
+from xformerlib.positions._base import in_steps
 
 from .cases import DIM, DOMAINS, HEADS, biases, domain, embeddings, redrawn, rotations
 
@@ -147,23 +148,22 @@ def test_biases_add(name: str) -> None:
     expected = sum(whole(bias.pair(on), on) for bias in several)
     pair = total.pair(on)
     torch.testing.assert_close(whole(pair, on), expected)
-    assert pair.relative == all(bias.pair(on).relative for bias in several)
     fresh = tuple(torch.randn_like(tensor) for tensor in pair.tensors)
     other = whole(pair.using(fresh), on)
     assert not torch.allclose(other, expected.to(other.dtype))
 
 
 @on_every_domain
-def test_relative_biases_depend_on_offsets_alone(name: str) -> None:
+def test_where_places_are_steps_biases_depend_on_offsets_alone(name: str) -> None:
     on = domain(name)
+    if not in_steps(on):
+        return
     i = torch.arange(on.num_tokens)
     b = torch.tensor(0)
     prefix = on.is_prefix(b, i)
     ordinary = i if prefix is None else i[~prefix]
     for bias in biases(on):
         pair = bias.pair(on)
-        if not pair.relative:
-            continue
         scores = pair.at(ordinary[:, None], ordinary[None, :], b)
         offsets = torch.stack(
             [on.offset(axis, on, b, ordinary[:, None], ordinary[None, :]) for axis in range(on.ndim)], -1

@@ -91,8 +91,6 @@ class PairBias(ABC):
     Attributes:
         heads: attention heads.
         batch_size: rows of the batch that have scores of their own, or None where all rows share them.
-        relative: whether the score depends only on the offset of query and key, which are whole steps (and on whether they are
-            prefix tokens), so that a kernel may reuse the scores of one tile for every tile of the same shape and offset.
         tensors: what the scores are differentiable in; a kernel that recomputes scores in its backward passes these through
             its autograd function and evaluates ``using(...)`` there.
     """
@@ -105,14 +103,12 @@ class PairBias(ABC):
         *,
         heads: int,
         batch_size: int | None,
-        relative: bool = False,
     ) -> None:
         self.domain = domain
         self.keys = keys
         self.tensors = tensors
         self.heads = heads
         self.batch_size = batch_size
-        self.relative = relative
 
     def at(
         self,
@@ -265,7 +261,6 @@ class SumPair(PairBias):
             tuple(tensor for pair in pairs for tensor in pair.tensors),
             heads=max(pair.heads for pair in pairs),
             batch_size=rows[0] if rows else None,
-            relative=all(pair.relative for pair in pairs),
         )
         self.pairs = pairs
 

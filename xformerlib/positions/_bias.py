@@ -367,7 +367,7 @@ class _DecayPair(PairBias):
 
     def __init__(self, domain: Domain, keys: Domain, slopes: Float[Tensor, " heads"]) -> None:
         rows = None if in_steps(domain) else _rows_of_batch(domain, keys)
-        super().__init__(domain, keys, (slopes,), heads=slopes.numel(), batch_size=rows, relative=in_steps(domain))
+        super().__init__(domain, keys, (slopes,), heads=slopes.numel(), batch_size=rows)
 
     def scores(self, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
         distance = self._distance(b, q, k)

@@ -33,7 +33,6 @@ class TablePair(PairBias):
         prefix_table: Float[Tensor, "prefix_rows heads"] | None,
         *,
         batch_size: int | None = None,
-        relative: bool = False,
     ) -> None:
         self.rows = table.shape[0]
         self.prefix_rows = 0
@@ -41,7 +40,7 @@ class TablePair(PairBias):
             front = table.new_zeros(1, table.shape[1]) if prefix_table is None else prefix_table.to(table.dtype)
             self.prefix_rows = front.shape[0]
             table = torch.cat([table, front])
-        super().__init__(domain, keys, (table,), heads=table.shape[1], batch_size=batch_size, relative=relative)
+        super().__init__(domain, keys, (table,), heads=table.shape[1], batch_size=batch_size)
 
     def scores(self, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return self.from_rows(self.index(b, q, k))
@@ -112,7 +111,7 @@ class StepPair(TablePair):
         table: Float[Tensor, "offsets heads"],
         prefix_table: Float[Tensor, "prefix_rows heads"] | None = None,
     ) -> None:
-        super().__init__(domain, keys, table, prefix_table, relative=True)
+        super().__init__(domain, keys, table, prefix_table)
         self.offsets = offsets
 
     @property
