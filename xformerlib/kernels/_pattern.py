@@ -3,14 +3,50 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from ..domains._base import offsets_of
+from ..domains._neighbours import expand_ranges
 from ._scores import Pairs
+
+# Longer runs of entries are divided among programs of the fused kernel.
+DIVIDED_ENTRIES = 2**10
+
+
+class Pieces(NamedTuple):
+    """Runs of entries, long ones divided.
+
+    Attributes:
+        bounds: where each piece begins, and where the last ends.
+        run: the run that each piece is of; None, like the rest, where no run is divided and piece i is run i.
+        slot: the place of each piece among those of divided runs, or -1.
+        divided: the divided runs.
+        slots: where the slots of each of these begin and end.
+    """
+
+    bounds: Int[Tensor, " bounds"]
+    run: Int[Tensor, " pieces"] | None = None
+    slot: Int[Tensor, " pieces"] | None = None
+    divided: Int[Tensor, " divided"] | None = None
+    slots: Int[Tensor, " divided_bounds"] | None = None
+    num_slots: int = 0
+
+    @staticmethod
+    def of(bounds: Int[Tensor, " bounds"]) -> Pieces:
+        """Those of runs that begin and end at ``bounds``."""
+        counts = (bounds.diff() + (DIVIDED_ENTRIES - 1)).div(DIVIDED_ENTRIES, rounding_mode="floor").clamp(min=1)
+        if bounds.numel() == 1 or int(counts.max()) == 1:
+            return Pieces(bounds)
+        run, within = expand_ranges(torch.zeros_like(counts), counts)
+        starts = torch.cat([bounds[run] + DIVIDED_ENTRIES * within, bounds[-1:]]).to(bounds.dtype)
+        many = counts > 1
+        slot = torch.where(many[run], many[run].cumsum(0) - 1, -1)
+        slots = offsets_of(counts[many].long())
+        return Pieces(starts, run.to(bounds.dtype), slot, many.nonzero()[:, 0], slots, int(slots[-1]))
 
 
 class Pattern:
@@ -53,6 +89,21 @@ class Pattern:
         """Where the entries of each key begin and end, and the entries in that order."""
         bounds = offsets_of(torch.bincount(self.col, minlength=self.num_cols))
         return bounds.to(self.col.dtype), torch.argsort(self.col, stable=True).to(self.col.dtype)
+
+    @cached_property
+    def row_by_key(self) -> Int[Tensor, " entries"]:
+        """The query of each entry, in the order of ``by_key``."""
+        return self.row[self.by_key[1]]
+
+    @cached_property
+    def pieces(self) -> Pieces:
+        """The entries of each query."""
+        return Pieces.of(self.rowptr)
+
+    @cached_property
+    def pieces_by_key(self) -> Pieces:
+        """The entries of each key, in the order of ``by_key``."""
+        return Pieces.of(self.by_key[0])
 
     def pairs(self, batch: int, heads: int, entries: slice = slice(None)) -> Pairs:
         """The indices of entries, as those of one tile with one row: broadcastable to ``(1, batch, heads, 1, entries)``."""

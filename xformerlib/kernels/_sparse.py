@@ -18,17 +18,17 @@ from torch.autograd.function import once_differentiable
 
 from ..domains._neighbours import Neighbours
 from ..masks._algebra import Predicate
-from . import _sparse_torch
+from . import _sparse_torch, _sparse_triton
 from ._merge import Gradients, Merged, Part
 from ._pattern import Pattern
 from ._scores import Pairs, Scores
-from ._sparse_torch import Call, Features
+from ._sparse_torch import Call, Features, Made
 
-# Entries whose mask and biases are computed at a time: an MLP holds hundreds of numbers for each.
-BIAS_ENTRIES = 2**14
+# Entries whose mask and biases are computed at a time: an MLP holds hundreds of numbers for each. A GPU wants more work in a call.
+BIAS_ENTRIES, BIAS_ENTRIES_ON_GPU = 2**14, 2**18
 
 # Tokens whose inner products of output and gradient are computed at a time.
-INNER_TOKENS = 2**11
+INNER_TOKENS, INNER_TOKENS_ON_GPU = 2**11, 2**17
 
 
 class SparsePart(Part):
@@ -78,7 +78,7 @@ class SparsePart(Part):
 
     def forward(self, scores: Scores, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         call = _call(self.pattern, self._left(scores), query, key, value)
-        made = _sparse_torch.forward(call)
+        made = _forward(call)
         return made.out, made.lse
 
     def alone(self, scores: Scores, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ class _EdgeAttention(torch.autograd.Function):
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         features = None if u is None or e is None else Features(u, e)
-        made = _sparse_torch.forward(_call(pattern, scores.using(tensors), query, key, value, features), keep=True)
+        made = _forward(_call(pattern, scores.using(tensors), query, key, value, features), keep=True)
         ctx.pattern, ctx.scores, ctx.tensors = pattern, scores, len(tensors)
         ctx.save_for_backward(query, key, value, u, e, made.out, made.lse, made.sums, *tensors, *made.weights)
         return made.out.to(value.dtype), None if made.sums is None else made.sums.to(value.dtype)
@@ -160,7 +160,8 @@ class _EdgeAttention(torch.autograd.Function):
 
 def _inner(x: Float[Tensor, "batch heads tokens dim"], y: Float[Tensor, "batch heads tokens dim"]) -> Tensor:
     """The inner products of vectors, some tokens at a time: all products at once would be one more tensor of their size."""
-    parts = zip(x.split(INNER_TOKENS, 2), y.split(INNER_TOKENS, 2), strict=True)
+    count = INNER_TOKENS_ON_GPU if x.is_cuda else INNER_TOKENS
+    parts = zip(x.split(count, 2), y.split(count, 2), strict=True)
     return torch.cat([(a.to(b.dtype) * b).sum(-1) for a, b in parts], 2)
 
 
@@ -168,10 +169,21 @@ def _call(
     pattern: Pattern, scores: Scores, query: Tensor, key: Tensor, value: Tensor, features: Features | None = None
 ) -> Call:
     bias, allowed = (_by_entry(pattern, query.shape[0], query.shape[1], what) for what in (scores.bias, scores.allowed))
-    if allowed is not None and not scores.clean:
+    # The fused kernel does not read what is hidden.
+    if allowed is not None and not scores.clean and not _is_fused(query):
         query = _seen_only(query, allowed, pattern, pattern.row)
         key, value = (_seen_only(x, allowed, pattern, pattern.col) for x in (key, value))
     return Call(pattern, scores, query, key, value, bias, allowed, features)
+
+
+def _is_fused(query: Tensor) -> bool:
+    """Whether the fused kernel can run."""
+    return query.is_cuda and _sparse_triton.AVAILABLE
+
+
+def _forward(call: Call, *, keep: bool = False) -> Made:
+    """The attention; with ``keep`` the weights too, where it is worth it."""
+    return _sparse_triton.forward(call) if _is_fused(call.query) else _sparse_torch.forward(call, keep=keep)
 
 
 def _backward(
@@ -183,13 +195,17 @@ def _backward(
 ) -> None:
     trained = call.bias is not None and any(grad is not None for grad in into.biases)
     bias_grad = torch.zeros_like(call.bias) if trained and call.bias is not None else None
-    _sparse_torch.backward(call, merged, into, bias_grad, wanted, kept)
+    if _is_fused(call.query):
+        _sparse_triton.backward(call, merged, into, bias_grad, wanted)
+    else:
+        _sparse_torch.backward(call, merged, into, bias_grad, wanted, kept)
     if bias_grad is not None:
         _add_bias_gradients(call, bias_grad, into.biases)
 
 
 def _chunks(pattern: Pattern) -> Iterator[slice]:
-    return (slice(a, a + BIAS_ENTRIES) for a in range(0, max(pattern.num_entries, 1), BIAS_ENTRIES))
+    count = BIAS_ENTRIES_ON_GPU if pattern.col.is_cuda else BIAS_ENTRIES
+    return (slice(a, a + count) for a in range(0, max(pattern.num_entries, 1), count))
 
 
 def _by_entry(
