@@ -1,0 +1,212 @@
+"""What every model does with its inputs: sizes that were declared, checks, missing values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor, nn
+
+from ._checks import check_size
+from ._heads import Head, Point
+
+
+@dataclass(frozen=True)
+class Series:
+    """The inputs of one call, checked: nothing in them is NaN, and what is missing is marked.
+
+    Attributes:
+        values: look-back of the targets and then of the past-only covariates; 0 where missing.
+        observed: True where ``values`` were observed.
+        times: of look-back and horizon; None if the caller gave none.
+        future: covariates known over look-back and horizon; 0 columns if the model has none.
+        static: covariates that do not change; 0 columns if the model has none.
+    """
+
+    values: Float[Tensor, "batch lookback columns"]
+    observed: Bool[Tensor, "batch lookback columns"]
+    times: Float[Tensor, "batch steps"] | None
+    future: Float[Tensor, "batch steps covariates"]
+    static: Float[Tensor, "batch covariates"]
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is missing."""
+        return bool(self.observed.all())
+
+
+class ForecastModel(nn.Module):
+    """What all forecasting models share: the call, the sizes that they were declared with, and how inputs are checked.
+
+    A model of one's own derives from this class, and says in ``forecast`` what it does with a ``Series``.
+
+    Args:
+        channels: target series, the first columns of ``x``.
+        lookback: steps that the model sees.
+        horizon: steps that it forecasts.
+        past: further columns of ``x``, covariates that are known for the look-back only.
+        future: covariates known over look-back and horizon.
+        static: covariates that do not change over time.
+        head: what a forecast is: ``Point()``, ``Quantile(levels)`` or ``StudentT()``.
+
+    Example:
+        >>> class Last(ForecastModel):
+        ...     def forecast(self, series):
+        ...         return self.head.forecast(series.values[:, -1:, :, None].expand(-1, self.horizon, -1, self.head.size))
+        >>> Last(2, 24, 6)(torch.randn(8, 24, 2)).shape
+        torch.Size([8, 6, 2])
+    """
+
+    takes_times: ClassVar[bool] = False  # whether real times mean something to the model
+    any_length: ClassVar[bool] = False  # whether the look-back of a call may differ from the declared one
+
+    def __init__(
+        self,
+        channels: int,
+        lookback: int,
+        horizon: int,
+        *,
+        past: int = 0,
+        future: int = 0,
+        static: int = 0,
+        head: Head = Point(),  # noqa: B008  (a frozen value)
+    ) -> None:
+        super().__init__()
+        self.channels = check_size("channels", channels)
+        self.lookback, self.horizon = check_size("lookback", lookback), check_size("horizon", horizon)
+        self.past, self.future, self.static = (
+            check_size(name, size, least=0) for name, size in (("past", past), ("future", future), ("static", static))
+        )
+        if not isinstance(head, Head):
+            raise TypeError(f"head must be Point(), Quantile(levels) or StudentT(); got {head!r}")
+        self.head = head
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch lookback columns"],
+        *,
+        observed: Bool[Tensor, "batch lookback columns"] | None = None,
+        times: Shaped[Tensor, "*batch steps"] | None = None,
+        future: Float[Tensor, "batch steps covariates"] | None = None,
+        static: Float[Tensor, "batch covariates"] | None = None,
+    ) -> Any:
+        """Forecast the ``horizon`` steps after the look-back.
+
+        Args:
+            x: the look-back: ``channels`` targets, then ``past`` covariates. NaN is a missing value.
+            observed: False where a value is missing, besides NaN; what stands there changes nothing.
+            times: real times of look-back and horizon, ``(L + H,)`` or one row for each series.
+            future: ``(B, L + H, future)``.
+            static: ``(B, static)``.
+
+        Returns:
+            What the head makes: ``(B, H, channels)`` for ``Point``, ``(B, H, channels, levels)`` for ``Quantile``, a
+            ``StudentTForecast`` for ``StudentT``.
+
+        Raises:
+            ValueError, TypeError: an input that was not declared, or that does not fit what was.
+        """
+        return self.forecast(self.series(x, observed=observed, times=times, future=future, static=static))
+
+    def forecast(self, series: Series) -> Any:
+        """The forecast of checked inputs; each model has its own."""
+        raise NotImplementedError(f"{type(self).__name__} must define forecast(series)")
+
+    def series(
+        self,
+        x: Float[Tensor, "batch lookback columns"],
+        *,
+        observed: Bool[Tensor, "batch lookback columns"] | None = None,
+        times: Shaped[Tensor, "*batch steps"] | None = None,
+        future: Float[Tensor, "batch steps covariates"] | None = None,
+        static: Float[Tensor, "batch covariates"] | None = None,
+    ) -> Series:
+        """The inputs of a call, checked; arguments as in a call."""
+        self._check_lookback(x)
+        seen = ~x.isnan()
+        if observed is not None:
+            if not isinstance(observed, Tensor) or observed.dtype != torch.bool:
+                raise TypeError(
+                    f"observed must be a bool tensor, False where a value is missing; got {_kind(observed)}"
+                )
+            if observed.shape != x.shape:
+                raise ValueError(f"observed must have the shape of x; got {tuple(observed.shape)} and {tuple(x.shape)}")
+            seen = seen & observed
+        batch, steps = x.shape[0], x.shape[1] + self.horizon
+        return Series(
+            values=x.masked_fill(~seen, 0),
+            observed=seen,
+            times=self._times(times, batch, steps),
+            future=self._covariates("future", future, (batch, steps, self.future), x),
+            static=self._covariates("static", static, (batch, self.static), x),
+        )
+
+    def _check_lookback(self, x: Tensor) -> None:
+        name, columns = type(self).__name__, self.channels + self.past
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(f"x must be a floating-point tensor; got {_kind(x)}")
+        if x.ndim != 3 or x.shape[2] != columns:
+            declared = f"{self.channels} channels and {self.past} past covariates"
+            raise ValueError(
+                f"x must be (batch, lookback, {columns}), since {name} was declared with {declared}; got {tuple(x.shape)}"
+            )
+        if self.any_length and x.shape[1] == 0:
+            raise ValueError(f"x must hold at least one step; got {tuple(x.shape)}")
+        if not self.any_length and x.shape[1] != self.lookback:
+            raise ValueError(
+                f"x must hold the {self.lookback} steps of the look-back of {name}; got {tuple(x.shape)}. "
+                "Fill series that are shorter with NaN in front."
+            )
+
+    def _times(self, times: Tensor | None, batch: int, steps: int) -> Tensor | None:
+        name = type(self).__name__
+        if times is None:
+            return None
+        if not self.takes_times:
+            raise ValueError(
+                f"{name} takes no times: its steps are regular. Leave times out, or give features of them as future covariates "
+                "to a model that has some."
+            )
+        if not isinstance(times, Tensor) or times.dtype == torch.bool or times.is_complex():
+            raise TypeError(f"times must be a tensor of real numbers; got {_kind(times)}")
+        if times.shape not in ((steps,), (batch, steps)):
+            raise ValueError(
+                f"times must be ({steps},) or ({batch}, {steps}), look-back and horizon; got {tuple(times.shape)}"
+            )
+        times = times if times.is_floating_point() else times.double()
+        _check_finite("times", times)
+        return times.expand(batch, steps)
+
+    def _covariates(self, argument: str, given: Tensor | None, shape: tuple[int, ...], x: Tensor) -> Tensor:
+        name, size = type(self).__name__, shape[-1]
+        if given is None:
+            if size:
+                raise ValueError(
+                    f"{name} was declared with {argument}={size}: {argument} must be given, {shape}; got None"
+                )
+            return x.new_zeros(shape)
+        if not size:
+            raise ValueError(
+                f"{name} has no {argument} covariates: leave {argument} out, or build a model that takes them "
+                f"with {argument}=<how many>; got {tuple(given.shape)}"
+            )
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{argument} must be a tensor; got {type(given).__name__}")
+        if given.shape != shape:
+            raise ValueError(f"{argument} of {name} must be {shape}; got {tuple(given.shape)}")
+        _check_finite(argument, given)
+        return given.to(x.dtype)
+
+
+def _check_finite(name: str, given: Tensor) -> None:
+    # A check of values, which a graph cannot hold.
+    if not torch.compiler.is_compiling() and not given.isfinite().all():
+        raise ValueError(
+            f"{name} must be known and finite; got NaN or infinity. Only x may have missing values: fill the others."
+        )
+
+
+def _kind(value: object) -> str:
+    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
