@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..domains import Domain
+from ..domains import Domain, Sequence
 from ..masks import Causal, Full, Mask
 
 
@@ -51,7 +51,16 @@ class Problem:
     def is_full(self) -> bool:
         """Whether every query sees every key."""
         facts = (self.domain.valid, self.keys.valid, self.domain.items)
-        return isinstance(self.mask, Full) and all(fact is None for fact in facts)
+        return (isinstance(self.mask, Full) or self._is_last) and all(fact is None for fact in facts)
+
+    @property
+    def _is_last(self) -> bool:
+        """Whether causality hides nothing, since no key is later than any query: a step of a decoder."""
+        queries, keys = self.domain, self.keys
+        if self.mask != Causal() or not isinstance(queries, Sequence) or not isinstance(keys, Sequence):
+            return False
+        one_row = queries.lengths is None and keys.lengths is None and queries.prefix == 0
+        return one_row and queries.start >= keys.start + keys.length - 1
 
     @property
     def is_causal(self) -> bool:
@@ -73,4 +82,4 @@ class Problem:
     def is_clean(self) -> bool:
         """Whether every token that exists is seen by some query, and every query sees some key, so that nothing is hidden."""
         seen = self.domain == self.keys and self.mask.is_reflexive(self.domain)
-        return seen or (isinstance(self.mask, Full) and self.domain.items is None)
+        return seen or self.is_full or (isinstance(self.mask, Full) and self.domain.items is None)
