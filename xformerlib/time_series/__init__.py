@@ -2,11 +2,21 @@
 
 from ._heads import Head as Head, Point as Point, Quantile as Quantile, StudentT as StudentT
 from ._inputs import ForecastModel as ForecastModel, Series as Series
+from ._inverted import ITransformer as ITransformer
+from ._linear import DLinear as DLinear, SeasonalNaive as SeasonalNaive
 from ._losses import (
     mae as mae,
     mse as mse,
     negative_log_likelihood as negative_log_likelihood,
     quantile_loss as quantile_loss,
 )
-from ._parts import Affine as Affine, instance_norm as instance_norm
+from ._parts import (
+    Affine as Affine,
+    Time2Vec as Time2Vec,
+    calendar_features as calendar_features,
+    fill_forward as fill_forward,
+    instance_norm as instance_norm,
+    patches as patches,
+)
+from ._patch import PatchTST as PatchTST, TokenBatchNorm as TokenBatchNorm
 from ._student_t import StudentTForecast as StudentTForecast

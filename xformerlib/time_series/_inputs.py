@@ -28,8 +28,8 @@ class Series:
     values: Float[Tensor, "batch lookback columns"]
     observed: Bool[Tensor, "batch lookback columns"]
     times: Float[Tensor, "batch steps"] | None
-    future: Float[Tensor, "batch steps covariates"]
-    static: Float[Tensor, "batch covariates"]
+    future: Float[Tensor, "batch steps known"]
+    static: Float[Tensor, "batch constants"]
 
     @property
     def complete(self) -> bool:
@@ -89,8 +89,8 @@ class ForecastModel(nn.Module):
         *,
         observed: Bool[Tensor, "batch lookback columns"] | None = None,
         times: Shaped[Tensor, "*batch steps"] | None = None,
-        future: Float[Tensor, "batch steps covariates"] | None = None,
-        static: Float[Tensor, "batch covariates"] | None = None,
+        future: Float[Tensor, "batch steps known"] | None = None,
+        static: Float[Tensor, "batch constants"] | None = None,
     ) -> Any:
         """Forecast the ``horizon`` steps after the look-back.
 
@@ -120,8 +120,8 @@ class ForecastModel(nn.Module):
         *,
         observed: Bool[Tensor, "batch lookback columns"] | None = None,
         times: Shaped[Tensor, "*batch steps"] | None = None,
-        future: Float[Tensor, "batch steps covariates"] | None = None,
-        static: Float[Tensor, "batch covariates"] | None = None,
+        future: Float[Tensor, "batch steps known"] | None = None,
+        static: Float[Tensor, "batch constants"] | None = None,
     ) -> Series:
         """The inputs of a call, checked; arguments as in a call."""
         self._check_lookback(x)

@@ -1,0 +1,81 @@
+"""iTransformer: whole series are the tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..blocks import Encoder
+from ..masks import Keys
+from ._heads import Head, Point
+from ._inputs import ForecastModel, Series
+from ._parts import instance_norm
+
+
+class ITransformer(ForecastModel):
+    """Each variable's whole look-back is one token; attention is among variables (Liu et al. 2023, arXiv:2310.06625).
+
+        z, inverse = instance_norm(x);   token_c = W z[:, c] + b;   y = inverse(W_out encoder(tokens) + b_out)
+
+    As in the paper: post-norm blocks, no position (variables have no order), the same embedding for all variables of a kind. The paper's
+    time marks are tokens too; here every covariate can be: past-only ones as the targets are, known-future ones over look-back and horizon
+    (not only the look-back, as the paper's marks), all static ones in one token. A variable of which nothing was observed is attended to
+    by nobody, and still gets a forecast from the others. Missing values are at the level of their series.
+
+    Args:
+        channels, lookback, horizon, past, future, static, head: as in ``ForecastModel``.
+        dim, depth, heads, hidden: channels, blocks, attention heads, and the width of the feed-forward layers. For ETTh1 the paper uses
+            dim=256, depth=2, hidden=256.
+        dropout: of tokens, branches and feed-forward layers.
+        **block: further arguments of ``Encoder``.
+
+    Example:
+        >>> model = ITransformer(7, 96, 24, future=2, dim=64, depth=2, heads=4, hidden=64)
+        >>> model(torch.randn(2, 96, 7), future=torch.randn(2, 120, 2)).shape
+        torch.Size([2, 24, 7])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        lookback: int,
+        horizon: int,
+        *,
+        past: int = 0,
+        future: int = 0,
+        static: int = 0,
+        head: Head = Point(),  # noqa: B008  (a frozen value)
+        dim: int = 512,
+        depth: int = 3,
+        heads: int = 8,
+        hidden: int | None = 512,
+        dropout: float = 0.1,
+        **block: Any,
+    ) -> None:
+        super().__init__(channels, lookback, horizon, past=past, future=future, static=static, head=head)
+        self.embed = nn.Linear(lookback, dim)
+        self.embed_future = nn.Linear(lookback + horizon, dim) if future else None
+        self.embed_static = nn.Linear(static, dim) if static else None
+        self.dropout = nn.Dropout(dropout)
+        # The paper's code has a norm after the last block, although its blocks end in one.
+        options: dict[str, Any] = {"norm": "post", "final_norm": True, **block}
+        self.encoder = Encoder(dim, depth, heads, hidden=hidden, dropout=dropout, **options)
+        self.project = nn.Linear(dim, horizon * head.size)
+
+    def forecast(self, series: Series) -> Any:
+        """Normalise, embed, attend, project."""
+        z, inverse = instance_norm(series.values, series.observed)
+        tokens = [self.embed(z.transpose(1, 2))]
+        if self.embed_future is not None:
+            tokens.append(self.embed_future(series.future.transpose(1, 2)))
+        if self.embed_static is not None:
+            tokens.append(self.embed_static(series.static)[:, None])
+        joined = torch.cat(tokens, 1)
+        known = series.observed.any(1)
+        known = torch.cat([known, known.new_ones(len(known), joined.shape[1] - known.shape[1])], 1)
+        mask = None if known.all() else Keys(known)
+        encoded = self.encoder(self.dropout(joined), mask=mask)[:, : self.channels]
+        y = self.project(encoded).unflatten(2, (self.horizon, -1)).transpose(1, 2)
+        return self.head.forecast(y, inverse.first(self.channels))
