@@ -1,0 +1,114 @@
+"""PatchTST and ITransformer beyond the contract: what is theirs."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tests.time_series.test_contract import redraw
+from xformerlib import time_series as ts
+
+
+def small(model: type[ts.ForecastModel], **options: object) -> ts.ForecastModel:
+    sizes = {"dim": 8, "depth": 2, "heads": 2, "hidden": 16}
+    if model is ts.PatchTST:
+        sizes |= {"patch": 6, "stride": 3}
+    built = model(3, 24, 6, **{**sizes, **options})
+    redraw(built)
+    return built.eval()
+
+
+@pytest.mark.parametrize("model", [ts.PatchTST, ts.ITransformer])
+def test_forecasts_move_with_level_and_scale(model: type[ts.ForecastModel]) -> None:
+    model = small(model)
+    x = torch.randn(2, 24, 3)
+    torch.testing.assert_close(model(100 * x + 7), 100 * model(x) + 7, rtol=1e-3, atol=1e-2)
+
+
+def test_channels_of_patchtst_do_not_see_each_other() -> None:
+    model, x = small(ts.PatchTST), torch.randn(2, 24, 3)
+    other = x.clone()
+    other[..., 1:] = torch.randn(2, 24, 2)
+    torch.testing.assert_close(model(other)[..., 0], model(x)[..., 0])
+    torch.testing.assert_close(model(x[..., [2, 0, 1]]), model(x)[..., [2, 0, 1]])
+
+
+def test_patchtst_is_its_formula() -> None:
+    model, x = small(ts.PatchTST, dropout=0.0), torch.randn(2, 24, 3)
+    level, scale = x.mean(1, keepdim=True), (x.var(1, keepdim=True, correction=0) + 1e-5).sqrt()
+    z = ((x - level) / scale).transpose(1, 2)
+    z = torch.cat([z, z[..., -1:].repeat(1, 1, 3)], -1)
+    forecast = torch.empty(2, 6, 3)
+    for b in range(2):
+        for c in range(3):
+            cut = torch.stack([z[b, c, start : start + 6] for start in range(0, 22, 3)])
+            tokens = model.encoder(model.embed(cut) + model.position.table)
+            forecast[b, :, c] = model.project(tokens.flatten()) * scale[b, 0, c] + level[b, 0, c]
+    torch.testing.assert_close(model(x), forecast, rtol=1e-4, atol=1e-4)
+
+
+def test_the_size_of_the_papers_models() -> None:
+    assert len(ts.PatchTST(1, 336, 96, dim=16, heads=4, hidden=128).position.table) == 42
+    encoder = ts.PatchTST(1, 336, 96).encoder
+    assert len(encoder.blocks) == 3 and encoder.dim == 128
+    assert all(
+        isinstance(m, ts.TokenBatchNorm) for m in encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
+    )
+    assert ts.PatchTST(1, 512, 96).project.in_features == 64 * 128
+    with pytest.raises(ValueError, match="patch must be <= lookback; got patch=16 and lookback=12"):
+        ts.PatchTST(1, 12, 6)
+
+
+def test_a_patch_that_does_not_exist_is_not_in_the_statistics_of_batch_norm() -> None:
+    """What is trained on a series with a hole is what is trained on the patches that are there, however many holes stand beside."""
+    model = small(ts.PatchTST, dropout=0.0).train()
+    again = copy.deepcopy(model)
+    x = torch.randn(2, 24, 3)
+    x[:, 6:18, 1] = torch.nan
+    model(x)
+    nothing = torch.full((5, 24, 3), torch.nan)
+    again(torch.cat([x, nothing]))
+    for (name, a), b in zip(model.named_buffers(), again.buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+    assert not torch.equal(model.encoder.blocks[0].attention_residual.norm.running_mean, torch.zeros(8))
+
+
+def test_a_hidden_patch_is_attended_to_by_nobody() -> None:
+    model, x = small(ts.PatchTST), torch.randn(1, 24, 3)
+    x[:, :6, 0] = torch.nan  # just the first patch of the first channel, and half of the second
+    before = model(x)
+    with torch.no_grad():
+        model.position.table[0] += 100.0
+    after = model(x)
+    torch.testing.assert_close(after[..., 0], before[..., 0])
+    assert not torch.allclose(after[..., 1], before[..., 1])
+
+
+def test_token_batch_norm_is_that_of_torch() -> None:
+    norm, plain, x = ts.TokenBatchNorm(4), nn.BatchNorm1d(4), torch.randn(3, 5, 4)
+    torch.testing.assert_close(norm(x), plain(x.transpose(1, 2)).transpose(1, 2))
+    torch.testing.assert_close(norm.running_var, plain.running_var)
+    assert norm(x[0]).shape == (5, 4)
+
+
+def test_variables_of_itransformer_have_no_order() -> None:
+    model, x = small(ts.ITransformer), torch.randn(2, 24, 3)
+    torch.testing.assert_close(model(x[..., [2, 0, 1]]), model(x)[..., [2, 0, 1]])
+    other = x.clone()
+    other[..., 1] = torch.randn(2, 24)
+    assert not torch.allclose(model(other)[..., 0], model(x)[..., 0])
+
+
+def test_a_variable_without_values_is_attended_to_by_nobody_and_is_forecast_from_the_others() -> None:
+    model, x = small(ts.ITransformer), torch.randn(2, 24, 3)
+    x[0, :, 1] = torch.nan
+    forecast = model(x)
+    alone = small(ts.ITransformer)
+    alone.load_state_dict(model.state_dict())
+    alone.channels = 2
+    torch.testing.assert_close(forecast[:1, :, [0, 2]], alone(x[:1, :, [0, 2]]))
+    x[0, :, 0] += torch.randn(24)
+    assert not torch.allclose(model(x)[0, :, 1], forecast[0, :, 1])
