@@ -80,6 +80,21 @@ class Cache:
         other._contexts = {layer: copy.deepcopy(context, memo) for layer, context in self._contexts.items()}
         return other
 
+    def repeated(self, times: int) -> Cache:
+        """A cache in which each row of earlier tokens stands ``times`` times, one after the other: samples with one beginning.
+
+        Contexts stay as they are, one row for each item: samples can share them (see ``time_series.EncoderDecoderTransformer``).
+        """
+        other = Cache()
+        for layer, entry in self._entries.items():
+            if entry.domain.batch_size is not None:
+                raise ValueError(f"repeated needs a domain that all rows share; got {entry.domain!r}")
+            seen = slice(entry.first, entry.last)
+            keys, values = (x[:, :, seen].repeat_interleave(times, 0) for x in (entry.keys, entry.values))
+            other._entries[layer] = _Entry(keys, values, 0, entry.last - entry.first, entry.domain)
+        other._contexts = dict(self._contexts)
+        return other
+
     def holds_context(self, layer: Any) -> bool:
         """Whether the layer's context is here."""
         return layer in self._contexts

@@ -1,5 +1,10 @@
 """Forecasting models on one interface, and the parts that they are made of."""
 
+from ._autoregressive import (
+    CausalTransformer as CausalTransformer,
+    EncoderDecoderTransformer as EncoderDecoderTransformer,
+)
+from ._convolution import TCN as TCN, CausalConvolution as CausalConvolution, WaveNet as WaveNet
 from ._heads import Head as Head, Point as Point, Quantile as Quantile, StudentT as StudentT
 from ._inputs import ForecastModel as ForecastModel, Series as Series
 from ._inverted import ITransformer as ITransformer
@@ -19,4 +24,11 @@ from ._parts import (
     patches as patches,
 )
 from ._patch import PatchTST as PatchTST, TokenBatchNorm as TokenBatchNorm
+from ._recurrent import (
+    RNN as RNN,
+    AttentionPooling as AttentionPooling,
+    AttentionPoolingRNN as AttentionPoolingRNN,
+    AutoregressiveRNN as AutoregressiveRNN,
+)
+from ._steps import StepwiseModel as StepwiseModel
 from ._student_t import StudentTForecast as StudentTForecast
