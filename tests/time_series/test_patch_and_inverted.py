@@ -112,3 +112,15 @@ def test_a_variable_without_values_is_attended_to_by_nobody_and_is_forecast_from
     torch.testing.assert_close(forecast[:1, :, [0, 2]], alone(x[:1, :, [0, 2]]))
     x[0, :, 0] += torch.randn(24)
     assert not torch.allclose(model(x)[0, :, 1], forecast[0, :, 1])
+
+
+@pytest.mark.parametrize("model", [ts.PatchTST, ts.ITransformer])
+@torch.no_grad()  # under autograd Dynamo warns of itself at graph breaks
+def test_compiled_models_agree(model: type[ts.ForecastModel]) -> None:
+    torch.compiler.reset()
+    model, x = small(model), torch.randn(2, 24, 3)
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(compiled(x), model(x))
+    x[0, :12] = torch.nan
+    x[1, :, 0] = torch.nan
+    torch.testing.assert_close(compiled(x), model(x))

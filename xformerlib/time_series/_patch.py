@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -102,9 +103,13 @@ class PatchTST(ForecastModel):
         if series.complete:
             return self.encoder(tokens)
         seen = series.observed.transpose(1, 2).flatten(0, 1)
-        exists: Bool[Tensor, "series tokens"] = patches(seen, self.patch, self.stride, pad_end=True).any(-1)
-        if exists.all():
-            return self.encoder(tokens)
-        # Packed: what does not exist takes no time, and has no part in the statistics of batch norm.
+        exists = patches(seen, self.patch, self.stride, pad_end=True).any(-1)
+        return self.encoder(tokens) if exists.all() else self._encode_packed(tokens, exists)
+
+    @torch.compiler.disable  # how many tokens there are is known only to the data
+    def _encode_packed(
+        self, tokens: Float[Tensor, "series tokens dim"], exists: Bool[Tensor, "series tokens"]
+    ) -> Float[Tensor, "series tokens dim"]:
+        """Packed: what does not exist takes no time, and has no part in the statistics of batch norm."""
         encoded = self.encoder(tokens[exists], Sequence.packed(exists.sum(1)))
         return encoded.new_zeros(tokens.shape).masked_scatter(exists[..., None], encoded)
