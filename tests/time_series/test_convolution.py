@@ -78,7 +78,7 @@ def test_the_weights_are_those_that_were_drawn() -> None:
     model(torch.randn(2, 64, 4))
     for block in model.blocks:
         for convolution in block.convolutions:
-            assert 0.009 < float(convolution.weight.std()) < 0.011
+            assert 0.009 < float(convolution.weight.detach().std()) < 0.011
 
 
 def test_a_kernel_of_one_is_a_map_of_each_step() -> None:
@@ -115,9 +115,8 @@ def test_queues_agree_with_convolutions(depth: int, cycle: int, kernel_size: int
 def test_queues_agree_in_single_precision() -> None:
     model, given = stepwise.built(ts.WaveNet, torch.float32, dim=8), stepwise.inputs(torch.float32)
     with torch.no_grad():
-        torch.testing.assert_close(
-            model(**given), stepwise.again_from_the_start(model, given), rtol=1e-6, atol=1e-6 * 10
-        )
+        queued, anew = model(**given), stepwise.again_from_the_start(model, given)
+    assert float((queued - anew).abs().max()) <= 1e-6 * float(anew.abs().max())
 
 
 def test_no_step_sees_a_later_one() -> None:
