@@ -325,3 +325,22 @@ def test_a_call_that_was_refused_leaves_the_cache_as_it_was() -> None:
         with pytest.raises(ValueError, match="start"):
             layer(x[:, 2:], xf.Sequence(2, start=3), cache=cache)
         assert_equal(layer(x[:, 2:], xf.Sequence(2, start=2), cache=cache), layer(x)[:, 2:])
+
+
+@pytest.mark.parametrize("mask", [masks.Causal(), masks.Causal() & masks.Local(2)], ids=str)
+def test_samples_go_on_from_one_beginning(mask: masks.Mask) -> None:
+    layer, x, cache = redrawn(xf.Attention(DIM, HEADS, mask=mask)), tokens(4), xf.Cache()
+    later = torch.randn(3 * ROWS, 2, DIM, dtype=x.dtype)
+    with torch.no_grad():
+        layer(x, cache=cache)
+        samples = cache.repeated(3)
+        whole = layer(torch.cat([x.repeat_interleave(3, 0), later], 1))
+        assert_equal(layer(later, xf.Sequence(2, start=4), cache=samples), whole[:, 4:])
+        assert_equal(layer(later[::3], xf.Sequence(2, start=4), cache=cache), whole[::3, 4:])  # which is as it was
+
+
+def test_rows_with_times_of_their_own_are_not_repeated() -> None:
+    layer, cache = xf.Attention(DIM, HEADS, mask=masks.Causal()), xf.Cache()
+    layer(tokens(3, torch.float32), xf.Timeline(torch.rand(ROWS, 3)), cache=cache)
+    with pytest.raises(ValueError, match="repeated needs a domain that all rows share; got Timeline"):
+        cache.repeated(2)

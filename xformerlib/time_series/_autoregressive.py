@@ -105,6 +105,7 @@ class EncoderDecoderTransformer(StepwiseModel):
         dropout: after each branch of a block, in training.
 
     Example:
+        >>> from xformerlib.time_series import StudentT
         >>> model = EncoderDecoderTransformer(3, 96, 24, head=StudentT()).eval()
         >>> model(torch.randn(8, 96, 3)).mean.shape, model.sample(torch.randn(8, 96, 3), 100).shape
         (torch.Size([8, 24, 3]), torch.Size([100, 8, 24, 3]))
