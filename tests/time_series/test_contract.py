@@ -198,41 +198,26 @@ def test_the_targets_are_what_is_forecast(case: Case) -> None:
     assert not torch.allclose(point(model, given)[..., 0], before[..., 0])
 
 
-@pytest.mark.parametrize(
-    ("case", "name", "steps"),
-    [
-        (case, name, steps)
-        for case in CASES
-        for name, parts in {"past": (slice(None),), "future": (slice(LOOKBACK), slice(LOOKBACK, None))}.items()
-        for steps in parts
-        if case.takes(name)
-    ],
-    ids=ids,
-)
-def test_every_covariate_has_an_effect(case: Case, name: str, steps: slice) -> None:
+def covariates_of(case: Case) -> list[str]:
+    """What changes a forecast beside the targets, each by itself."""
+    names = [name for name in COVARIATES if case.takes(name)] + ["times"] * case.model.takes_times
+    return [part for name in names for part in ([name] if name != "future" else ["future before", "future after"])]
+
+
+@pytest.mark.parametrize(("case", "name"), [(case, name) for case in CASES for name in covariates_of(case)], ids=ids)
+def test_every_covariate_has_an_effect(case: Case, name: str) -> None:
     model = case.build(covariates=True)
     given = inputs(model)
     before = point(model, given)
-    column = slice(CHANNELS, None) if name == "past" else slice(None)
-    tensor = given["x" if name == "past" else name]
-    tensor[:, steps, column] = torch.randn_like(tensor[:, steps, column])
+    part: Tensor = {
+        "past": lambda: given["x"][..., CHANNELS:],
+        "future before": lambda: given["future"][:, :LOOKBACK],
+        "future after": lambda: given["future"][:, LOOKBACK:],
+        "static": lambda: given["static"],
+        "times": lambda: given["times"],
+    }[name]()
+    part += torch.rand_like(part).cumsum(1)
     assert not torch.allclose(point(model, given), before)
-
-
-@cases_with("static")
-def test_static_covariates_have_an_effect(case: Case) -> None:
-    model = case.build(covariates=True)
-    given = inputs(model)
-    before = point(model, given)
-    assert not torch.allclose(point(model, {**given, "static": given["static"] + 1}), before)
-
-
-@pytest.mark.parametrize("case", [case for case in CASES if case.model.takes_times], ids=ids)
-def test_times_have_an_effect(case: Case) -> None:
-    model = case.build(covariates=True)
-    given = inputs(model)
-    uneven = torch.rand(BATCH, LOOKBACK + HORIZON).cumsum(1)
-    assert not torch.allclose(point(model, {**given, "times": uneven}), point(model, given))
 
 
 @every_model

@@ -89,8 +89,8 @@ class ForecastModel(nn.Module):
         *,
         observed: Bool[Tensor, "batch lookback columns"] | None = None,
         times: Shaped[Tensor, "*batch steps"] | None = None,
-        future: Float[Tensor, "batch steps known"] | None = None,
-        static: Float[Tensor, "batch constants"] | None = None,
+        future: Shaped[Tensor, "batch steps known"] | None = None,
+        static: Shaped[Tensor, "batch constants"] | None = None,
     ) -> Any:
         """Forecast the ``horizon`` steps after the look-back.
 
@@ -98,8 +98,8 @@ class ForecastModel(nn.Module):
             x: the look-back: ``channels`` targets, then ``past`` covariates. NaN is a missing value.
             observed: False where a value is missing, besides NaN; what stands there changes nothing.
             times: real times of look-back and horizon, ``(L + H,)`` or one row for each series.
-            future: ``(B, L + H, future)``.
-            static: ``(B, static)``.
+            future: ``(B, L + H, future)``, of any dtype; each value known.
+            static: ``(B, static)``, likewise.
 
         Returns:
             What the head makes: ``(B, H, channels)`` for ``Point``, ``(B, H, channels, levels)`` for ``Quantile``, a
@@ -120,8 +120,8 @@ class ForecastModel(nn.Module):
         *,
         observed: Bool[Tensor, "batch lookback columns"] | None = None,
         times: Shaped[Tensor, "*batch steps"] | None = None,
-        future: Float[Tensor, "batch steps known"] | None = None,
-        static: Float[Tensor, "batch constants"] | None = None,
+        future: Shaped[Tensor, "batch steps known"] | None = None,
+        static: Shaped[Tensor, "batch constants"] | None = None,
     ) -> Series:
         """The inputs of a call, checked; arguments as in a call."""
         self._check_lookback(x)
