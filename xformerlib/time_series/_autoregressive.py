@@ -201,7 +201,7 @@ def _start(model: StepwiseModel, steps: Steps) -> int:
 
 def _seen(steps: Steps, count: int) -> Mask | None:
     """Which of the first ``count`` steps may be attended to: those of which something was observed, and those of the horizon."""
-    if bool(steps.seen.all()):
+    if steps.complete:
         return None
     seen: Bool[Tensor, "batch count"] = nn.functional.pad(steps.seen, (0, count - steps.seen.shape[1]), value=True)
     return Keys(seen)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +29,7 @@ class Steps:
         seen: whether anything was observed at the step.
         inverse: from normalised targets to the units of the data.
         later: future covariates and static ones of the steps of the horizon.
+        values: columns of the look-back, targets and past covariates.
     """
 
     vectors: Float[Tensor, "batch lookback width"]
@@ -41,11 +43,15 @@ class Steps:
         """The step at which each series begins: the first of which anything was observed, or the last of all."""
         return (self.seen.cumsum(1) == 0).sum(1).clamp(max=self.seen.shape[1] - 1)
 
-    @property
+    @cached_property
+    def complete(self) -> bool:
+        """Whether something was observed at every step."""
+        return bool(self.seen.all())
+
+    @cached_property
     def begun(self) -> Bool[Tensor, "batch lookback"] | None:
         """Where the series has begun; None where all begin at once."""
-        begun = self.seen.cumsum(1) > 0
-        return None if bool(begun.all()) else begun
+        return None if bool(self.seen[:, 0].all()) else self.seen.cumsum(1) > 0
 
     def after(self, values: Float[Tensor, "batch steps channels"], start: int) -> Float[Tensor, "batch steps width"]:
         """The vectors of steps of the horizon, from ``start`` on, at which these normalised targets stood; NaN where unknown."""
