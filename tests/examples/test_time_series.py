@@ -160,6 +160,8 @@ def test_a_run_that_was_cut_off_ends_as_if_it_never_was(
     assert untimed(parted.run) == untimed(whole.run)
     assert (parted.run / "model.safetensors").read_bytes() == (whole.run / "model.safetensors").read_bytes()
     ends = [torch.load(o.run / "resume.pt", weights_only=True) for o in (whole, parted)]
+    for end in ends:
+        del end["random"]["python"]  # the type checks of tests draw from it, to look at one item of a sequence
     for name in ("step", "parts", "random", "options"):
         for one, other in zip(*(tree_leaves(end[name]) for end in ends), strict=True):
             assert torch.equal(one, other) if isinstance(one, Tensor) else one == other
