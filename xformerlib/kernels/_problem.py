@@ -57,7 +57,9 @@ class Problem:
     def _is_last(self) -> bool:
         """Whether causality hides nothing, since no key is later than any query: a step of a decoder."""
         queries, keys = self.domain, self.keys
-        if self.mask != Causal() or not isinstance(queries, Sequence) or not isinstance(keys, Sequence):
+        if self.mask != Causal() or queries == keys:
+            return False
+        if not isinstance(queries, Sequence) or not isinstance(keys, Sequence):
             return False
         one_row = queries.lengths is None and keys.lengths is None and queries.prefix == 0
         return one_row and queries.start >= keys.start + keys.length - 1

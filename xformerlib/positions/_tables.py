@@ -53,6 +53,9 @@ class TablePair(PairBias):
         of_head = index.long().reshape(1, -1).expand(self.heads, -1)
         return table.t().gather(1, of_head).reshape(self.heads, *index.shape)
 
+    def of_head(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return self.tensors[0][self.index(b, q, k), h if self.heads > 1 else torch.zeros_like(h)]
+
     def index(self, b: Tensor, q: Tensor, k: Tensor) -> Int[Tensor, "..."]:
         """The row of each pair."""
         row = self.row(b, q, k)
