@@ -139,6 +139,16 @@ def test_bf16_accumulates_in_fp32():
         assert (got - want).abs().max() < 1e-2 * want.abs().max()
 
 
+def test_gradients_of_many_blocks_are_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    # In bf16 a sum of 1,024 numbers of 1 / 1024 stops at 1 / 4.
+    monkeypatch.setattr("xformerlib.kernels._chunked.BLOCK_SCORES", 1)
+    where, (query, key, value) = xf.Sequence(1024), torch.zeros(3, 1, 1, 1024, 8, dtype=torch.bfloat16)
+    value = value.requires_grad_()
+    out = xf.attention(query, key, value, domain=where, kernel="chunked")
+    out.backward(torch.ones_like(out))
+    torch.testing.assert_close(value.grad, torch.ones_like(value), rtol=1e-2, atol=0)
+
+
 def test_plans_say_why():
     def kernel(mask, where, **options):
         return xf.plan(mask, where, heads=4, **options).kernel

@@ -55,8 +55,8 @@ def forward(
 def backward(
     query: Queries, key: Keys, value: Values, mask: Additive | None, in_order: bool, scale: float, rows: Merged
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys and values."""
-    group = query.shape[2] // key.shape[2]
+    """Gradients of queries, keys and values, in the precision of accumulation: they are summed over tiles."""
+    wide, group = torch.promote_types(query.dtype, torch.float32), query.shape[2] // key.shape[2]
     vectors, mask = _prepared(query, key, value, mask, group)
     dim = vectors[0].shape[-1]
     more = [_grouped(_widened(x.to(query.dtype), dim), group) for x in (rows.grad, rows.out)]
@@ -67,7 +67,7 @@ def backward(
         _BACKWARD(grad, q, k, v, out, lse[..., 0], 0.0, in_order, attn_mask=m, scale=scale)
         for (q, k, v, grad, out, lse), m in _batches(every, mask, axis)
     ]
-    dq, dk, dv = (_joined([grads[i] for grads in found], axis, query) for i in range(3))
+    dq, dk, dv = (_joined([grads[i] for grads in found], axis, query).to(wide) for i in range(3))
     return _ungrouped(dq, group)[..., : query.shape[-1]], dk[..., : key.shape[-1]], dv[..., : value.shape[-1]]
 
 

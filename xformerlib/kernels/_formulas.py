@@ -52,13 +52,11 @@ class _Piece(NamedTuple):
 def _pieces(query: Queries, key: Keys) -> Iterator[_Piece]:
     (batch, n, heads, rows, _), kv_heads, columns = query.shape, key.shape[2], key.shape[3]
     group = heads // max(kv_heads, 1)
-    # Compiled code is fused anyway, and grows with the number of pieces.
     room = PIECE // max(group * rows * columns, 1)
     steps = [batch, n, kv_heads]
-    if not torch.compiler.is_compiling():
-        for axis in (2, 1, 0):
-            size, steps[axis] = steps[axis], max(1, min(steps[axis], room))
-            room = room // max(size, 1) if steps[axis] == size else 1
+    for axis in (2, 1, 0):
+        size, steps[axis] = steps[axis], max(1, min(steps[axis], room))
+        room = room // max(size, 1) if steps[axis] == size else 1
     for b in range(0, batch, max(steps[0], 1)):
         for t in range(0, n, max(steps[1], 1)):
             for h in range(0, kv_heads, max(steps[2], 1)):

@@ -108,7 +108,7 @@ class TiledPart(Part):
             return self._kept[name]
         x = make()
         size = 0 if x is None else x.numel() * x.element_size()
-        if size <= self._room and not torch.compiler.is_compiling():  # a traced call must not leave anything behind
+        if size <= self._room:
             self._kept[name] = x
             self._room -= size
         return x
@@ -305,11 +305,6 @@ def _by_row(x: Tensor) -> Shaped[Tensor, "#batch #n #heads #rows #columns"]:
 
 def _once(index: Tensor) -> Tensor:
     """An index that is the same for all tiles, once."""
-    if (
-        index.ndim == 5
-        and index.shape[0] > 1
-        and not torch.compiler.is_compiling()
-        and bool((index == index[:1]).all())
-    ):
+    if index.ndim == 5 and index.shape[0] > 1 and bool((index == index[:1]).all()):
         return index[:1].clone()
     return index
