@@ -22,7 +22,6 @@ from .domains import Domain
 from .domains._tickets import domain_of
 from .kernels import Plan, Problem, Scores, _sdpa
 from .kernels._merge import gradients, merged_parts
-from .masks import Mask
 from .masks._constants import Ingredients, asked_once, mask_of, number_of
 from .positions import Bias
 from .positions._base import PairBias
@@ -104,11 +103,13 @@ asked_once(_number_of_bias)
 
 
 class _Work(NamedTuple):
-    """What a call of the operator is asked to compute."""
+    """What a call of an operator is asked to compute."""
 
     plan: Plan
     problem: Problem
     scores: Scores
+    inputs: Inputs
+    tensors: SequenceOf[Tensor]
 
     @property
     def in_parts(self) -> bool:
@@ -119,25 +120,43 @@ class _Work(NamedTuple):
         return self.plan.run(self.problem, self.scores.using(tuple(tensors)), *inputs)
 
 
+# What both operators are given, besides what only the backward is.
+_ARGUMENTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? sinks, Tensor? seed, Tensor[] tensors, Tensor[] mask_tensors, SymInt[] ticket, "
+    "SymInt[] key_ticket, SymInt mask, SymInt[] sizes, float[] reals, SymInt[] biases, str kernel, str? bias, float scale, float? softcap, "
+    "float dropout_p"
+)
+
+
 def _work(
-    inputs: Inputs,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
     seed: Tensor | None,
     tensors: SequenceOf[Tensor],
-    tickets: tuple[SequenceOf[int], SequenceOf[int]],
-    mask: Mask,
+    mask_tensors: SequenceOf[Tensor],
+    ticket: SequenceOf[int],
+    key_ticket: SequenceOf[int],
+    mask: int,
+    sizes: SequenceOf[int],
+    reals: SequenceOf[float],
     biases: SequenceOf[int],
-    options: tuple[str, str | None, float, float | None, float],
+    kernel: str,
+    bias: str | None,
+    scale: float,
+    softcap: float | None,
+    dropout_p: float,
 ) -> _Work:
-    (query, key, value, sinks), (ticket, key_ticket) = inputs, tickets
-    kernel, bias, scale, softcap, dropout_p = options
+    """What ``_ARGUMENTS`` ask for."""
     domain = domain_of(ticket)
     keys = domain if ticket == key_ticket else domain_of(key_ticket)
     terms = [None if number < 0 else _BIASES[number] for number in biases]
     problem = Problem(
-        mask=mask, domain=domain, keys=keys, batch=query.shape[0], heads=query.shape[1],
-        kv_heads=key.shape[1], head_dim=query.shape[-1], value_dim=value.shape[-1], dtype=query.dtype,
-        device=query.device.type, bias=bias, dropout_p=dropout_p, softcap=softcap is not None, sinks=sinks is not None,
-        pointwise_bias=all(term is None or term.is_pointwise(domain) for term in terms),
+        mask=mask_of(mask, Ingredients(list(sizes), list(reals), list(mask_tensors))), domain=domain, keys=keys,
+        batch=query.shape[0], heads=query.shape[1], kv_heads=key.shape[1], head_dim=query.shape[-1], value_dim=value.shape[-1],
+        dtype=query.dtype, device=query.device.type, bias=bias, dropout_p=dropout_p, softcap=softcap is not None,
+        sinks=sinks is not None, pointwise_bias=all(term is None or term.is_pointwise(domain) for term in terms),
     )  # fmt: skip
     plan = planned(problem, kernel, query.device)
     if plan.kernel == "sdpa" and dropout_p:  # torch's dropout cannot be drawn again in the backward
@@ -151,7 +170,8 @@ def _work(
         template = _template(term, number, problem, query.device)
         bound.append(template.using(tuple(rest[: len(template.tensors)])))
         del rest[: len(template.tensors)]
-    return _Work(plan, problem, scores_of(problem, plan.predicate, tuple(bound), scale, softcap, seed))
+    scores = scores_of(problem, plan.predicate, tuple(bound), scale, softcap, seed)
+    return _Work(plan, problem, scores, Inputs(query, key, value, sinks), tensors)
 
 
 def _template(bias: Bias, number: int, problem: Problem, device: torch.device) -> PairBias:
@@ -179,38 +199,17 @@ def _empty(like: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     return like.new_empty(batch, tokens, heads, width, dtype=dtype).transpose(1, 2)
 
 
-@torch.library.custom_op("xformerlib::attend", mutates_args=())
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    tensors: SequenceOf[Tensor],
-    mask_tensors: SequenceOf[Tensor],
-    ticket: SequenceOf[int],
-    key_ticket: SequenceOf[int],
-    mask: int,
-    sizes: SequenceOf[int],
-    reals: SequenceOf[float],
-    biases: SequenceOf[int],
-    kernel: str,
-    bias: str | None,
-    scale: float,
-    softcap: float | None,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("xformerlib::attend", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)")
+def attend(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Output, in the precision of accumulation, and log-sum-exp (of no meaning where the plan is not in parts)."""
-    inputs = Inputs(query, key, value, sinks)
-    whole_mask = mask_of(mask, Ingredients(list(sizes), list(reals), list(mask_tensors)))
-    domains, options = (ticket, key_ticket), (kernel, bias, scale, softcap, dropout_p)
-    work = _work(inputs, seed, tensors, domains, whole_mask, biases, options)
+    work = _work(*arguments)
+    query, _, value, _ = work.inputs
     wide = torch.promote_types(value.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
         if work.in_parts:
-            out, lse = merged_parts(work.plan.parts_of(work.scores), *inputs)
+            out, lse = merged_parts(work.plan.parts_of(work.scores), *work.inputs)
         else:
-            out, lse = work.run(tensors, inputs), query.new_zeros(query.shape[:3], dtype=wide)
+            out, lse = work.run(work.tensors, work.inputs), query.new_zeros(query.shape[:3], dtype=wide)
     _keep((work.problem.domain, work.problem.keys), lse)
     return _by_token(out.to(wide)), lse.contiguous()
 
@@ -221,45 +220,24 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tenso
     return _empty(query, value.shape[-1], wide), query.new_empty(query.shape[:3], dtype=wide)
 
 
-@torch.library.custom_op("xformerlib::attend_backward", mutates_args=())
-def attend_backward(
-    grad: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    needed: SequenceOf[bool],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    tensors: SequenceOf[Tensor],
-    mask_tensors: SequenceOf[Tensor],
-    ticket: SequenceOf[int],
-    key_ticket: SequenceOf[int],
-    mask: int,
-    sizes: SequenceOf[int],
-    reals: SequenceOf[float],
-    biases: SequenceOf[int],
-    kernel: str,
-    bias: str | None,
-    scale: float,
-    softcap: float | None,
-    dropout_p: float,
-) -> list[Tensor]:
+@torch.library.custom_op(
+    "xformerlib::attend_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor out, Tensor lse, bool[] needed, {_ARGUMENTS}) -> Tensor[]",
+)
+def attend_backward(grad: Tensor, out: Tensor, lse: Tensor, needed: SequenceOf[bool], *arguments: Any) -> list[Tensor]:
     """Gradients of query, key, value, the sinks if there are any, and of the tensors of the biases: empty where none is needed."""
-    inputs = Inputs(query, key, value, sinks)
-    whole_mask = mask_of(mask, Ingredients(list(sizes), list(reals), list(mask_tensors)))
-    domains, options = (ticket, key_ticket), (kernel, bias, scale, softcap, dropout_p)
-    work = _work(inputs, seed, tensors, domains, whole_mask, biases, options)
+    work = _work(*arguments)
+    query, _, value, _ = work.inputs
     with torch.autocast(query.device.type, enabled=False), _differentiable():
         if work.in_parts:
             parts = work.plan.parts_of(work.scores)
             with torch.no_grad():
-                into = gradients(parts, *inputs, out, lse, grad.to(value.dtype), needed)
+                into = gradients(parts, *work.inputs, out, lse, grad.to(value.dtype), needed)
             found = [into.query, into.key, into.value, *([] if into.sinks is None else [into.sinks]), *into.biases]
         else:
-            found = _differentiated(work, tensors, inputs, grad, needed)
-    given = [x for x in inputs if x is not None] + list(tensors)
+            found = _differentiated(work, grad, needed)
+    given = [x for x in work.inputs if x is not None] + list(work.tensors)
     return [_laid_out(g, x) for g, x in zip(found, given, strict=True)]
 
 
@@ -278,12 +256,10 @@ def _laid_out(grad: Tensor | None, like: Tensor) -> Tensor:
     return _by_token(grad) if like.ndim == 4 else grad.contiguous()
 
 
-def _differentiated(
-    work: _Work, tensors: SequenceOf[Tensor], inputs: Inputs, grad: Tensor, needed: SequenceOf[bool]
-) -> list[Tensor | None]:
+def _differentiated(work: _Work, grad: Tensor, needed: SequenceOf[bool]) -> list[Tensor | None]:
     """Gradients by autograd, of a forward that is computed again."""
-    vectors = [None if x is None else x.detach().requires_grad_() for x in inputs]
-    leaves = [t.detach().requires_grad_(need) for t, need in zip(tensors, needed, strict=True)]
+    vectors = [None if x is None else x.detach().requires_grad_() for x in work.inputs]
+    leaves = [t.detach().requires_grad_(need) for t, need in zip(work.tensors, needed, strict=True)]
     with torch.enable_grad():
         out = work.run(leaves, Inputs(*vectors))  # type: ignore[arg-type]
     wanted = [x for x in (*vectors, *leaves) if x is not None and x.requires_grad]
