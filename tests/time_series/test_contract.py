@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, NamedTuple
 
 import pytest
@@ -23,8 +22,8 @@ class Case(NamedTuple):
     options: dict[str, Any]
 
     def takes(self, name: str) -> bool:
-        """Whether the constructor has the argument."""
-        return name in inspect.signature(self.model.__init__).parameters
+        """Whether the model can use it."""
+        return name in self.model.takes
 
     def build(self, *, covariates: bool = False, **options: Any) -> ts.ForecastModel:
         """A small model with weights that are drawn anew: at their first values many models hardly do anything."""
@@ -79,7 +78,7 @@ def inputs(model: ts.ForecastModel, batch: int = BATCH) -> dict[str, Tensor]:
         given["future"] = torch.randn(batch, steps, model.future)
     if model.static:
         given["static"] = torch.randn(batch, model.static)
-    if model.takes_times:
+    if "times" in model.takes:
         given["times"] = torch.rand(batch, steps).cumsum(1)
     return given
 
@@ -200,7 +199,7 @@ def test_the_targets_are_what_is_forecast(case: Case) -> None:
 
 def covariates_of(case: Case) -> list[str]:
     """What changes a forecast beside the targets, each by itself."""
-    names = [name for name in COVARIATES if case.takes(name)] + ["times"] * case.model.takes_times
+    names = [name for name in COVARIATES if case.takes(name)] + ["times"] * case.takes("times")
     return [part for name in names for part in ([name] if name != "future" else ["future before", "future after"])]
 
 
@@ -232,9 +231,21 @@ def test_what_was_not_declared_is_refused(case: Case) -> None:
         model(**given, static=torch.randn(BATCH, 1))
     with pytest.raises(ValueError, match=r"x must be \(batch, lookback, 2\).*declared with 2 channels and 0 past"):
         model(torch.randn(BATCH, LOOKBACK, CHANNELS + 1))
-    if not model.takes_times:
+    if "times" not in model.takes:
         with pytest.raises(ValueError, match=f"{name} takes no times"):
             model(**given, times=torch.arange(steps))
+
+
+@every_model
+def test_what_has_no_use_is_refused_when_it_is_declared(case: Case) -> None:
+    for key in COVARIATES:
+        if not case.takes(key):
+            with pytest.raises((ValueError, TypeError), match=key):
+                case.model(CHANNELS, LOOKBACK, HORIZON, **case.options, **{key: 1})
+    with pytest.raises(TypeError, match="colour"):
+        case.model(CHANNELS, LOOKBACK, HORIZON, **case.options, colour=1)
+    with pytest.raises(TypeError, match=r"head must be Point\(\)" if case.takes("head") else "head"):
+        case.model(CHANNELS, LOOKBACK, HORIZON, **case.options, head="point")
 
 
 @every_model

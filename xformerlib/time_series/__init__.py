@@ -6,7 +6,7 @@ from ._autoregressive import (
 )
 from ._convolution import TCN as TCN, CausalConvolution as CausalConvolution, WaveNet as WaveNet
 from ._heads import Head as Head, Point as Point, Quantile as Quantile, StudentT as StudentT
-from ._inputs import ForecastModel as ForecastModel, Series as Series
+from ._inputs import ForecastModel as ForecastModel, Inputs as Inputs, Series as Series
 from ._inverted import ITransformer as ITransformer
 from ._linear import DLinear as DLinear, SeasonalNaive as SeasonalNaive
 from ._losses import (

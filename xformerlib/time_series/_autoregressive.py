@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -12,8 +14,11 @@ from ..domains import Sequence
 from ..masks import Keys, Mask
 from ..positions import Sinusoidal
 from ._checks import check_size
-from ._heads import Head, Point
+from ._inputs import Inputs
 from ._steps import Advance, Steps, StepwiseModel, width_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class CausalTransformer(StepwiseModel):
@@ -29,7 +34,7 @@ class CausalTransformer(StepwiseModel):
     one that is missing in front. Calls as in ``StepwiseModel``; without ``target``, each step is computed once (``Cache``).
 
     Args:
-        channels, lookback, horizon, past, future, static, head: as in ``ForecastModel``.
+        channels, lookback, horizon, **inputs: as in ``ForecastModel``.
         dim, depth, heads: channels, blocks, attention heads.
         hidden: channels inside the feed-forward layers; ``4 * dim`` if not given.
         dropout: after each branch of a block, in training.
@@ -46,20 +51,17 @@ class CausalTransformer(StepwiseModel):
         lookback: int,
         horizon: int,
         *,
-        past: int = 0,
-        future: int = 0,
-        static: int = 0,
-        head: Head = Point(),  # noqa: B008  (a frozen value)
         dim: int = 64,
         depth: int = 3,
         heads: int = 4,
         hidden: int | None = None,
         dropout: float = 0.1,
+        **inputs: Unpack[Inputs],
     ) -> None:
-        super().__init__(channels, lookback, horizon, past=past, future=future, static=static, head=head)
+        super().__init__(channels, lookback, horizon, **inputs)
         self.embed = nn.Linear(width_of(self), check_size("dim", dim))
         self.decoder = Decoder(dim, depth, heads, cross=False, position=Sinusoidal(dim), hidden=hidden, dropout=dropout)
-        self.output = nn.Linear(dim, channels * head.size)
+        self.output = nn.Linear(dim, channels * self.head.size)
 
     def hidden(self, steps: Steps, later: Float[Tensor, "batch later width"]) -> Float[Tensor, "batch horizon dim"]:
         lookback = steps.vectors.shape[1]
@@ -99,7 +101,7 @@ class EncoderDecoderTransformer(StepwiseModel):
     once (``Cache``); all samples of a series share the keys and values of its context.
 
     Args:
-        channels, lookback, horizon, past, future, static, head: as in ``ForecastModel``.
+        channels, lookback, horizon, **inputs: as in ``ForecastModel``.
         dim, depth, heads: channels, blocks of the encoder and of the decoder, attention heads.
         hidden: channels inside the feed-forward layers; ``4 * dim`` if not given.
         dropout: after each branch of a block, in training.
@@ -117,22 +119,19 @@ class EncoderDecoderTransformer(StepwiseModel):
         lookback: int,
         horizon: int,
         *,
-        past: int = 0,
-        future: int = 0,
-        static: int = 0,
-        head: Head = Point(),  # noqa: B008  (a frozen value)
         dim: int = 64,
         depth: int = 2,
         heads: int = 4,
         hidden: int | None = None,
         dropout: float = 0.1,
+        **inputs: Unpack[Inputs],
     ) -> None:
-        super().__init__(channels, lookback, horizon, past=past, future=future, static=static, head=head)
+        super().__init__(channels, lookback, horizon, **inputs)
         self.embed = nn.Linear(width_of(self), check_size("dim", dim))
         self.transformer = EncoderDecoder(
             dim, heads, encoder_depth=depth, decoder_depth=depth, position=Sinusoidal(dim), hidden=hidden, dropout=dropout
         )  # fmt: skip
-        self.output = nn.Linear(dim, channels * head.size)
+        self.output = nn.Linear(dim, channels * self.head.size)
 
     def hidden(self, steps: Steps, later: Float[Tensor, "batch later width"]) -> Float[Tensor, "batch horizon dim"]:
         tokens = torch.cat([steps.vectors[:, -1:], later], 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -11,9 +11,11 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
 from ._checks import check_size
-from ._heads import Head, Point
-from ._inputs import ForecastModel, Series
+from ._inputs import ForecastModel, Inputs, Series
 from ._steps import Advance, DirectOutput, Steps, StepwiseModel, steps_of, width_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class CausalConvolution(nn.Conv1d):
@@ -66,7 +68,7 @@ class TCN(ForecastModel):
     Any length of look-back works: steps before the first observed one are as the zeros that a convolution begins with.
 
     Args:
-        channels, lookback, horizon, past, future, static, head: as in ``ForecastModel``.
+        channels, lookback, horizon, **inputs: as in ``ForecastModel``.
         dim: channels of a block.
         depth: blocks; unless given, as many as it takes to see the whole look-back.
         kernel_size: taps of a convolution.
@@ -89,16 +91,13 @@ class TCN(ForecastModel):
         lookback: int,
         horizon: int,
         *,
-        past: int = 0,
-        future: int = 0,
-        static: int = 0,
-        head: Head = Point(),  # noqa: B008  (a frozen value)
         dim: int = 64,
         depth: int | None = None,
         kernel_size: int = 3,
         dropout: float = 0.0,
+        **inputs: Unpack[Inputs],
     ) -> None:
-        super().__init__(channels, lookback, horizon, past=past, future=future, static=static, head=head)
+        super().__init__(channels, lookback, horizon, **inputs)
         check_size("dim", dim), check_size("kernel_size", kernel_size)
         reach = 2 * (kernel_size - 1)
         depth = _depth(lookback, reach, cycle=lookback) if depth is None else check_size("depth", depth)
@@ -133,7 +132,7 @@ class WaveNet(StepwiseModel):
     ``StepwiseModel``.
 
     Args:
-        channels, lookback, horizon, past, future, static, head: as in ``ForecastModel``.
+        channels, lookback, horizon, **inputs: as in ``ForecastModel``.
         dim: channels of a layer.
         depth: layers; unless given, as many as it takes to see the whole look-back.
         cycle: layers until dilations begin again at 1; the paper's ten reach to 512.
@@ -156,18 +155,15 @@ class WaveNet(StepwiseModel):
         lookback: int,
         horizon: int,
         *,
-        past: int = 0,
-        future: int = 0,
-        static: int = 0,
-        head: Head = Point(),  # noqa: B008  (a frozen value)
         dim: int = 32,
         depth: int | None = None,
         cycle: int = 10,
         kernel_size: int = 2,
         skip_dim: int | None = None,
         dropout: float = 0.0,
+        **inputs: Unpack[Inputs],
     ) -> None:
-        super().__init__(channels, lookback, horizon, past=past, future=future, static=static, head=head)
+        super().__init__(channels, lookback, horizon, **inputs)
         check_size("dim", dim), check_size("cycle", cycle), check_size("kernel_size", kernel_size)
         skip_dim = dim if skip_dim is None else check_size("skip_dim", skip_dim)
         depth = _depth(lookback, kernel_size - 1, cycle) if depth is None else check_size("depth", depth)
@@ -179,7 +175,7 @@ class WaveNet(StepwiseModel):
             for layer, dilation in enumerate(dilations)
         )
         self.mix = nn.Conv1d(skip_dim, skip_dim, 1)
-        self.output = nn.Linear(skip_dim, channels * head.size)
+        self.output = nn.Linear(skip_dim, channels * self.head.size)
 
     def hidden(self, steps: Steps, later: Float[Tensor, "batch later width"]) -> Float[Tensor, "batch horizon dim"]:
         begun = _begun(steps)

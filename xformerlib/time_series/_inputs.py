@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from ._checks import check_size
 from ._heads import Head, Point
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,22 @@ class Series:
         return bool(self.observed.all())
 
 
+class Inputs(TypedDict, total=False):
+    """What a model is declared with beside its sizes, by keyword, as far as it takes it (``ForecastModel.takes``).
+
+    Attributes:
+        past: further columns of ``x``, covariates that are known for the look-back only; 0 unless given.
+        future: covariates known over look-back and horizon; 0 unless given.
+        static: covariates that do not change over time; 0 unless given.
+        head: what a forecast is: ``Point()``, which is the default, ``Quantile(levels)`` or ``StudentT()``.
+    """
+
+    past: int
+    future: int
+    static: int
+    head: Head
+
+
 class ForecastModel(nn.Module):
     """What all forecasting models share: the call, the sizes that they were declared with, and how inputs are checked.
 
@@ -46,10 +65,11 @@ class ForecastModel(nn.Module):
         channels: target series, the first columns of ``x``.
         lookback: steps that the model sees.
         horizon: steps that it forecasts.
-        past: further columns of ``x``, covariates that are known for the look-back only.
-        future: covariates known over look-back and horizon.
-        static: covariates that do not change over time.
-        head: what a forecast is: ``Point()``, ``Quantile(levels)`` or ``StudentT()``.
+        **inputs: covariates and head, as in ``Inputs``.
+
+    Attributes:
+        takes: which of ``"past"``, ``"future"``, ``"static"``, ``"times"`` and ``"head"`` the model can use; others are refused by name.
+        any_length: whether the look-back of a call may differ from the declared one.
 
     Example:
         >>> class Last(ForecastModel):
@@ -59,29 +79,20 @@ class ForecastModel(nn.Module):
         torch.Size([8, 6, 2])
     """
 
-    takes_times: ClassVar[bool] = False  # whether real times mean something to the model
-    any_length: ClassVar[bool] = False  # whether the look-back of a call may differ from the declared one
+    takes: ClassVar[frozenset[str]] = frozenset({"past", "future", "static", "head"})
+    any_length: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        channels: int,
-        lookback: int,
-        horizon: int,
-        *,
-        past: int = 0,
-        future: int = 0,
-        static: int = 0,
-        head: Head = Point(),  # noqa: B008  (a frozen value)
-    ) -> None:
+    def __init__(self, channels: int, lookback: int, horizon: int, **inputs: Unpack[Inputs]) -> None:
         super().__init__()
+        self._check_declared(inputs)
         self.channels = check_size("channels", channels)
         self.lookback, self.horizon = check_size("lookback", lookback), check_size("horizon", horizon)
-        self.past, self.future, self.static = (
-            check_size(name, size, least=0) for name, size in (("past", past), ("future", future), ("static", static))
-        )
-        if not isinstance(head, Head):
-            raise TypeError(f"head must be Point(), Quantile(levels) or StudentT(); got {head!r}")
-        self.head = head
+        self.past = check_size("past", inputs.get("past", 0), least=0)
+        self.future = check_size("future", inputs.get("future", 0), least=0)
+        self.static = check_size("static", inputs.get("static", 0), least=0)
+        self.head = inputs.get("head", Point())
+        if not isinstance(self.head, Head):
+            raise TypeError(f"head must be Point(), Quantile(levels) or StudentT(); got {self.head!r}")
 
     def forward(
         self,
@@ -143,6 +154,16 @@ class ForecastModel(nn.Module):
             static=self._covariates("static", static, (batch, self.static), x),
         )
 
+    def _check_declared(self, inputs: Inputs) -> None:
+        name = type(self).__name__
+        for key in inputs:
+            if key not in Inputs.__annotations__:
+                raise TypeError(f"{name} has no argument {key!r}")
+            if key not in self.takes and inputs.get(key) != 0:
+                raise ValueError(
+                    f"{name} has no use for {key}: leave it out, or choose a model that has; got {key}={inputs.get(key)!r}"
+                )
+
     def _check_lookback(self, x: Tensor) -> None:
         name, columns = type(self).__name__, self.channels + self.past
         if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -164,7 +185,7 @@ class ForecastModel(nn.Module):
         name = type(self).__name__
         if times is None:
             return None
-        if not self.takes_times:
+        if "times" not in self.takes:
             raise ValueError(
                 f"{name} takes no times: its steps are regular. Leave times out, or give features of them as future covariates "
                 "to a model that has some."

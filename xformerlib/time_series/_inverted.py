@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..blocks import Encoder
 from ..masks import Keys
-from ._heads import Head, Point
-from ._inputs import ForecastModel, Series
+from ._inputs import ForecastModel, Inputs, Series
 from ._parts import instance_norm
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class ITransformer(ForecastModel):
@@ -25,11 +28,11 @@ class ITransformer(ForecastModel):
     by nobody, and still gets a forecast from the others. Missing values are at the level of their series.
 
     Args:
-        channels, lookback, horizon, past, future, static, head: as in ``ForecastModel``.
+        channels, lookback, horizon, **inputs: as in ``ForecastModel``.
         dim, depth, heads, hidden: channels, blocks, attention heads, and the width of the feed-forward layers. For ETTh1 the paper uses
             dim=256, depth=2, hidden=256.
         dropout: of tokens, branches and feed-forward layers.
-        **block: further arguments of ``Encoder``.
+        block: further arguments of ``Encoder``, such as ``{"norm": "pre"}``.
 
     Example:
         >>> model = ITransformer(7, 96, 24, future=2, dim=64, depth=2, heads=4, hidden=64)
@@ -43,26 +46,23 @@ class ITransformer(ForecastModel):
         lookback: int,
         horizon: int,
         *,
-        past: int = 0,
-        future: int = 0,
-        static: int = 0,
-        head: Head = Point(),  # noqa: B008  (a frozen value)
         dim: int = 512,
         depth: int = 3,
         heads: int = 8,
         hidden: int | None = 512,
         dropout: float = 0.1,
-        **block: Any,
+        block: Mapping[str, Any] | None = None,
+        **inputs: Unpack[Inputs],
     ) -> None:
-        super().__init__(channels, lookback, horizon, past=past, future=future, static=static, head=head)
+        super().__init__(channels, lookback, horizon, **inputs)
         self.embed = nn.Linear(lookback, dim)
-        self.embed_future = nn.Linear(lookback + horizon, dim) if future else None
-        self.embed_static = nn.Linear(static, dim) if static else None
+        self.embed_future = nn.Linear(lookback + horizon, dim) if self.future else None
+        self.embed_static = nn.Linear(self.static, dim) if self.static else None
         self.dropout = nn.Dropout(dropout)
         # The paper's code has a norm after the last block, although its blocks end in one.
-        options: dict[str, Any] = {"norm": "post", "final_norm": True, **block}
+        options: dict[str, Any] = {"norm": "post", "final_norm": True, **(block or {})}
         self.encoder = Encoder(dim, depth, heads, hidden=hidden, dropout=dropout, **options)
-        self.project = nn.Linear(dim, horizon * head.size)
+        self.project = nn.Linear(dim, horizon * self.head.size)
 
     def forecast(self, series: Series) -> Any:
         """Normalise, embed, attend, project."""

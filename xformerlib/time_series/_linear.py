@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._checks import check_size
-from ._heads import Head, Point
-from ._inputs import ForecastModel, Series
+from ._inputs import ForecastModel, Inputs, Series
 from ._parts import fill_forward
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class SeasonalNaive(ForecastModel):
@@ -30,7 +32,8 @@ class SeasonalNaive(ForecastModel):
         tensor([3., 2., 3.])
     """
 
-    any_length = True
+    takes: ClassVar[frozenset[str]] = frozenset()
+    any_length: ClassVar[bool] = True
 
     def __init__(self, channels: int, lookback: int, horizon: int, *, season: int = 1) -> None:
         super().__init__(channels, lookback, horizon)
@@ -60,7 +63,7 @@ class DLinear(ForecastModel):
     values).
 
     Args:
-        channels, lookback, horizon, head: as in ``ForecastModel``.
+        channels, lookback, horizon, **inputs: as in ``ForecastModel``.
         kernel: steps of the moving average, an odd number.
         individual: maps of its own for each channel.
 
@@ -69,21 +72,23 @@ class DLinear(ForecastModel):
         torch.Size([2, 96, 7])
     """
 
+    takes: ClassVar[frozenset[str]] = frozenset({"head"})
+
     def __init__(
         self,
         channels: int,
         lookback: int,
         horizon: int,
         *,
-        head: Head = Point(),  # noqa: B008  (a frozen value)
         kernel: int = 25,
         individual: bool = False,
+        **inputs: Unpack[Inputs],
     ) -> None:
-        super().__init__(channels, lookback, horizon, head=head)
+        super().__init__(channels, lookback, horizon, **inputs)
         if check_size("kernel", kernel) % 2 == 0:
             raise ValueError(f"kernel must be odd, so that the average is around each step; got kernel={kernel}")
         self.kernel = kernel
-        count, outputs = channels if individual else 1, horizon * head.size
+        count, outputs = channels if individual else 1, horizon * self.head.size
         self.trend, self.rest = (nn.ModuleList(nn.Linear(lookback, outputs) for _ in range(count)) for _ in range(2))
 
     def forecast(self, series: Series) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -12,9 +13,11 @@ from ..blocks import Encoder
 from ..domains import Sequence
 from ..positions import Learned
 from ._checks import check_size
-from ._heads import Head, Point
-from ._inputs import ForecastModel, Series
+from ._inputs import ForecastModel, Inputs, Series
 from ._parts import instance_norm, patches
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class TokenBatchNorm(nn.BatchNorm1d):
@@ -46,12 +49,12 @@ class PatchTST(ForecastModel):
     observed does not exist: nobody attends to it, and its output is 0.
 
     Args:
-        channels, lookback, horizon, head: as in ``ForecastModel``.
+        channels, lookback, horizon, **inputs: as in ``ForecastModel``.
         patch, stride: steps in a patch, and from one to the next.
         dim, depth, heads, hidden: channels, blocks, attention heads, and the width of the feed-forward layers.
         dropout: of tokens, branches and feed-forward layers.
         head_dropout: before the last linear map.
-        **block: further arguments of ``Encoder``, such as ``norm_layer="layer"`` or ``norm="pre"``.
+        block: further arguments of ``Encoder``, such as ``{"norm_layer": "layer", "norm": "pre"}``.
 
     Example:
         >>> model = PatchTST(7, 336, 96, dim=16, heads=4, hidden=128, dropout=0.3)  # the paper's for ETTh1
@@ -59,13 +62,14 @@ class PatchTST(ForecastModel):
         (torch.Size([2, 96, 7]), 81728)
     """
 
+    takes: ClassVar[frozenset[str]] = frozenset({"head"})
+
     def __init__(
         self,
         channels: int,
         lookback: int,
         horizon: int,
         *,
-        head: Head = Point(),  # noqa: B008  (a frozen value)
         patch: int = 16,
         stride: int = 8,
         dim: int = 128,
@@ -74,9 +78,10 @@ class PatchTST(ForecastModel):
         hidden: int | None = 256,
         dropout: float = 0.2,
         head_dropout: float = 0.0,
-        **block: Any,
+        block: Mapping[str, Any] | None = None,
+        **inputs: Unpack[Inputs],
     ) -> None:
-        super().__init__(channels, lookback, horizon, head=head)
+        super().__init__(channels, lookback, horizon, **inputs)
         self.patch, self.stride = check_size("patch", patch), check_size("stride", stride)
         if patch > lookback:
             raise ValueError(f"patch must be <= lookback; got patch={patch} and lookback={lookback}")
@@ -84,10 +89,10 @@ class PatchTST(ForecastModel):
         self.embed = nn.Linear(patch, dim)
         self.position = Learned(dim, tokens)
         self.dropout = nn.Dropout(dropout)
-        options: dict[str, Any] = {"norm": "post", "norm_layer": TokenBatchNorm, **block}
+        options: dict[str, Any] = {"norm": "post", "norm_layer": TokenBatchNorm, **(block or {})}
         self.encoder = Encoder(dim, depth, heads, hidden=hidden, dropout=dropout, **options)
         self.head_dropout = nn.Dropout(head_dropout)
-        self.project = nn.Linear(tokens * dim, horizon * head.size)
+        self.project = nn.Linear(tokens * dim, horizon * self.head.size)
 
     def forecast(self, series: Series) -> Any:
         """Normalise, cut, attend, project."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -13,9 +13,11 @@ from ..attention import attention
 from ..domains import Sequence
 from ..masks import Keys
 from ._checks import check_size
-from ._heads import Head, Point
-from ._inputs import ForecastModel, Series
+from ._inputs import ForecastModel, Inputs, Series
 from ._steps import Advance, DirectOutput, Steps, StepwiseModel, steps_of, width_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Cell = Literal["lstm", "gru"]
 
@@ -32,7 +34,7 @@ class RNN(ForecastModel):
     Any length of look-back works. Steps in front of the first that was observed are left out: the state begins where the series does.
 
     Args:
-        channels, lookback, horizon, past, future, static, head: as in ``ForecastModel``.
+        channels, lookback, horizon, **inputs: as in ``ForecastModel``.
         dim: channels of the state.
         depth: layers of cells.
         cell: ``"lstm"`` or ``"gru"``.
@@ -51,16 +53,13 @@ class RNN(ForecastModel):
         lookback: int,
         horizon: int,
         *,
-        past: int = 0,
-        future: int = 0,
-        static: int = 0,
-        head: Head = Point(),  # noqa: B008  (a frozen value)
         dim: int = 64,
         depth: int = 2,
         cell: Cell = "lstm",
         dropout: float = 0.0,
+        **inputs: Unpack[Inputs],
     ) -> None:
-        super().__init__(channels, lookback, horizon, past=past, future=future, static=static, head=head)
+        super().__init__(channels, lookback, horizon, **inputs)
         self.rnn = _recurrent(width_of(self), dim, depth, cell, dropout)
         self.dropout = nn.Dropout(dropout)
         self.output = DirectOutput(self, dim)
@@ -94,19 +93,16 @@ class AutoregressiveRNN(StepwiseModel):
         lookback: int,
         horizon: int,
         *,
-        past: int = 0,
-        future: int = 0,
-        static: int = 0,
-        head: Head = Point(),  # noqa: B008  (a frozen value)
         dim: int = 64,
         depth: int = 2,
         cell: Cell = "lstm",
         dropout: float = 0.0,
+        **inputs: Unpack[Inputs],
     ) -> None:
-        super().__init__(channels, lookback, horizon, past=past, future=future, static=static, head=head)
+        super().__init__(channels, lookback, horizon, **inputs)
         self.rnn = _recurrent(width_of(self), dim, depth, cell, dropout)
         self.dropout = nn.Dropout(dropout)
-        self.output = nn.Linear(dim, channels * head.size)
+        self.output = nn.Linear(dim, channels * self.head.size)
 
     def hidden(self, steps: Steps, later: Float[Tensor, "batch later width"]) -> Float[Tensor, "batch horizon dim"]:
         states, exist, state = _states(self.rnn, steps)
@@ -203,16 +199,13 @@ class AttentionPoolingRNN(ForecastModel):
         lookback: int,
         horizon: int,
         *,
-        past: int = 0,
-        future: int = 0,
-        static: int = 0,
-        head: Head = Point(),  # noqa: B008  (a frozen value)
         dim: int = 64,
         depth: int = 2,
         cell: Cell = "lstm",
         dropout: float = 0.0,
+        **inputs: Unpack[Inputs],
     ) -> None:
-        super().__init__(channels, lookback, horizon, past=past, future=future, static=static, head=head)
+        super().__init__(channels, lookback, horizon, **inputs)
         self.rnn = _recurrent(width_of(self), dim, depth, cell, dropout)
         self.pooling = AttentionPooling(dim)
         self.dropout = nn.Dropout(dropout)
