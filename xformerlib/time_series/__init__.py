@@ -32,3 +32,4 @@ from ._recurrent import (
 )
 from ._steps import StepwiseModel as StepwiseModel
 from ._student_t import StudentTForecast as StudentTForecast
+from ._windows import Batch as Batch, Windows as Windows
