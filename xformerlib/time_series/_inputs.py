@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
-import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
-from ._checks import check_size
+from ._checks import check_finite, check_size, check_times, check_values, seen_of
 from ._heads import Head, Point
 
 if TYPE_CHECKING:
@@ -136,22 +135,14 @@ class ForecastModel(nn.Module):
     ) -> Series:
         """The inputs of a call, checked; arguments as in a call."""
         self._check_lookback(x)
-        seen = ~x.isnan()
-        if observed is not None:
-            if not isinstance(observed, Tensor) or observed.dtype != torch.bool:
-                raise TypeError(
-                    f"observed must be a bool tensor, False where a value is missing; got {_kind(observed)}"
-                )
-            if observed.shape != x.shape:
-                raise ValueError(f"observed must have the shape of x; got {tuple(observed.shape)} and {tuple(x.shape)}")
-            seen = seen & observed
-        batch, steps = x.shape[0], x.shape[1] + self.horizon
+        seen = seen_of(x, observed)
+        name, batch, steps = type(self).__name__, x.shape[0], x.shape[1] + self.horizon
         return Series(
             values=x.masked_fill(~seen, 0),
             observed=seen,
             times=self._times(times, batch, steps),
-            future=self._covariates("future", future, (batch, steps, self.future), x),
-            static=self._covariates("static", static, (batch, self.static), x),
+            future=covariates(name, "future", future, (batch, steps, self.future), x),
+            static=covariates(name, "static", static, (batch, self.static), x),
         )
 
     def _check_declared(self, inputs: Inputs) -> None:
@@ -166,8 +157,7 @@ class ForecastModel(nn.Module):
 
     def _check_lookback(self, x: Tensor) -> None:
         name, columns = type(self).__name__, self.channels + self.past
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise TypeError(f"x must be a floating-point tensor; got {_kind(x)}")
+        check_values(x)
         if x.ndim != 3 or x.shape[2] != columns:
             declared = f"{self.channels} channels and {self.past} past covariates"
             raise ValueError(
@@ -190,44 +180,35 @@ class ForecastModel(nn.Module):
                 f"{name} takes no times: its steps are regular. Leave times out, or give features of them as future covariates "
                 "to a model that has some."
             )
-        if not isinstance(times, Tensor) or times.dtype == torch.bool or times.is_complex():
-            raise TypeError(f"times must be a tensor of real numbers; got {_kind(times)}")
+        check_times(times)
         if times.shape not in ((steps,), (batch, steps)):
             raise ValueError(
                 f"times must be ({steps},) or ({batch}, {steps}), look-back and horizon; got {tuple(times.shape)}"
             )
         times = times if times.is_floating_point() else times.double()
-        _check_finite("times", times)
+        check_finite("times", times)
         return times.expand(batch, steps)
 
-    def _covariates(self, argument: str, given: Tensor | None, shape: tuple[int, ...], x: Tensor) -> Tensor:
-        name, size = type(self).__name__, shape[-1]
-        if given is None:
-            if size:
-                raise ValueError(
-                    f"{name} was declared with {argument}={size}: {argument} must be given, {shape}; got None"
-                )
-            return x.new_zeros(shape)
-        if not size:
+
+def covariates(
+    model: str, argument: str, given: Tensor | None, shape: tuple[int, ...], like: Tensor
+) -> Float[Tensor, "*shape"]:
+    """The covariates of a call, checked against the shape that ``model`` was declared with, in the dtype of ``like``."""
+    size = shape[-1]
+    if given is None:
+        if size:
             raise ValueError(
-                f"{name} has no {argument} covariates: leave {argument} out, or build a model that takes them "
-                f"with {argument}=<how many>; got {tuple(given.shape)}"
+                f"{model} was declared with {argument}={size}: {argument} must be given, {shape}; got None"
             )
-        if not isinstance(given, Tensor):
-            raise TypeError(f"{argument} must be a tensor; got {type(given).__name__}")
-        if given.shape != shape:
-            raise ValueError(f"{argument} of {name} must be {shape}; got {tuple(given.shape)}")
-        _check_finite(argument, given)
-        return given.to(x.dtype)
-
-
-def _check_finite(name: str, given: Tensor) -> None:
-    # A check of values, which a graph cannot hold.
-    if not torch.compiler.is_compiling() and not given.isfinite().all():
+        return like.new_zeros(shape)
+    if not size:
         raise ValueError(
-            f"{name} must be known and finite; got NaN or infinity. Only x may have missing values: fill the others."
+            f"{model} has no {argument} covariates: leave {argument} out, or build a model that takes them "
+            f"with {argument}=<how many>; got {tuple(given.shape)}"
         )
-
-
-def _kind(value: object) -> str:
-    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{argument} must be a tensor; got {type(given).__name__}")
+    if given.shape != shape:
+        raise ValueError(f"{argument} of {model} must be {shape}; got {tuple(given.shape)}")
+    check_finite(argument, given)
+    return given.to(like.dtype)
