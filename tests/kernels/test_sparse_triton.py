@@ -8,11 +8,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from random import Random
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +33,7 @@ from xformerlib.kernels._sparse_torch import Call, FeatureGradients, Features
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+PROGRAMS = {"forward", "backward_queries", "backward_keys", "backward_entries", "combine"}
 on_device = pytest.mark.filterwarnings("ignore:.*TRITON_DEFAULT_FP_FUSION") if INTERPRETED else pytest.mark.cuda
 
 if not INTERPRETED:
@@ -46,6 +50,61 @@ if not INTERPRETED:
         )
         assert run.returncode == 0, run.stdout[-6000:]
         assert " passed" in run.stdout and "skipped" not in run.stdout.splitlines()[-1]
+
+    @pytest.mark.skipif(
+        find_spec("triton") is None or torch.cuda.is_available(),
+        reason="no Triton here, or a GPU that runs these tests",
+    )
+    @pytest.mark.filterwarnings("ignore:.*TRITON_DEFAULT_FP_FUSION")
+    @pytest.mark.parametrize(("dtype", "simple"), [(torch.float32, False), (torch.bfloat16, True)])
+    def test_every_program_compiles(
+        dtype: torch.dtype, simple: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """For a GPU that is not here: the interpreter takes more of Python than the compiler does."""
+        from triton.backends.compiler import GPUTarget
+        from triton.runtime import driver
+
+        from xformerlib.kernels import _triton_kernels
+
+        gpu = SimpleNamespace(
+            get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0,
+            get_current_stream=lambda _: 0,
+        )  # fmt: skip
+        monkeypatch.setattr(driver, "_active", gpu)
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+        monkeypatch.setattr(torch.cuda, "device_of", lambda _: nullcontext())
+        monkeypatch.setitem(globals(), "DEVICE", "cpu")
+        for name in PROGRAMS:
+            monkeypatch.setattr(_triton_kernels, name, Compiled(getattr(_triton_kernels, name)))
+        rng = Random(0)
+        call = case(rng, dtype)
+        while (call.features is None, call.bias is None, not call.scores.dropout_p) != (
+            simple,
+            simple,
+            simple,
+        ) or not divided(call):
+            call = case(rng, dtype)
+        results(_sparse_triton, call, torch.Generator().manual_seed(0))
+        names = {name for name in PROGRAMS if getattr(_triton_kernels, name).binaries}
+        assert names == PROGRAMS - ({"backward_entries"} if simple else set())
+
+
+class Compiled:
+    """A program that is compiled, and not run, where it is launched."""
+
+    def __init__(self, program: Any) -> None:
+        self.program, self.binaries = program, []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            self.binaries.append(self.program.warmup(*args, grid=grid, **kwargs).asm["cubin"])
+
+        return launch
+
+
+def divided(call: Call) -> bool:
+    """Whether rows and columns are long enough for their parts to be added up."""
+    return bool(call.pattern.pieces.num_slots and call.pattern.pieces_by_key.num_slots)
 
 
 @pytest.fixture(autouse=True)

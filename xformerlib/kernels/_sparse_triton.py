@@ -17,6 +17,7 @@ from torch import Tensor
 from ._merge import Gradients, Merged
 from ._pattern import Pieces
 from ._sparse_torch import Call, FeatureGradients, Made
+from ._triton_arguments import Counts, Inputs, PerEntry, Planes, Ranges, Static, Upstream
 
 # Triton comes with torch where there is a CUDA device.
 AVAILABLE = find_spec("triton") is not None
@@ -55,7 +56,7 @@ def backward(
     pattern, (batch, heads), kv_heads = call.pattern, call.query.shape[:2], call.key.shape[1]
     dq, dk, dv = (_Target(x) for x in into.buffers(call.query, call.key, call.value))
     du = None if wanted is None else _Target(wanted.query)
-    up = programs.Upstream(
+    up = Upstream(
         _planes(_by_rows(merged.grad)), _planes(merged.lse), _planes(merged.delta),
         None if wanted is None else _planes(_by_rows(wanted.sums)),
     )  # fmt: skip
@@ -97,7 +98,7 @@ class _Target:
         )
 
     @property
-    def planes(self) -> Any:
+    def planes(self) -> Planes | None:
         return _planes(self.tensor)
 
     def finish(self) -> None:
@@ -121,21 +122,22 @@ class _Run:
         self._rows = 1 if pattern.rows is not None else call.query.shape[0]
         self._dtype = programs.FLOAT64 if wide == torch.float64 else programs.FLOAT32
         step, warps = _tile(pattern.num_entries / max(num_runs, 1), max(blocks), wide.itemsize)
-        self._ranges = programs.Ranges(pieces.bounds, pieces.run, pieces.slot)
+        self._ranges = Ranges(pieces.bounds, pieces.run, pieces.slot)
         self._arguments = {
-            "x": programs.Inputs(
+            "x": Inputs(
                 _planes(query), _planes(key), _planes(value), _planes(u), None if e is None else _planes(e[None, None]),
                 scores.seed if scores.dropout_p else None,
             ),
             "bias": _per_entry(call.bias),
             "allowed": _per_entry(None if call.allowed is None else call.allowed.view(torch.uint8)),
-            "counts": programs.Counts(heads, group, pattern.num_queries, pattern.num_keys),
+            "counts": Counts(heads, group, pattern.num_queries, pattern.num_keys),
             "num_pieces": pieces.bounds.numel() - 1,
-            "scale": float(scores.scale), "softcap": float(scores.softcap or 1), "CAPPED": scores.softcap is not None,
+            "scale": float(scores.scale), "softcap": float(scores.softcap or 1),
             "dropped": int(scores.dropout_p * (1 << 24)), "factor": 1 / (1 - scores.dropout_p),
-            "D": dims[0], "DV": dims[1], "F": dims[2], "BLOCK_D": blocks[0], "BLOCK_DV": blocks[1], "BLOCK_F": blocks[2],
-            "BLOCK_E": step, "num_warps": warps, "ACC": self._dtype, "OWN": pattern.rows is not None,
-            "HEADS_FIRST": key.stride(1) < key.stride(2),
+            "S": Static(
+                *dims, *blocks, step, self._dtype, scores.softcap is not None, pattern.rows is not None, key.stride(1) < key.stride(2)
+            ),
+            "num_warps": warps,
         }  # fmt: skip
 
     def __call__(self, program: Any, heads: int, **arguments: Any) -> None:
@@ -193,18 +195,14 @@ def _by_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
-def _planes(x: Tensor | None) -> Any:
-    from . import _triton_kernels as programs
-
-    return None if x is None else programs.Planes(x, *x.stride()[:3])
+def _planes(x: Tensor | None) -> Planes | None:
+    return None if x is None else Planes(x, *x.stride()[:3])
 
 
-def _per_entry(x: Tensor | None) -> Any:
-    from . import _triton_kernels as programs
-
+def _per_entry(x: Tensor | None) -> PerEntry | None:
     if x is None:
         return None
-    return programs.PerEntry(x, *(0 if x.shape[axis] == 1 else x.stride(axis) for axis in (0, 1)))
+    return PerEntry(x, *(0 if x.shape[axis] == 1 else x.stride(axis) for axis in (0, 1)))
 
 
 def _power_of_two(n: int) -> int:

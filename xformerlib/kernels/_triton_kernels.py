@@ -6,72 +6,11 @@ atomics and results are the same bit by bit.
 """
 
 # Triton reads annotations as objects: no postponed evaluation here.
-from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 FLOAT32, FLOAT64 = tl.float32, tl.float64
-
-
-class Planes(NamedTuple):
-    """A tensor ``(batch, heads, tokens, dim)`` whose last stride is 1, or one without ``dim``."""
-
-    ptr: Any
-    b: int
-    h: int
-    t: int
-
-
-class PerEntry(NamedTuple):
-    """A tensor ``(#batch, #heads, entries)`` whose last stride is 1; strides of axes that broadcast are 0."""
-
-    ptr: Any
-    b: int
-    h: int
-
-
-class Inputs(NamedTuple):
-    """What all passes read: u and e are the features' queries and the features, ``(entries, features)``, seed is that of dropout.
-
-    What there is not is None, and stands last: Triton 3.6 loses count of a tuple's strides of 1 behind it.
-    """
-
-    query: Planes
-    key: Planes
-    value: Planes
-    u: Planes | None
-    e: Planes | None
-    seed: Any
-
-
-class Upstream(NamedTuple):
-    """What the backward passes read besides: the output's gradient, log-sum-exp, delta, the gradient of the sums of features."""
-
-    grad: Planes
-    lse: Planes
-    delta: Planes
-    sums: Planes | None
-
-
-class Ranges(NamedTuple):
-    """Pieces of runs of entries: where each begins and ends, the run it is of, and its place among the parts of divided runs or -1.
-
-    The last two are None where no run is divided: piece i is run i.
-    """
-
-    bounds: Any
-    item: Any
-    slot: Any
-
-
-class Counts(NamedTuple):
-    """Heads of the queries, how many of them share a head of the keys, Tq and Tk."""
-
-    heads: int
-    group: int
-    queries: int
-    keys: int
 
 
 @triton.jit
@@ -200,26 +139,81 @@ def _tanh(x, ACC: tl.constexpr):
 
 
 @triton.jit
-def _scored(products, bias, b, h, entry, inside, scale, softcap, CAPPED: tl.constexpr, ACC: tl.constexpr):
+def _zeros(BLOCK: tl.constexpr, ACC: tl.constexpr):
+    return tl.zeros((BLOCK,), ACC)  # Triton 3.6 takes for a shape what is an argument, not what is of a tuple
+
+
+@triton.jit
+def _keys(x, col, b, h, entry, inside, counts, S: tl.constexpr):
+    """Token, key, value and features (0 where there are none) of a query's entries."""
+    t = tl.load(col + entry, mask=inside, other=0).to(tl.int64)
+    if S.OWN:
+        t -= b * counts.keys
+    k = _vectors(x.key, b, h // counts.group, t, inside, S.D, S.BLOCK_D, S.ACC)
+    v = _vectors(x.value, b, h // counts.group, t, inside, S.DV, S.BLOCK_DV, S.ACC)
+    e = 0.0
+    if S.F > 0:
+        e = _vectors(x.e, 0, 0, entry, inside, S.F, S.BLOCK_F, S.ACC)
+    return t, k, v, e
+
+
+@triton.jit
+def _query(x, up, b, h, t, S: tl.constexpr):
+    """Query, feature query, what came for output and sums of features, log-sum-exp and delta of one token."""
+    q, g = _vector(x.query, b, h, t, S.D, S.BLOCK_D, S.ACC), _vector(up.grad, b, h, t, S.DV, S.BLOCK_DV, S.ACC)
+    u, f = 0.0, 0.0
+    if S.F > 0:
+        u, f = _vector(x.u, b, h, t, S.F, S.BLOCK_F, S.ACC), _vector(up.sums, b, h, t, S.F, S.BLOCK_F, S.ACC)
+    return q, u, g, f, _number(up.lse, b, h, t, True), _number(up.delta, b, h, t, True)
+
+
+@triton.jit
+def _queries(x, up, b, h, t, inside, S: tl.constexpr):
+    """``_query`` of each of some tokens."""
+    q = _vectors(x.query, b, h, t, inside, S.D, S.BLOCK_D, S.ACC)
+    g = _vectors(up.grad, b, h, t, inside, S.DV, S.BLOCK_DV, S.ACC)
+    u, f = 0.0, 0.0
+    if S.F > 0:
+        u = _vectors(x.u, b, h, t, inside, S.F, S.BLOCK_F, S.ACC)
+        f = _vectors(up.sums, b, h, t, inside, S.F, S.BLOCK_F, S.ACC)
+    return q, u, g, f, _number(up.lse, b, h, t, inside), _number(up.delta, b, h, t, inside)
+
+
+@triton.jit
+def _products(a, b, u, e, S: tl.constexpr):
+    """``a . b``, and ``u . e`` where there are features."""
+    products = tl.sum(a * b, 1)
+    if S.F > 0:
+        products += tl.sum(u * e, 1)
+    return products
+
+
+@triton.jit
+def _scored(q, k, u, e, bias, b, h, entry, inside, scale, softcap, S: tl.constexpr):
     """Scores of entries, minus infinity where one does not count, and the tanh of the soft cap."""
-    s = products * tl.full((), scale, ACC)
+    s = _products(q, k, u, e, S) * tl.full((), scale, S.ACC)
     tanh = s
-    if CAPPED:
-        cap = tl.full((), softcap, ACC)
-        tanh = _tanh(s / cap, ACC)
+    if S.CAPPED:
+        cap = tl.full((), softcap, S.ACC)
+        tanh = _tanh(s / cap, S.ACC)
         s = cap * tanh
     if bias is not None:
-        s += tl.load(bias.ptr + b * bias.b + h * bias.h + entry, mask=inside, other=0).to(ACC)
+        s += tl.load(bias.ptr + b * bias.b + h * bias.h + entry, mask=inside, other=0).to(S.ACC)
     return tl.where(inside, s, float("-inf")), tanh
 
 
 @triton.jit
-def _slopes(s, tanh, lse, delta, dp, keep, inside, CAPPED: tl.constexpr):
+def _slopes(
+    q, u, g, f, lse, delta, k, v, e, bias, seed, b, h, q_token, k_token, entry, inside, scale, softcap, dropped, factor,
+    S: tl.constexpr,
+):  # fmt: skip
     """Weight after dropout, and the derivatives by the score after and before the soft cap, of entries."""
+    s, tanh = _scored(q, k, u, e, bias, b, h, entry, inside, scale, softcap, S)
+    keep = _keep(seed, b, h, q_token, k_token, dropped, factor, S.BLOCK_E, S.ACC)
     p = tl.where(inside, tl.exp(s - lse), 0.0)
-    after = tl.where(inside, p * (dp * keep - delta), 0.0)
+    after = tl.where(inside, p * (_products(g, v, f, e, S) * keep - delta), 0.0)
     before = after
-    if CAPPED:
+    if S.CAPPED:
         before = tl.where(inside, after * (1 - tanh * tanh), 0.0)
     return p * keep, after, before
 
@@ -227,177 +221,132 @@ def _slopes(s, tanh, lse, delta, dp, keep, inside, CAPPED: tl.constexpr):
 @triton.jit
 def forward(
     x, bias, allowed, out, lse, sums, out_part, lse_part, sums_part, ranges, col, num_pieces, counts,
-    scale: tl.float64, softcap: tl.float64, dropped, factor: tl.float64,
-    D: tl.constexpr, DV: tl.constexpr, F: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_F: tl.constexpr,
-    BLOCK_E: tl.constexpr, ACC: tl.constexpr, CAPPED: tl.constexpr, OWN: tl.constexpr, HEADS_FIRST: tl.constexpr,
+    scale: tl.float64, softcap: tl.float64, dropped, factor: tl.float64, S: tl.constexpr,
 ):  # fmt: skip
     """Output, log-sum-exp and sums of features of one piece of a query's entries, by an online softmax."""
-    piece, plane, h = _place(num_pieces, counts.heads, HEADS_FIRST)
+    piece, plane, h = _place(num_pieces, counts.heads, S.HEADS_FIRST)
     first, last, item, slot = _piece(ranges, piece)
-    b, t = _token(item, plane, counts.queries, OWN)
-    q = _vector(x.query, b, h, t, D, BLOCK_D, ACC)
-    top, total, acc = tl.full((), float("-inf"), ACC), tl.full((), 0.0, ACC), tl.zeros((BLOCK_DV,), ACC)
-    if x.u is not None:
-        u, f_acc = _vector(x.u, b, h, t, F, BLOCK_F, ACC), tl.zeros((BLOCK_F,), ACC)
-    for start in range(first, last, BLOCK_E):
-        entry = start + tl.arange(0, BLOCK_E).to(tl.int64)
+    b, t = _token(item, plane, counts.queries, S.OWN)
+    q = _vector(x.query, b, h, t, S.D, S.BLOCK_D, S.ACC)
+    u = 0.0
+    if S.F > 0:
+        u = _vector(x.u, b, h, t, S.F, S.BLOCK_F, S.ACC)
+    top, total, acc = tl.full((), float("-inf"), S.ACC), tl.full((), 0.0, S.ACC), _zeros(S.BLOCK_DV, S.ACC)
+    f_acc = _zeros(S.BLOCK_F, S.ACC)
+    for start in range(first, last, S.BLOCK_E):
+        entry = start + tl.arange(0, S.BLOCK_E).to(tl.int64)
         inside = _allowed(allowed, b, h, entry, entry < last)
-        k_token = tl.load(col + entry, mask=inside, other=0).to(tl.int64)
-        if OWN:
-            k_token -= b * counts.keys
-        k = _vectors(x.key, b, h // counts.group, k_token, inside, D, BLOCK_D, ACC)
-        v = _vectors(x.value, b, h // counts.group, k_token, inside, DV, BLOCK_DV, ACC)
-        products = tl.sum(q * k, 1)
-        if x.u is not None:
-            e = _vectors(x.e, 0, 0, entry, inside, F, BLOCK_F, ACC)
-            products += tl.sum(u * e, 1)
-        s, _ = _scored(products, bias, b, h, entry, inside, scale, softcap, CAPPED, ACC)
+        k_token, k, v, e = _keys(x, col, b, h, entry, inside, counts, S)
+        s, _ = _scored(q, k, u, e, bias, b, h, entry, inside, scale, softcap, S)
         new = tl.maximum(top, tl.max(s, 0))
         safe = tl.where(new == float("-inf"), 0.0, new)
         p, shrink = tl.exp(s - safe), tl.exp(top - safe)
         top, total = new, total * shrink + tl.sum(p, 0)
-        p *= _keep(x.seed, b, h, t, k_token, dropped, factor, BLOCK_E, ACC)
+        p *= _keep(x.seed, b, h, t, k_token, dropped, factor, S.BLOCK_E, S.ACC)
         acc = acc * shrink + tl.sum(p[:, None] * v, 0)
-        if x.u is not None:
+        if S.F > 0:
             f_acc = f_acc * shrink + tl.sum(p[:, None] * e, 0)
     share = 1 / tl.maximum(total, 1.0)  # less than 1 only where nothing counts
-    _store_piece(out, out_part, b, h, t, plane, slot, acc * share, DV, BLOCK_DV, False)
+    _store_piece(out, out_part, b, h, t, plane, slot, acc * share, S.DV, S.BLOCK_DV, False)
     _store_number(lse, lse_part, b, h, t, plane, slot, top + tl.log(tl.maximum(total, 1.0)))
-    if x.u is not None:
-        _store_piece(sums, sums_part, b, h, t, plane, slot, f_acc * share, F, BLOCK_F, False)
+    if S.F > 0:
+        _store_piece(sums, sums_part, b, h, t, plane, slot, f_acc * share, S.F, S.BLOCK_F, False)
 
 
 @triton.jit
 def backward_queries(
     x, bias, allowed, up, dq, du, dq_part, du_part, dbias, ranges, col, num_pieces, counts,
-    scale: tl.float64, softcap: tl.float64, dropped, factor: tl.float64,
-    D: tl.constexpr, DV: tl.constexpr, F: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_F: tl.constexpr,
-    BLOCK_E: tl.constexpr, ACC: tl.constexpr, CAPPED: tl.constexpr, OWN: tl.constexpr, HEADS_FIRST: tl.constexpr,
+    scale: tl.float64, softcap: tl.float64, dropped, factor: tl.float64, S: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one query (and its feature query), and of biases that each row of the batch and head has for itself."""
-    piece, plane, h = _place(num_pieces, counts.heads, HEADS_FIRST)
+    piece, plane, h = _place(num_pieces, counts.heads, S.HEADS_FIRST)
     first, last, item, slot = _piece(ranges, piece)
-    b, t = _token(item, plane, counts.queries, OWN)
-    q, g = _vector(x.query, b, h, t, D, BLOCK_D, ACC), _vector(up.grad, b, h, t, DV, BLOCK_DV, ACC)
-    lse, delta = _number(up.lse, b, h, t, True), _number(up.delta, b, h, t, True)
-    acc = tl.zeros((BLOCK_D,), ACC)
-    if x.u is not None:
-        u, f_grad = _vector(x.u, b, h, t, F, BLOCK_F, ACC), _vector(up.sums, b, h, t, F, BLOCK_F, ACC)
-        f_acc = tl.zeros((BLOCK_F,), ACC)
-    for start in range(first, last, BLOCK_E):
-        entry = start + tl.arange(0, BLOCK_E).to(tl.int64)
+    b, t = _token(item, plane, counts.queries, S.OWN)
+    q, u, g, f, lse, delta = _query(x, up, b, h, t, S)
+    acc, f_acc = _zeros(S.BLOCK_D, S.ACC), _zeros(S.BLOCK_F, S.ACC)
+    for start in range(first, last, S.BLOCK_E):
+        entry = start + tl.arange(0, S.BLOCK_E).to(tl.int64)
         inside = _allowed(allowed, b, h, entry, entry < last)
-        k_token = tl.load(col + entry, mask=inside, other=0).to(tl.int64)
-        if OWN:
-            k_token -= b * counts.keys
-        k = _vectors(x.key, b, h // counts.group, k_token, inside, D, BLOCK_D, ACC)
-        v = _vectors(x.value, b, h // counts.group, k_token, inside, DV, BLOCK_DV, ACC)
-        products, dp = tl.sum(q * k, 1), tl.sum(g * v, 1)
-        if x.u is not None:
-            e = _vectors(x.e, 0, 0, entry, inside, F, BLOCK_F, ACC)
-            products, dp = products + tl.sum(u * e, 1), dp + tl.sum(f_grad * e, 1)
-        s, tanh = _scored(products, bias, b, h, entry, inside, scale, softcap, CAPPED, ACC)
-        keep = _keep(x.seed, b, h, t, k_token, dropped, factor, BLOCK_E, ACC)
-        _, after, before = _slopes(s, tanh, lse, delta, dp, keep, inside, CAPPED)
+        k_token, k, v, e = _keys(x, col, b, h, entry, inside, counts, S)
+        _, after, before = _slopes(
+            q, u, g, f, lse, delta, k, v, e, bias, x.seed, b, h, t, k_token, entry, inside, scale, softcap, dropped, factor, S
+        )  # fmt: skip
         if dbias is not None:
             at = dbias.ptr + b * dbias.b + h * dbias.h + entry
             tl.store(at, tl.load(at, mask=inside, other=0) + after, mask=inside)
         acc += tl.sum(before[:, None] * k, 0)
-        if x.u is not None:
+        if S.F > 0:
             f_acc += tl.sum(before[:, None] * e, 0)
-    _store_piece(dq, dq_part, b, h, t, plane, slot, acc * tl.full((), scale, ACC), D, BLOCK_D, True)
-    if x.u is not None:
-        _store_piece(du, du_part, b, h, t, plane, slot, f_acc * tl.full((), scale, ACC), F, BLOCK_F, True)
+    _store_piece(dq, dq_part, b, h, t, plane, slot, acc * tl.full((), scale, S.ACC), S.D, S.BLOCK_D, True)
+    if S.F > 0:
+        _store_piece(du, du_part, b, h, t, plane, slot, f_acc * tl.full((), scale, S.ACC), S.F, S.BLOCK_F, True)
 
 
 @triton.jit
 def backward_keys(
     x, bias, allowed, up, dk, dv, dk_part, dv_part, ranges, order, row, num_pieces, counts,
-    scale: tl.float64, softcap: tl.float64, dropped, factor: tl.float64,
-    D: tl.constexpr, DV: tl.constexpr, F: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_F: tl.constexpr,
-    BLOCK_E: tl.constexpr, ACC: tl.constexpr, CAPPED: tl.constexpr, OWN: tl.constexpr, HEADS_FIRST: tl.constexpr,
+    scale: tl.float64, softcap: tl.float64, dropped, factor: tl.float64, S: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one key and value, summed over the query heads that they serve; ``order`` and ``row`` are sorted by key."""
-    piece, plane, kv = _place(num_pieces, counts.heads // counts.group, HEADS_FIRST)
+    piece, plane, kv = _place(num_pieces, counts.heads // counts.group, S.HEADS_FIRST)
     first, last, item, slot = _piece(ranges, piece)
-    b, t = _token(item, plane, counts.keys, OWN)
-    k, v = _vector(x.key, b, kv, t, D, BLOCK_D, ACC), _vector(x.value, b, kv, t, DV, BLOCK_DV, ACC)
-    k_acc, v_acc = tl.zeros((BLOCK_D,), ACC), tl.zeros((BLOCK_DV,), ACC)
+    b, t = _token(item, plane, counts.keys, S.OWN)
+    k, v = _vector(x.key, b, kv, t, S.D, S.BLOCK_D, S.ACC), _vector(x.value, b, kv, t, S.DV, S.BLOCK_DV, S.ACC)
+    k_acc, v_acc = _zeros(S.BLOCK_D, S.ACC), _zeros(S.BLOCK_DV, S.ACC)
     for member in range(counts.group):
         h = kv * counts.group + member
-        for start in range(first, last, BLOCK_E):
-            at = start + tl.arange(0, BLOCK_E).to(tl.int64)
+        for start in range(first, last, S.BLOCK_E):
+            at = start + tl.arange(0, S.BLOCK_E).to(tl.int64)
             entry = tl.load(order + at, mask=at < last, other=0).to(tl.int64)
             inside = _allowed(allowed, b, h, entry, at < last)
             q_token = tl.load(row + at, mask=inside, other=0).to(tl.int64)
-            if OWN:
+            if S.OWN:
                 q_token = tl.where(inside, q_token - b * counts.queries, 0)
-            q = _vectors(x.query, b, h, q_token, inside, D, BLOCK_D, ACC)
-            g = _vectors(up.grad, b, h, q_token, inside, DV, BLOCK_DV, ACC)
-            lse, delta = _number(up.lse, b, h, q_token, inside), _number(up.delta, b, h, q_token, inside)
-            products, dp = tl.sum(q * k, 1), tl.sum(g * v, 1)
-            if x.u is not None:
-                u, e = (
-                    _vectors(x.u, b, h, q_token, inside, F, BLOCK_F, ACC),
-                    _vectors(x.e, 0, 0, entry, inside, F, BLOCK_F, ACC),
-                )
-                f_grad = _vectors(up.sums, b, h, q_token, inside, F, BLOCK_F, ACC)
-                products, dp = products + tl.sum(u * e, 1), dp + tl.sum(f_grad * e, 1)
-            s, tanh = _scored(products, bias, b, h, entry, inside, scale, softcap, CAPPED, ACC)
-            keep = _keep(x.seed, b, h, q_token, t, dropped, factor, BLOCK_E, ACC)
-            weight, _, before = _slopes(s, tanh, lse, delta, dp, keep, inside, CAPPED)
+            q, u, g, f, lse, delta = _queries(x, up, b, h, q_token, inside, S)
+            e = 0.0
+            if S.F > 0:
+                e = _vectors(x.e, 0, 0, entry, inside, S.F, S.BLOCK_F, S.ACC)
+            weight, _, before = _slopes(
+                q, u, g, f, lse, delta, k, v, e, bias, x.seed, b, h, q_token, t, entry, inside, scale, softcap, dropped, factor, S
+            )  # fmt: skip
             k_acc += tl.sum(before[:, None] * q, 0)
             v_acc += tl.sum(weight[:, None] * g, 0)
-    _store_piece(dk, dk_part, b, kv, t, plane, slot, k_acc * tl.full((), scale, ACC), D, BLOCK_D, True)
-    _store_piece(dv, dv_part, b, kv, t, plane, slot, v_acc, DV, BLOCK_DV, True)
+    _store_piece(dk, dk_part, b, kv, t, plane, slot, k_acc * tl.full((), scale, S.ACC), S.D, S.BLOCK_D, True)
+    _store_piece(dv, dv_part, b, kv, t, plane, slot, v_acc, S.DV, S.BLOCK_DV, True)
 
 
 @triton.jit
 def backward_entries(
     x, bias, allowed, up, de, dbias, ranges, col, num_pieces, outer_heads, inner_rows, inner_heads, counts,
-    scale: tl.float64, softcap: tl.float64, dropped, factor: tl.float64,
-    D: tl.constexpr, DV: tl.constexpr, F: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_F: tl.constexpr,
-    BLOCK_E: tl.constexpr, ACC: tl.constexpr, CAPPED: tl.constexpr, OWN: tl.constexpr, HEADS_FIRST: tl.constexpr,
+    scale: tl.float64, softcap: tl.float64, dropped, factor: tl.float64, S: tl.constexpr,
 ):  # fmt: skip
     """Gradients of what entries share among ``inner_rows`` rows of the batch and ``inner_heads`` heads: features, biases."""
-    piece, outer_row, outer_head = _place(num_pieces, outer_heads, HEADS_FIRST)
+    piece, outer_row, outer_head = _place(num_pieces, outer_heads, S.HEADS_FIRST)
     first, last, item, _ = _piece(ranges, piece)
-    for start in range(first, last, BLOCK_E):
-        entry = start + tl.arange(0, BLOCK_E).to(tl.int64)
+    for start in range(first, last, S.BLOCK_E):
+        entry = start + tl.arange(0, S.BLOCK_E).to(tl.int64)
         present = entry < last
-        k_index = tl.load(col + entry, mask=present, other=0).to(tl.int64)
-        acc = tl.zeros((BLOCK_E,), ACC)
-        if x.u is not None:
-            e, f_acc = _vectors(x.e, 0, 0, entry, present, F, BLOCK_F, ACC), tl.zeros((BLOCK_E, BLOCK_F), ACC)
+        acc, f_acc = _zeros(S.BLOCK_E, S.ACC), _zeros(S.BLOCK_E, S.ACC)[:, None] + _zeros(S.BLOCK_F, S.ACC)[None, :]
         for inner in range(inner_rows * inner_heads):
-            b, t = _token(item, outer_row * inner_rows + inner // inner_heads, counts.queries, OWN)
+            b, t = _token(item, outer_row * inner_rows + inner // inner_heads, counts.queries, S.OWN)
             h = outer_head * inner_heads + inner % inner_heads
-            k_token = k_index
-            if OWN:
-                k_token -= b * counts.keys
             inside = _allowed(allowed, b, h, entry, present)
-            q, g = _vector(x.query, b, h, t, D, BLOCK_D, ACC), _vector(up.grad, b, h, t, DV, BLOCK_DV, ACC)
-            k = _vectors(x.key, b, h // counts.group, k_token, inside, D, BLOCK_D, ACC)
-            v = _vectors(x.value, b, h // counts.group, k_token, inside, DV, BLOCK_DV, ACC)
-            products, dp = tl.sum(q * k, 1), tl.sum(g * v, 1)
-            if x.u is not None:
-                u, f_grad = _vector(x.u, b, h, t, F, BLOCK_F, ACC), _vector(up.sums, b, h, t, F, BLOCK_F, ACC)
-                products, dp = products + tl.sum(u * e, 1), dp + tl.sum(f_grad * e, 1)
-            s, tanh = _scored(products, bias, b, h, entry, inside, scale, softcap, CAPPED, ACC)
-            keep = _keep(x.seed, b, h, t, k_token, dropped, factor, BLOCK_E, ACC)
-            lse, delta = _number(up.lse, b, h, t, True), _number(up.delta, b, h, t, True)
-            weight, after, before = _slopes(s, tanh, lse, delta, dp, keep, inside, CAPPED)
+            q, u, g, f, lse, delta = _query(x, up, b, h, t, S)
+            k_token, k, v, e = _keys(x, col, b, h, entry, inside, counts, S)
+            weight, after, before = _slopes(
+                q, u, g, f, lse, delta, k, v, e, bias, x.seed, b, h, t, k_token, entry, inside, scale, softcap, dropped, factor, S
+            )  # fmt: skip
             acc += after
-            if x.u is not None:
-                more = (before * tl.full((), scale, ACC))[:, None] * u + weight[:, None] * f_grad
+            if S.F > 0:
+                more = (before * tl.full((), scale, S.ACC))[:, None] * u + weight[:, None] * f
                 f_acc += tl.where(inside[:, None], more, 0.0)
         if dbias is not None:
             at = dbias.ptr + outer_row * dbias.b + outer_head * dbias.h + entry
             tl.store(at, tl.load(at, mask=present, other=0) + acc, mask=present)
         if de is not None:
-            d = tl.arange(0, BLOCK_F)[None, :]
+            d = tl.arange(0, S.BLOCK_F)[None, :]
             at = de.ptr + (entry * de.t)[:, None] + d
-            mask = present[:, None] & (d < F)
+            mask = present[:, None] & (d < S.F)
             tl.store(at, tl.load(at, mask=mask, other=0) + f_acc, mask=mask)
 
 
