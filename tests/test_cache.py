@@ -123,6 +123,50 @@ def test_pieces_of_a_timeline(mask: masks.Mask, position: Any, sizes: list[int],
         assert_equal(decoded(model, x, domains), model(x, xf.Timeline(times, prefix=prefix)))
 
 
+@given(
+    st.sampled_from([masks.Causal(), masks.Causal() & masks.Local(2), masks.Local(1) & masks.Causal() | masks.Local(0)]),
+    st.booleans(), st.sampled_from(list(TOLERANCE)), sizes, grad, st.integers(0, 2**16),
+)  # fmt: skip
+def test_hidden_keys_and_what_is_out_of_reach(
+    mask: masks.Mask, timeline: bool, dtype: torch.dtype, sizes: list[int], with_gradients: bool, seed: int
+) -> None:
+    """What a mask says of each key is said of all tokens so far, those among them that are kept no more."""
+    torch.manual_seed(seed)
+    count, position = sum(sizes), positions.Rotary(DIM // HEADS) + positions.DistanceDecay(HEADS)
+    model = redrawn(xf.Encoder(DIM, 2, HEADS, mask=mask, position=position), dtype)
+    x, seen = tokens(count, dtype), torch.rand(ROWS, count) < 0.7
+    times = (torch.rand(ROWS, count, dtype=torch.float64) + 0.1).cumsum(-1)
+    domains = [xf.Timeline(part) for part in times.split(sizes, -1)] if timeline else pieces(sizes)
+    cache, parts, end = xf.Cache(), [], 0
+    with torch.set_grad_enabled(with_gradients):
+        for domain in domains:
+            end += domain.num_tokens
+            part = x[:, end - domain.num_tokens : end]
+            parts.append(model(part, domain, mask=masks.Keys(seen[:, :end]), cache=cache))
+        whole = xf.Timeline(times) if timeline else xf.Sequence(count)
+        assert_equal(torch.cat(parts, 1), model(x, whole, mask=masks.Keys(seen)))
+
+
+@pytest.mark.parametrize(
+    "hide",
+    [
+        lambda allowed: masks.Dense(allowed),
+        lambda allowed: ~masks.Dense(~allowed),
+        lambda allowed: masks.Keys(allowed[0]) & masks.Full() | masks.Keys(allowed[0]) & masks.Local(1),
+        lambda allowed: masks.Segments(torch.ones(1, dtype=torch.long), allowed[0].long()),
+    ],
+)
+def test_every_mask_that_names_keys(hide: Callable[[Tensor], masks.Mask]) -> None:
+    layer, x, cache = redrawn(xf.Attention(DIM, HEADS, mask=masks.Causal() & masks.Local(2))), tokens(9), xf.Cache()
+    allowed = torch.tensor([[True, False, True, True, False, True, True, False, True]])
+    with torch.no_grad():
+        decoded(layer, x[:, :8], pieces([1] * 8), cache)
+        got = layer(x[:, 8:], xf.Sequence(1, start=8), mask=hide(allowed), cache=cache)
+        assert_equal(got, layer(x, mask=masks.Keys(allowed[0]))[:, 8:])
+    with pytest.raises(ValueError, match="one entry for each key"):
+        layer(x[:, 8:], xf.Sequence(1, start=9), mask=masks.Keys(allowed[0]), cache=cache)
+
+
 @given(sizes, st.booleans(), st.sampled_from([None, [3, 5]]), grad)
 def test_the_context_is_given_once(
     sizes: list[int], again: bool, lengths: list[int] | None, with_gradients: bool
@@ -239,6 +283,46 @@ def test_a_window_keeps_only_its_reach(reach: int, more: int, prompt: int) -> No
         assert_equal(torch.cat(out, 1), layer(x))
 
 
+@settings(max_examples=8)
+@given(st.floats(0, 5), st.booleans(), st.integers(0, 2**16))
+def test_a_window_of_time_keeps_only_its_reach(reach: float, each_row: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    layer, cache, x = (
+        redrawn(xf.Attention(DIM, HEADS, mask=masks.Causal() & masks.Local(reach))),
+        xf.Cache(),
+        tokens(60),
+    )
+    times = (torch.rand(ROWS, 60, dtype=torch.float64) + 0.5).cumsum(-1)
+    times = times if each_row else times[0]
+    with torch.no_grad():
+        out = decoded(layer, x, [xf.Timeline(part) for part in times.split(1, -1)], cache)
+        assert_equal(out, layer(x, xf.Timeline(times)))
+    kept = cache._entries[layer].domain
+    assert torch.equal(kept.times, times[..., 60 - kept.num_tokens :])  # type: ignore[attr-defined]
+    near = (times[..., -1:] - times <= reach).reshape(-1, 60).any(0)
+    assert kept.num_tokens == int(near.sum()) and held(cache) <= max(2 * (2 * reach + 2), 16)
+
+
+def test_ranks_count_what_is_kept_no_more() -> None:
+    """The first token is the first of all, not the first that is still there."""
+    layer, x, times = (
+        redrawn(xf.Attention(DIM, HEADS, mask=masks.Causal() & masks.Local(2.0))),
+        tokens(8),
+        torch.arange(8.0),
+    )
+    cache = xf.Cache()
+    with torch.no_grad():
+        decoded(layer, x[:, :7], [xf.Timeline(part) for part in times[:7].split(1)], cache)
+        got = layer(x[:, 7:], xf.Timeline(times[7:]), mask=~masks.Prefix(1), cache=cache)
+        assert_equal(got, layer(x, xf.Timeline(times))[:, 7:])
+
+
+def test_layers_share_what_is_known_of_their_domains() -> None:
+    model, cache = redrawn(xf.Encoder(DIM, 3, HEADS, mask=masks.Causal())), xf.Cache()
+    decoded(model, tokens(3), [xf.Timeline(part) for part in torch.arange(3.0).split(1)], cache)
+    assert len({id(entry.domain) for entry in cache._entries.values()}) == 1
+
+
 def test_a_cache_without_bound_grows_seldom() -> None:
     layer, cache, rooms = redrawn(xf.Attention(DIM, HEADS, mask=masks.Causal())), xf.Cache(), []
     with torch.no_grad():
@@ -286,6 +370,8 @@ TIMES = torch.tensor([0.0, 1.0])
         (after(xf.Timeline(TIMES), xf.Sequence(1, start=2)), r"a Timeline of as many rows, without a prefix; got Sequence\(1, start=2\)"),
         (after(xf.Timeline(TIMES), xf.Timeline(TIMES.expand(2, 2) + 2)), "a Timeline of as many rows"),
         (after(xf.Timeline(TIMES), xf.Timeline(TIMES + 2, prefix=1)), "without a prefix"),
+        (after(xf.Timeline(TIMES), xf.Timeline(TIMES + 1)), "times must be later than those in the cache.*got 1 after 1"),
+        (after(xf.Timeline(torch.stack([TIMES, TIMES + 5])), xf.Timeline(torch.stack([TIMES + 6, TIMES + 5]))), "got 5 after 6"),
         (after(xf.Sequence(3), xf.Sequence(1, start=3), rows=3), "x must keep its batch size from step to step; got 3 after 2"),
         (after(xf.Sequence.padded([3, 2]), None), "a cache holds .* a Sequence or Timeline shared by the whole batch; got Sequence.padded"),
         (after(xf.Sequence.packed([3, 2]), None), "got Sequence.packed"),
@@ -339,8 +425,12 @@ def test_samples_go_on_from_one_beginning(mask: masks.Mask) -> None:
         assert_equal(layer(later[::3], xf.Sequence(2, start=4), cache=cache), whole[::3, 4:])  # which is as it was
 
 
-def test_rows_with_times_of_their_own_are_not_repeated() -> None:
-    layer, cache = xf.Attention(DIM, HEADS, mask=masks.Causal()), xf.Cache()
-    layer(tokens(3, torch.float32), xf.Timeline(torch.rand(ROWS, 3)), cache=cache)
-    with pytest.raises(ValueError, match="repeated needs a domain that all rows share; got Timeline"):
-        cache.repeated(2)
+@pytest.mark.parametrize("mask", [masks.Causal(), masks.Causal() & masks.Local(1.5)], ids=str)
+def test_samples_keep_the_times_of_their_row(mask: masks.Mask) -> None:
+    layer, x, cache = redrawn(xf.Attention(DIM, HEADS, mask=mask, position=positions.Rotary(4))), tokens(4), xf.Cache()
+    times = (torch.rand(ROWS, 6, dtype=torch.float64) + 0.1).cumsum(-1).repeat_interleave(3, 0)
+    later = torch.randn(3 * ROWS, 2, DIM, dtype=x.dtype)
+    with torch.no_grad():
+        decoded(layer, x, [xf.Timeline(part) for part in times[::3, :4].split(1, -1)], cache)
+        whole = layer(torch.cat([x.repeat_interleave(3, 0), later], 1), xf.Timeline(times))
+        assert_equal(layer(later, xf.Timeline(times[:, 4:]), cache=cache.repeated(3)), whole[:, 4:])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -15,21 +15,32 @@ from .domains import Domain
 
 @dataclass
 class _Entry:
-    """The tokens ``first`` to ``last`` of two buffers, and where these tokens live."""
+    """The tokens ``first`` to ``last`` of two buffers, where these tokens live, and how many earlier ones are kept no more."""
 
     keys: Tensor
     values: Tensor
     first: int
     last: int
     domain: Domain
+    gone: int = 0
+
+
+class _Joined(NamedTuple):
+    """New queries behind cached keys: where they live, where the keys that are still within reach and the new ones live, and how many
+    keys are not."""
+
+    queries: Domain
+    keys: Domain
+    gone: int
 
 
 class Cache:
     """What attention layers keep between the steps of a decoder: each layer's keys and values, and where they live.
 
     Give the same cache to every call of a model (or of a single ``Attention``) on successive pieces of a sequence, each with its
-    absolute place, ``Sequence(1, start=41)``. Layers whose mask reaches back only so far (``Causal() & Local(w)``) keep only so much, in
-    a buffer that is reused. In cross attention the cache keeps the projected context, which need be given only once.
+    absolute place: ``Sequence(1, start=41)``, or ``Timeline(times)`` with times later than all before. Layers whose mask reaches back
+    only so far (``Causal() & Local(w)``, in steps or units of time) keep only so much, in a buffer that is reused. In cross attention
+    the cache keeps the projected context, which need be given only once.
 
     Example:
         >>> layer, cache, x = Attention(8, 2, mask=masks.Causal()).eval(), Cache(), torch.randn(1, 3, 8)
@@ -41,6 +52,8 @@ class Cache:
     def __init__(self) -> None:
         self._entries: dict[Any, _Entry] = {}
         self._contexts: dict[Any, tuple[Tensor, Tensor, Domain]] = {}
+        self._latest: Domain | None = None
+        self._joined: dict[tuple[Domain, float | None], _Joined] = {}
 
     def extend(
         self,
@@ -63,8 +76,8 @@ class Cache:
                 raise ValueError(
                     f"x must keep its batch size from step to step; got {key.shape[0]} after {entry.keys.shape[0]}"
                 )
-            entry, earlier = _reachable(entry, lookback), entry.domain
-            entry, domain = _appended(entry, key, value, entry.domain.extended(domain)), domain.continuing(earlier)
+            joined = self._join(entry.domain, domain, lookback)
+            entry, domain = _appended(entry, key, value, joined), joined.queries
         self._entries[layer] = entry
         return (
             entry.keys[:, :, entry.first : entry.last],
@@ -72,6 +85,23 @@ class Cache:
             domain,
             entry.domain,
         )
+
+    def _join(self, earlier: Domain, later: Domain, lookback: float | None) -> _Joined:
+        """The same for all layers of a step, so that what attention knows of its domains is found out once."""
+        if later is not self._latest:
+            self._latest, self._joined = later, {}
+        known = self._joined.get((earlier, lookback))
+        if known is None:
+            keys = earlier.extended(later)
+            gone = 0 if lookback is None else earlier.out_of_reach(later, lookback)
+            keys = keys.last(keys.num_tokens - gone) if gone else keys
+            known = self._joined[earlier, lookback] = _Joined(later.continuing(earlier), keys, gone)
+        return known
+
+    def forgotten(self, layer: Any) -> int:
+        """How many tokens the layer let go of, since it can reach them no more."""
+        entry = self._entries.get(layer)
+        return 0 if entry is None else entry.gone
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Cache:
         """A cache that goes on by itself from here, of the same layers: beams of a search share what came before."""
@@ -86,12 +116,14 @@ class Cache:
         Contexts stay as they are, one row for each item: samples can share them (see ``time_series.EncoderDecoderTransformer``).
         """
         other = Cache()
+        domains: dict[Domain, Domain] = {}
         for layer, entry in self._entries.items():
-            if entry.domain.batch_size is not None:
-                raise ValueError(f"repeated needs a domain that all rows share; got {entry.domain!r}")
+            if entry.domain not in domains:
+                domains[entry.domain] = entry.domain.repeated(times)
             seen = slice(entry.first, entry.last)
             keys, values = (x[:, :, seen].repeat_interleave(times, 0) for x in (entry.keys, entry.values))
-            other._entries[layer] = _Entry(keys, values, 0, entry.last - entry.first, entry.domain)
+            kept = entry.last - entry.first
+            other._entries[layer] = _Entry(keys, values, 0, kept, domains[entry.domain], entry.gone)
         other._contexts = dict(self._contexts)
         return other
 
@@ -108,28 +140,26 @@ class Cache:
         return self._contexts[layer]
 
 
-def _appended(entry: _Entry, key: Tensor, value: Tensor, domain: Domain) -> _Entry:
+def _appended(entry: _Entry, key: Tensor, value: Tensor, joined: _Joined) -> _Entry:
     """The entry with new tokens behind the old: written into the buffer where it has room, and into one twice as large otherwise."""
-    kept, new = entry.last - entry.first, key.shape[2]
+    first, last, new = entry.first + joined.gone, entry.last, key.shape[2]
+    kept, gone = last - first, entry.gone + joined.gone
     if torch.is_grad_enabled() and (
         key.requires_grad or entry.keys.requires_grad
     ):  # a buffer cannot be written under autograd
-        keys = torch.cat([entry.keys[:, :, entry.first : entry.last], key], 2)
-        return _Entry(keys, torch.cat([entry.values[:, :, entry.first : entry.last], value], 2), 0, kept + new, domain)
-    if entry.last + new > entry.keys.shape[2]:
+        keys, values = (
+            torch.cat([old[:, :, first:last], x], 2) for old, x in ((entry.keys, key), (entry.values, value))
+        )
+        return _Entry(keys, values, 0, kept + new, joined.keys, gone)
+    buffers = entry.keys, entry.values
+    if last + new > entry.keys.shape[2]:
         capacity = max(2 * (kept + new), 16)
-        keys, values = (old.new_empty(*old.shape[:2], capacity, old.shape[3]) for old in (entry.keys, entry.values))
-        keys[:, :, :kept] = entry.keys[:, :, entry.first : entry.last]
-        values[:, :, :kept] = entry.values[:, :, entry.first : entry.last]
-        entry = _Entry(keys, values, 0, kept, domain)
-    entry.keys[:, :, entry.last : entry.last + new] = key
-    entry.values[:, :, entry.last : entry.last + new] = value
-    return _Entry(entry.keys, entry.values, entry.first, entry.last + new, domain)
-
-
-def _reachable(entry: _Entry, lookback: float | None) -> _Entry:
-    """The entry without the tokens that neither the next query nor any later one can reach."""
-    if lookback is None or not entry.domain.counts_steps:
-        return entry
-    kept = int(min(entry.last - entry.first, lookback))
-    return _Entry(entry.keys, entry.values, entry.last - kept, entry.last, entry.domain.last(kept))
+        grown = tuple(old.new_empty(*old.shape[:2], capacity, old.shape[3]) for old in buffers)
+        for buffer, old in zip(grown, buffers, strict=True):
+            buffer[:, :, :kept] = old[:, :, first:last]
+        (keys, values), first, last = grown, 0, kept
+    else:
+        keys, values = buffers
+    keys[:, :, last : last + new] = key
+    values[:, :, last : last + new] = value
+    return _Entry(keys, values, first, last + new, joined.keys, gone)

@@ -217,13 +217,16 @@ class Attention(nn.Module):
             x: ``(B, T, C)``, or ``(N, C)`` for packed domains and single items.
             domain: where the tokens live; ``Sequence(T)`` if not given.
             context, context_domain: other tokens to take keys and values from, and where they live.
-            mask: further restricts the layer's own mask, for this call.
+            mask: further restricts the layer's own mask, for this call. With a cache, what it says of each key (``Keys``) it says of all
+                tokens so far.
             position: adds rotations and biases to the layer's own, for this call (a model that shares one position among its layers);
                 embeddings in it are the model's to add.
             cache: keys and values of earlier tokens of the same sequence, which this call extends; of the context in cross attention,
                 which need then be given only at the first call.
         """
         q, key, value, domain, keys = self._project(x, domain, context, context_domain, position, cache)
+        if mask is not None and cache is not None and (gone := cache.forgotten(self)):
+            mask = check_mask(mask).without_keys(gone)
         heads = attention(
             q, key, value, mask=self._mask(mask), bias=self._biases(position), domain=domain, key_domain=keys,
             dropout_p=self.dropout if self.training else 0.0, softcap=self.softcap, sinks=self.sinks, kernel=self.kernel,

@@ -289,11 +289,6 @@ class Domain(ABC):
 
     # -- growing, for caches ---------------------------------------------------------------------------------------
 
-    @property
-    def counts_steps(self) -> bool:
-        """Whether the tokens stand at successive whole steps and all have a place, so that a distance is a number of tokens."""
-        return False
-
     def check_extendable(self) -> None:
         """Raise unless later tokens can be appended to this domain."""
         raise ValueError(
@@ -307,7 +302,7 @@ class Domain(ABC):
 
     def continuing(self, earlier: Domain) -> Self:
         """This domain as what follows ``earlier``, from whose front ranks are then counted."""
-        return self._ranked_from(earlier.num_tokens)
+        return self._ranked_from(earlier.num_tokens + earlier._rank_offset)
 
     def _ranked_from(self, offset: int) -> Self:
         if offset == 0:
@@ -320,9 +315,19 @@ class Domain(ABC):
         """Whether indices of queries and of keys count from the same token, as far as that can be said."""
         return self._rank_offset == keys._rank_offset
 
+    def out_of_reach(self, later: Domain, lookback: float) -> int:
+        """How many tokens from the front are further than ``lookback`` from all of ``later``, and so from all that comes after it."""
+        return 0
+
     def last(self, count: int) -> Domain:
-        """The last ``count`` tokens of a domain that counts steps."""
-        raise AssertionError(f"{self.kind} does not count steps")
+        """The last ``count`` tokens, of a domain some of whose tokens were out of reach."""
+        raise AssertionError(f"{self.kind} keeps all its tokens")
+
+    def repeated(self, times: int) -> Domain:
+        """The domain of a batch in which each row stands ``times`` times, one after the other."""
+        if self.batch_size is not None:
+            raise AssertionError(f"{self.kind} is in no cache where its rows differ")
+        return self
 
     # -- identity ------------------------------------------------------------------------------------------------
 

@@ -93,10 +93,6 @@ class Sequence(Domain):
         lengths = self.lengths[0] if self.items is None else self.lengths[self.items[i]]
         return self.start, self.start - 1 + lengths
 
-    @property
-    def counts_steps(self) -> bool:
-        return self.lengths is None and self.prefix == 0
-
     def check_extendable(self) -> None:
         if self.lengths is not None:
             super().check_extendable()
@@ -115,6 +111,9 @@ class Sequence(Domain):
 
     def begins_with(self, keys: Domain) -> bool:
         return super().begins_with(keys) and (not isinstance(keys, Sequence) or self.start == keys.start)
+
+    def out_of_reach(self, later: Domain, lookback: float) -> int:
+        return 0 if self.prefix else max(0, self.length - int(min(lookback, self.length)))
 
     def last(self, count: int) -> Sequence:
         return Sequence(count, start=self.start + self.length - count)
@@ -210,7 +209,31 @@ class Timeline(Domain):
             raise ValueError(
                 f"the next tokens of a cached timeline are a Timeline of as many rows, without a prefix; got {later!r}"
             )
-        return Timeline(torch.cat([self.times, later.times], -1), prefix=self.prefix)
+        if self.times.numel() and later.times.numel():
+            last, first = self.times.amax(-1), later.times.amin(-1)
+            if not (first > last).all():
+                row = int((first - last).argmin())
+                raise ValueError(
+                    "times must be later than those in the cache, whose queries did not see them; got "
+                    f"{first.flatten()[row]:g} after {last.flatten()[row]:g}. Give tokens in order, and those of one time together."
+                )
+        return Timeline(torch.cat([self.times, later.times], -1), prefix=self.prefix)._ranked_from(self._rank_offset)
+
+    def out_of_reach(self, later: Domain, lookback: float) -> int:
+        if self.prefix or later.num_tokens == 0:
+            return 0
+        first = later.coordinates[..., 0].amin(-1, keepdim=True)
+        away = (first - self.times > lookback).reshape(-1, self.num_tokens).all(0)
+        return int(away.cumprod(0).sum())
+
+    def last(self, count: int) -> Timeline:
+        dropped = self.num_tokens - count
+        return Timeline(self.times[..., dropped:])._ranked_from(self._rank_offset + dropped)
+
+    def repeated(self, times: int) -> Timeline:
+        if self.batch_size is None:
+            return self
+        return Timeline(self.times.repeat_interleave(times, 0), prefix=self.prefix)._ranked_from(self._rank_offset)
 
     def __repr__(self) -> str:
         if self.offsets is not None:

@@ -82,8 +82,12 @@ class Mask:
         return Extent()
 
     def lookback(self) -> float | None:
-        """How far back, in steps of a sequence, a query can reach at most; None if there is no bound."""
+        """How far back, as a distance, a query can reach at most; None if there is no bound."""
         return None
+
+    def without_keys(self, count: int) -> Mask:
+        """The mask where the first ``count`` keys are gone, as in a cache: what is said of each key is said of the others."""
+        return self
 
     def bind(self, domain: Domain, key_domain: Domain | None = None) -> Predicate:
         """The mask over a domain as a function ``(b, h, q_index, k_index) -> bool``: a FlexAttention ``mask_mod`` as it is.
@@ -272,6 +276,9 @@ class _Combination(Mask):
             _agreed("heads", [extent.heads for extent in extents], self),
         )
 
+    def without_keys(self, count: int) -> Mask:
+        return type(self)(tuple(part.without_keys(count) for part in self.parts))  # type: ignore[call-arg]
+
 
 def _agreed(what: str, sizes: list[int | None], mask: Mask) -> int | None:
     """The one size other than 1 that parts have; 1 if they have only that, None if none varies."""
@@ -392,6 +399,9 @@ class Not(Mask):
 
     def is_reflexive(self, domain: Domain) -> bool:
         return False
+
+    def without_keys(self, count: int) -> Mask:
+        return Not(self.part.without_keys(count))
 
     def __repr__(self) -> str:
         return f"~({self.part!r})" if isinstance(self.part, _Combination) else f"~{self.part!r}"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..domains import Domain
 from ..domains._base import check_count
-from ._algebra import Extent, Leaf, Predicate
+from ._algebra import Extent, Leaf, Mask, Predicate
 from ._outline import Between, Outline, Tiling
 
 
@@ -175,6 +175,9 @@ class Segments(_TensorLeaf):
     def is_reflexive(self, domain: Domain) -> bool:
         return self.key_ids is None
 
+    def without_keys(self, count: int) -> Mask:
+        return self if self.key_ids is None else Segments(self.ids, self.key_ids[..., count:])
+
     def __repr__(self) -> str:
         return f"Segments(<{' x '.join(map(str, self.ids.shape))} ids>)"
 
@@ -217,6 +220,9 @@ class Keys(_TensorLeaf):
 
     def extent(self) -> Extent:
         return Extent(len(self.valid)) if self.valid.ndim == 2 else Extent()
+
+    def without_keys(self, count: int) -> Mask:
+        return Keys(self.valid[..., count:])
 
     def __repr__(self) -> str:
         return f"Keys(<{' x '.join(map(str, self.valid.shape))} valid>)"
@@ -264,6 +270,9 @@ class Dense(_TensorLeaf):
 
     def extent(self) -> Extent:
         return Extent(self.allowed.shape[0], self.allowed.shape[1]) if self.allowed.ndim == 4 else Extent()
+
+    def without_keys(self, count: int) -> Mask:
+        return Dense(self.allowed[..., count:])
 
     def __repr__(self) -> str:
         return f"Dense(<{' x '.join(map(str, self.allowed.shape))}>)"
