@@ -4,7 +4,9 @@ from ._autoregressive import (
     CausalTransformer as CausalTransformer,
     EncoderDecoderTransformer as EncoderDecoderTransformer,
 )
+from ._conformal import Conformal as Conformal
 from ._convolution import TCN as TCN, CausalConvolution as CausalConvolution, WaveNet as WaveNet
+from ._forecaster import Forecaster as Forecaster
 from ._heads import Head as Head, Point as Point, Quantile as Quantile, StudentT as StudentT
 from ._inputs import ForecastModel as ForecastModel, Inputs as Inputs, Series as Series
 from ._inverted import ITransformer as ITransformer
@@ -32,4 +34,5 @@ from ._recurrent import (
 )
 from ._steps import StepwiseModel as StepwiseModel
 from ._student_t import StudentTForecast as StudentTForecast
+from ._training import Evaluation as Evaluation, Scores as Scores, evaluate as evaluate, train as train
 from ._windows import Batch as Batch, Windows as Windows
