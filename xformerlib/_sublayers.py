@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Literal
 
@@ -10,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ._dropout import Dropout
 from .domains import Domain
 
 NormLayer = Literal["layer", "rms"] | Callable[[int], nn.Module]
@@ -57,7 +59,7 @@ class FeedForward(nn.Module):
             raise ValueError(f"hidden must be >= 1; got hidden={hidden}")
         self.gated, self.activation = gated, activation
         self.up = nn.Linear(dim, self.hidden * (2 if gated else 1), bias=bias)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.down = nn.Linear(self.hidden, dim, bias=bias)
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
@@ -121,15 +123,28 @@ class Residual(nn.Module):
         self.norm = make(dim)
         self.branch_norm = make(dim) if norm == "sandwich" else None
         self.scale = None if scale is None else nn.Parameter(torch.full((dim,), float(scale)))
-        self.dropout, self.drop_path = nn.Dropout(dropout), DropPath(drop_path)
+        self.dropout, self.drop_path = Dropout(dropout), DropPath(drop_path)
 
     def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor], domain: Domain) -> Tensor:
-        y = branch(x if self.norm_after_sum else self.norm(x))
-        y = y if self.branch_norm is None else self.branch_norm(y)
+        y = branch(x if self.norm_after_sum else normed(self.norm, x, domain))
+        y = y if self.branch_norm is None else normed(self.branch_norm, y, domain)
         y = self.dropout(y)
         y = y if self.scale is None else y * self.scale
         x = x + self.drop_path(y, domain)
-        return self.norm(x) if self.norm_after_sum else x
+        return normed(self.norm, x, domain) if self.norm_after_sum else x
+
+
+class TokenNorm(nn.Module, ABC):
+    """A norm whose statistics are over tokens, and that blocks therefore tell where these live: what does not exist must not count."""
+
+    @abstractmethod
+    def forward(self, x: Float[Tensor, "*batch dim"], domain: Domain | None = None) -> Float[Tensor, "*batch dim"]:
+        """Normalise; in training by the tokens that exist."""
+
+
+def normed(norm: nn.Module, x: Tensor, domain: Domain) -> Tensor:
+    """``x`` through a norm of either kind: over the channels of each token, or over tokens."""
+    return norm(x, domain) if isinstance(norm, TokenNorm) else norm(x)
 
 
 def norm_factory(norm_layer: NormLayer) -> Callable[[int], nn.Module]:

@@ -18,6 +18,7 @@ from ._sublayers import (
     NormLayer,
     Residual,
     norm_factory,
+    normed,
 )
 from .attention import Attention
 from .domains import Domain
@@ -193,7 +194,7 @@ class _Stack(nn.Module):
                 x = embedding(x, domain)
         for block in self.blocks:
             x = block(x, domain, mask=mask, position=self.position, cache=cache, **cross)
-        return domain.zero_padding(self.norm(x))
+        return domain.zero_padding(normed(self.norm, x, domain))
 
 
 class Encoder(_Stack):

@@ -7,9 +7,11 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
+import xformerlib as xf
 from tests.time_series.test_contract import redraw
-from xformerlib import time_series as ts
+from xformerlib import masks, positions, time_series as ts
 
 
 def small(model: type[ts.ForecastModel], **options: object) -> ts.ForecastModel:
@@ -114,13 +116,75 @@ def test_a_variable_without_values_is_attended_to_by_nobody_and_is_forecast_from
     assert not torch.allclose(model(x)[0, :, 1], forecast[0, :, 1])
 
 
-@pytest.mark.parametrize("model", [ts.PatchTST, ts.ITransformer])
 @torch.no_grad()  # under autograd Dynamo warns of itself at graph breaks
-def test_compiled_models_agree(model: type[ts.ForecastModel]) -> None:
+def test_compiled_itransformer_agrees() -> None:
     torch.compiler.reset()
-    model, x = small(model), torch.randn(2, 24, 3)
+    model, x = small(ts.ITransformer), torch.randn(2, 24, 3)
     compiled = torch.compile(model, backend="eager")
     torch.testing.assert_close(compiled(x), model(x))
     x[0, :12] = torch.nan
     x[1, :, 0] = torch.nan
     torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_patchtst_compiles_to_one_graph_whatever_is_missing(train: bool) -> None:
+    """The graph weighs tokens by whether they exist, where eager code picks those that do: outputs, gradients and statistics agree."""
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model = small(ts.PatchTST, dropout=0.0).train(train)
+    plain = copy.deepcopy(model)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    whole = torch.randn(2, 24, 3)
+    holes = whole.clone()
+    holes[0, :12] = torch.nan
+    holes[1, :, 0] = torch.nan
+    for x in (whole, holes, torch.full_like(whole, torch.nan)):
+        if train and x.isnan().all():
+            continue  # eager batch norm refuses to learn from nothing
+        got, want = compiled(x), plain(x)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        got.square().sum().backward()
+        want.square().sum().backward()
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-2)
+    for (name, c), d in zip(model.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(c, d, msg=name)
+    assert counter.frame_count == 1
+
+
+def test_positions_of_blocks_are_those_of_the_patches_that_are_left() -> None:
+    """Rotations tell how far patches are apart, holes between them included."""
+    block = {"position": positions.Rotary(4), "norm_layer": "layer"}
+    model, x = small(ts.PatchTST, block=block, dropout=0.0), torch.randn(1, 24, 3)
+    x[:, 6:18] = torch.nan
+    z, observed = ts.instance_norm(x)[0], ~x.isnan()
+    got = model.encode(z, observed)
+    exists = ts.patches(observed.transpose(1, 2)[0], 6, 3, pad_end=True).any(-1)
+    tokens = model.position(model.embed(ts.patches(z.transpose(1, 2)[0], 6, 3, pad_end=True)), xf.Sequence(8))
+    want = model.encoder(tokens, mask=masks.Keys(exists)) * exists[..., None]
+    assert not exists.all()
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_token_batch_norm_leaves_out_what_does_not_exist(momentum: float | None) -> None:
+    lengths, norm = [5, 0, 2], ts.TokenBatchNorm(4, momentum=momentum)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    packed, domain = copy.deepcopy(norm), xf.Sequence.padded(lengths)
+    assert domain.valid is not None
+    for scale in (1.0, 3.0):
+        x = scale * torch.randn(3, 5, 4)
+        got, want = norm(x, domain)[domain.valid], packed(x[domain.valid], xf.Sequence.packed(lengths))
+        torch.testing.assert_close(got, want)
+    for a, b in zip(norm.buffers(), packed.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_padding_is_not_in_the_statistics_of_an_encoder() -> None:
+    encoder = xf.Encoder(8, 2, 2, norm="post", norm_layer=ts.TokenBatchNorm, final_norm=True)
+    other, x = copy.deepcopy(encoder), torch.randn(3, 5, 8)
+    short, long = xf.Sequence.padded([5, 1, 2]), xf.Sequence.padded([5, 1, 2], length=9)
+    longer = torch.cat([x, torch.full((3, 4, 8), 1e3)], 1)
+    torch.testing.assert_close(encoder(x, short), other(longer, long)[:, :5], rtol=1e-4, atol=1e-5)

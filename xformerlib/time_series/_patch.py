@@ -9,8 +9,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from .._sublayers import TokenNorm
 from ..blocks import Encoder
-from ..domains import Sequence
+from ..domains import Domain, Sequence, Timeline
+from ..masks import Keys
 from ..positions import Learned
 from ._checks import check_size
 from ._inputs import ForecastModel, Inputs, Series
@@ -20,17 +22,48 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-class TokenBatchNorm(nn.BatchNorm1d):
+class TokenBatchNorm(nn.BatchNorm1d, TokenNorm):
     """Batch normalisation of each channel over all tokens, (B, T, C) or (N, C), as PatchTST has it in place of layer norm.
+
+    Given a domain, which blocks do, tokens that do not exist are left out of the statistics.
 
     Example:
         >>> TokenBatchNorm(8)(torch.randn(4, 42, 8)).shape
         torch.Size([4, 42, 8])
     """
 
-    def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
+    def forward(self, x: Float[Tensor, "*batch dim"], domain: Domain | None = None) -> Float[Tensor, "*batch dim"]:
         """Normalise; in evaluation by running statistics, so that no item depends on another."""
-        return super().forward(x.reshape(-1, x.shape[-1])).view(x.shape)
+        valid = domain.valid if domain is not None and self.training else None
+        if valid is None:
+            return super().forward(x.reshape(-1, x.shape[-1])).view(x.shape)
+        # How many tokens exist is known only to the data, so that they are weighted, not picked: a compiled graph holds this.
+        exists = valid[..., None].to(x.dtype)
+        count = exists.sum()
+        mean = (x * exists).sum((0, 1)) / count.clamp(min=1)
+        centred = (x - mean) * exists
+        square = centred.square().sum((0, 1))
+        self._track(mean, square / (count - 1).clamp(min=1), count > 0)
+        return centred * (square / count.clamp(min=1) + self.eps).rsqrt() * self.weight + self.bias * exists
+
+    @torch.no_grad()
+    def _track(self, mean: Float[Tensor, " dim"], var: Float[Tensor, " dim"], any_exists: Bool[Tensor, ""]) -> None:
+        """Take the statistics of a batch into the running ones, unless it is empty."""
+        self.num_batches_tracked += any_exists
+        share = any_exists * (1 / self.num_batches_tracked.clamp(min=1) if self.momentum is None else self.momentum)
+        for running, new in ((self.running_mean, mean), (self.running_var, var)):
+            running += share * (new.to(running.dtype) - running)
+
+
+class _Patches(Sequence):
+    """Patches in order, some of which do not exist."""
+
+    def __init__(self, exists: Bool[Tensor, "series patches"]) -> None:
+        super().__init__(exists.shape[1])
+        self.valid, self._batch_size, self._device = exists, exists.shape[0], exists.device
+
+    def _value(self) -> None:
+        return None
 
 
 class PatchTST(ForecastModel):
@@ -97,24 +130,26 @@ class PatchTST(ForecastModel):
     def forecast(self, series: Series) -> Any:
         """Normalise, cut, attend, project."""
         z, inverse = instance_norm(series.values, series.observed)
-        cut = patches(z.transpose(1, 2).flatten(0, 1), self.patch, self.stride, pad_end=True)
-        tokens = self.position(self.embed(cut), Sequence(cut.shape[1]))
-        tokens = self._encode(self.dropout(tokens), series)
+        tokens = self.encode(z, series.observed)
         y = self.project(self.head_dropout(tokens.flatten(1)))
         y = y.view(-1, self.channels, self.horizon, self.head.size).transpose(1, 2)
         return self.head.forecast(y, inverse)
 
-    def _encode(self, tokens: Float[Tensor, "series tokens dim"], series: Series) -> Float[Tensor, "series tokens dim"]:
-        if series.complete:
-            return self.encoder(tokens)
-        seen = series.observed.transpose(1, 2).flatten(0, 1)
-        exists = patches(seen, self.patch, self.stride, pad_end=True).any(-1)
-        return self.encoder(tokens) if exists.all() else self._encode_packed(tokens, exists)
-
-    @torch.compiler.disable  # how many tokens there are is known only to the data
-    def _encode_packed(
-        self, tokens: Float[Tensor, "series tokens dim"], exists: Bool[Tensor, "series tokens"]
+    def encode(
+        self, z: Float[Tensor, "batch lookback channels"], observed: Bool[Tensor, "batch lookback channels"]
     ) -> Float[Tensor, "series tokens dim"]:
-        """Packed: what does not exist takes no time, and has no part in the statistics of batch norm."""
-        encoded = self.encoder(tokens[exists], Sequence.packed(exists.sum(1)))
+        """What the encoder makes of the patches of normalised values: one row for each channel of each series, 0 where no patch exists."""
+        cut = patches(z.transpose(1, 2).flatten(0, 1), self.patch, self.stride, pad_end=True)
+        tokens = self.dropout(self.position(self.embed(cut), Sequence(cut.shape[1])))
+        if not torch.compiler.is_compiling() and observed.all():
+            return self.encoder(tokens)
+        seen = patches(observed.transpose(1, 2).flatten(0, 1), self.patch, self.stride, pad_end=True)
+        exists = seen.any(-1)
+        if torch.compiler.is_compiling():
+            # How many exist is known only to the data. A graph knows a domain by its sizes alone, and of a mask the tensors too.
+            return self.encoder(tokens, _Patches(exists), mask=Keys(exists))
+        if exists.all():
+            return self.encoder(tokens)
+        series, place = exists.nonzero(as_tuple=True)
+        encoded = self.encoder(tokens[series, place], Timeline.packed(place, exists.sum(1)))
         return encoded.new_zeros(tokens.shape).masked_scatter(exists[..., None], encoded)
