@@ -4,6 +4,7 @@ from ._autoregressive import (
     CausalTransformer as CausalTransformer,
     EncoderDecoderTransformer as EncoderDecoderTransformer,
 )
+from ._classification import SeriesClassifier as SeriesClassifier
 from ._conformal import Conformal as Conformal
 from ._convolution import TCN as TCN, CausalConvolution as CausalConvolution, WaveNet as WaveNet
 from ._forecaster import Forecaster as Forecaster
@@ -26,9 +27,9 @@ from ._parts import (
     patches as patches,
 )
 from ._patch import PatchTST as PatchTST, TokenBatchNorm as TokenBatchNorm
+from ._pooling import AttentionPooling as AttentionPooling
 from ._recurrent import (
     RNN as RNN,
-    AttentionPooling as AttentionPooling,
     AttentionPoolingRNN as AttentionPoolingRNN,
     AutoregressiveRNN as AutoregressiveRNN,
 )

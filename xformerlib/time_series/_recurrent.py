@@ -9,11 +9,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from ..attention import attention
-from ..domains import Sequence
-from ..masks import Keys
 from ._checks import check_size
 from ._inputs import ForecastModel, Inputs, Series
+from ._pooling import AttentionPooling
 from ._steps import Advance, DirectOutput, Steps, StepwiseModel, steps_of, width_of
 
 if TYPE_CHECKING:
@@ -123,57 +121,6 @@ class AutoregressiveRNN(StepwiseModel):
             return self.dropout(out)
 
         return self.dropout(_last(states, exist)[:, None].repeat_interleave(samples, 0)), advance
-
-
-class AttentionPooling(nn.Module):
-    """The mean of many states, weighted by how well each fits a learned direction:
-
-        w = softmax_t(theta' h_t),   pooled = sum_t w_t h_t
-
-    Attention with a single learned query (Yang et al. 2016, "Hierarchical attention networks", without their hidden layer): whatever
-    its age, every state is one step away.
-
-    Args:
-        dim: channels of a state.
-
-    Shapes:
-        ``forward(h, valid)``: h (B, T, dim), valid (B, T) bool, True where a state exists (all if not given); returns (B, dim), which
-        is 0 where no state exists.
-
-    Example:
-        >>> pooling = AttentionPooling(2)
-        >>> _ = torch.nn.init.zeros_(pooling.theta)
-        >>> pooling(torch.tensor([[[1.0, 0.0], [3.0, 2.0]]]))
-        tensor([[2., 1.]], grad_fn=...)
-    """
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.theta = nn.Parameter(torch.empty(check_size("dim", dim)))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw theta anew, so that the scores of states of unit variance have unit variance."""
-        nn.init.normal_(self.theta, std=len(self.theta) ** -0.5)
-
-    def forward(
-        self, h: Float[Tensor, "batch steps dim"], valid: Bool[Tensor, "batch steps"] | None = None
-    ) -> Float[Tensor, "batch dim"]:
-        """Pool states."""
-        query, states = self.theta.to(h.dtype).expand(len(h), 1, 1, -1), h[:, None]
-        mask, domains = None if valid is None else Keys(valid), (Sequence(1), Sequence(h.shape[1]))
-        pooled = attention(query, states, states, mask=mask, domain=domains[0], key_domain=domains[1], scale=1.0)
-        return pooled[:, 0, 0]
-
-    @torch.no_grad()
-    def weights(
-        self, h: Float[Tensor, "batch steps dim"], valid: Bool[Tensor, "batch steps"] | None = None
-    ) -> Float[Tensor, "batch steps"]:
-        """w of the formula: each row sums to 1, or to 0 where no state exists."""
-        if valid is None:
-            return (h @ self.theta.to(h.dtype)).softmax(-1)
-        scores = (h.masked_fill(~valid[..., None], 0) @ self.theta.to(h.dtype)).masked_fill(~valid, float("-inf"))
-        return scores.softmax(-1).masked_fill(~valid, 0)  # a row of nothing is NaN before
 
 
 class AttentionPoolingRNN(ForecastModel):
