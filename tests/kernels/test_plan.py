@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import xformerlib as xf
+from benchmarks._measure import Setting, memory
 from xformerlib import masks, positions
 from xformerlib.masks import Axial, Causal, Dilated, Edges, Expander, Global, Local, Segments, Where, Windows
 
@@ -60,6 +62,37 @@ def text(name: str) -> str:
 @pytest.mark.parametrize("name", CASES)
 def test_plans_are_as_written(name: str) -> None:
     assert text(name) in SNAPSHOT.read_text(encoding="utf-8")
+
+
+HELD: dict[str, tuple[masks.Mask | None, xf.Domain, dict[str, Any]]] = {
+    "a window's mask": (Causal() & Local(127), xf.Sequence(8192), {}),
+    "dropout": (Causal() & Local(127), xf.Sequence(8192), {"dropout_p": 0.1}),
+    "soft cap": (Causal() & Local(127), xf.Sequence(8192), {"softcap": 2.0}),
+    "a bias": (Local(64), xf.Sequence(8192), {"bias": positions.RelativeBias(2)}),
+    "a table of windows": (Windows(7, shift=3), xf.Grid(84, 84), {"bias": positions.RelativeBias(2, size=(7, 7))}),
+    "padding": (None, xf.Sequence.padded([3000]), {}),
+    "edges": (Edges(), xf.Graph(torch.randint(0, 2000, (2, 200_000), generator=GENERATOR), 2000), {}),
+    "nothing: flash attention in order": (Causal(), xf.Sequence.packed([1000, 200, 3000]), {}),
+    "nothing: flash attention of whole groups": (Windows(7), xf.Grid(56, 56), {}),
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_bytes_are_what_is_held(name: str, kv_heads: int) -> None:
+    mask, domain, options = HELD[name]
+    query, key = (torch.randn(1, domain.num_tokens, heads, 2).transpose(1, 2) for heads in (2, kv_heads))
+
+    def forward() -> tuple[torch.Tensor]:
+        with torch.no_grad():
+            return (xf.attention(query, key, key, mask=mask, domain=domain, **options),)
+
+    forward()  # what is kept for the next call is there
+    most = memory(forward, Setting())[0]
+    plan = xf.plan(mask, domain, heads=2, kv_heads=kv_heads, head_dim=2, **options)
+    vectors = 20 * query.numel() * query.element_size()
+    assert plan.bytes / 2 <= most <= 2 * plan.bytes + vectors
+    assert (plan.bytes == 0) == name.startswith("nothing")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._merge import Merged
-from ._scores import Scores
 
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -21,15 +20,9 @@ Values = Float[Tensor, "batch n kv_heads columns value_dim"]
 Additive = Float[Tensor, "#batch #n #heads #rows #columns"]
 
 
-def fits(scores: Scores, query: Queries, key: Keys) -> bool:
-    """Whether flash attention can compute these tiles."""
-    return (
-        query.device.type == "cpu"
-        and not torch.is_grad_enabled()  # it has no gradient of its log-sum-exp
-        and scores.softcap is None
-        and not scores.dropout_p
-        and query.numel() * key.numel() > 0
-    )
+def fits(device: str, capped: bool, dropout_p: float) -> bool:
+    """Whether flash attention can compute tiles, where there is something in them and autograd does not look on."""
+    return device == "cpu" and not capped and not dropout_p
 
 
 def forward(
@@ -42,6 +35,8 @@ def forward(
         in_order: whether query i sees the keys up to i; then there is no mask.
     """
     wide, group = torch.promote_types(query.dtype, torch.float32), query.shape[2] // key.shape[2]
+    if mask is None and group > 1:
+        return forward(query, _repeated(key, group), _repeated(value, group), mask, in_order, scale)
     vectors, mask = _prepared(query, key, value, mask, group)
     axis = _loop_axis(vectors, mask)
     found = [
@@ -57,6 +52,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values, in the precision of accumulation: they are summed over tiles."""
     wide, group = torch.promote_types(query.dtype, torch.float32), query.shape[2] // key.shape[2]
+    if mask is None and group > 1:
+        dq, dk, dv = backward(query, _repeated(key, group), _repeated(value, group), mask, in_order, scale, rows)
+        return dq, *(x.unflatten(2, (-1, group)).sum(3) for x in (dk, dv))
     vectors, mask = _prepared(query, key, value, mask, group)
     dim = vectors[0].shape[-1]
     more = [_grouped(_widened(x.to(query.dtype), dim), group) for x in (rows.grad, rows.out)]
@@ -88,6 +86,11 @@ def _prepared(
 
 def _widened(x: Tensor, dim: int) -> Tensor:
     return x if x.shape[-1] == dim else F.pad(x, (0, dim - x.shape[-1]))
+
+
+def _repeated(x: Tensor, group: int) -> Tensor:
+    """Each key head once for every query head that it serves; as rows of a group these would not be in the order of the keys."""
+    return x.repeat_interleave(group, 2)
 
 
 def _grouped(x: Tensor, group: int) -> Tensor:

@@ -66,6 +66,11 @@ def _pieces(query: Queries, key: Keys) -> Iterator[_Piece]:
                 )
 
 
+def held(scores: int, width: int, dropout_p: float) -> int:
+    """Bytes that so many scores of ``width`` bytes take: some numbers for each of a piece, and what dropout hashes for each of all."""
+    return 5 * width * min(scores, PIECE) + (25 * scores if dropout_p else 0)
+
+
 def forward(query: Queries, key: Keys, value: Values, parameters: Parameters) -> tuple[Tensor, Tensor]:
     """Output (0 in rows that see nothing) and log-sum-exp (minus infinity there), in the precision of accumulation."""
     wide = torch.promote_types(query.dtype, torch.float32)

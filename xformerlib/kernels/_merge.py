@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ._problem import Problem
 from ._scores import Scores
 
 
@@ -93,6 +94,10 @@ class Part(ABC):
     def alone(self, scores: Scores, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
         """The output where this part is all there is, if the kernel has a way of its own to make and to differentiate it."""
         return None
+
+    def held(self, problem: Problem) -> int:
+        """Bytes of scores, masks and biases of pairs that the forward holds at a time; a fused kernel holds none."""
+        return 0
 
     def backward(
         self, scores: Scores, query: Tensor, key: Tensor, value: Tensor, merged: Merged, into: Gradients

@@ -83,7 +83,7 @@ class Plan:
         parts: what each part of the mask is computed by, as ``(description, kernel)``.
         reasons: for each kernel that would be faster, why it cannot be used.
         flops: floating-point operations of the forward, as the kernels execute them.
-        bytes: memory that the forward holds at most beside inputs and output.
+        bytes: what scores, masks and biases of pairs take at most at a time in the forward, as estimated.
         predicate: the bound mask; None where it allows everything.
     """
 
@@ -313,15 +313,7 @@ def _plan(problem: Problem, parts: list[tuple[Part, Mask]], reasons: Mapping[str
     pairs = sum(part.pairs for part, _ in parts)
     heads = problem.batch * problem.heads
     flops = int(2 * heads * pairs * (problem.head_dim + problem.value_dim))
-    tile = max(
-        (
-            max((t.n * t.rows * t.columns for t in part.calls), default=0)
-            for part, _ in parts
-            if isinstance(part, TiledPart)
-        ),
-        default=0,
-    )
-    held = tile * max(4, problem.dtype.itemsize) * (1 if problem.bias is None else problem.heads)
+    held = max((part.held(problem) for part, _ in parts), default=0)
     main = max(parts, key=lambda part: part[0].pairs)[0].kernel
     run = tuple((part, own.bind(problem.domain, problem.keys)) for part, own in parts)
     described = tuple((part.what, part.kernel) for part, _ in parts)
@@ -331,9 +323,11 @@ def _plan(problem: Problem, parts: list[tuple[Part, Mask]], reasons: Mapping[str
 def _dense(kernel: str, problem: Problem, reasons: Mapping[str, str]) -> Plan:
     pairs = problem.num_queries * problem.num_keys
     flops = 2 * problem.batch * problem.heads * pairs * (problem.head_dim + problem.value_dim)
-    held = problem.batch * problem.heads * pairs * (8 if kernel == "reference" else problem.dtype.itemsize)
-    if kernel == "sdpa" and problem.bias is None and (problem.is_causal or problem.is_full):
-        flops, held = (flops // 2 if problem.is_causal else flops), 0
+    if kernel == "reference":
+        held = problem.batch * problem.heads * pairs * 8
+    else:
+        held = _sdpa.held(problem)
+        flops = flops // 2 if problem.is_causal and problem.bias is None else flops
     return Plan(
         kernel, ((f"{problem.mask!r} on {problem.domain!r}", kernel),), dict(reasons), flops, held, _predicate(problem)
     )

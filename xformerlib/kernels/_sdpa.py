@@ -41,6 +41,17 @@ def is_best(problem: Problem) -> bool:
     return problem.bias is None and problem.domain.valid is None and (problem.is_full or problem.is_causal)
 
 
+def held(problem: Problem) -> int:
+    """Bytes of scores, masks and biases of pairs that the forward holds."""
+    pairs, width = problem.num_queries * problem.num_keys, max(4, problem.dtype.itemsize)
+    scores = pairs * problem.batch * problem.heads * width if problem.dropout_p and problem.device == "cpu" else 0
+    if problem.bias is None and (problem.is_causal or problem.is_full):
+        return scores
+    extent = problem.mask.extent()
+    heads = 1 if problem.bias is None and not extent.heads else problem.heads
+    return scores + pairs * (problem.batch if extent.batch else 1) * heads * (width + 1)
+
+
 def run(
     problem: Problem,
     scores: Scores,

@@ -21,8 +21,10 @@ from ..masks._algebra import Predicate
 from . import _sparse_torch, _sparse_triton
 from ._merge import Gradients, Merged, Part
 from ._pattern import Pattern
+from ._problem import Problem
 from ._scores import Pairs, Scores
 from ._sparse_torch import Call, Features, Made
+from ._stack import RUN_ENTRIES
 
 # Entries whose mask and biases are computed at a time: an MLP holds hundreds of numbers for each. A GPU wants more work in a call.
 BIAS_ENTRIES, BIAS_ENTRIES_ON_GPU = 2**14, 2**18
@@ -75,6 +77,13 @@ class SparsePart(Part):
             self.asks = not bool(allowed[..., keep].all())
             self.pattern = Pattern(self.pattern.row[keep], self.pattern.col[keep], num_queries, num_keys, rows)
         self.pairs = self.pattern.num_entries / count
+
+    def held(self, problem: Problem) -> int:
+        width, planes = max(4, problem.dtype.itemsize), problem.heads * (1 if self.pattern.rows else problem.batch)
+        entries = self.pattern.num_entries
+        added = entries * (width * problem.heads * (problem.bias is not None) + planes * self.asks)
+        # A score, and what is added to it or taken from it, of the entries that are computed at a time.
+        return added + (0 if problem.device == "cuda" else 2 * width * min(entries * planes, RUN_ENTRIES))
 
     def forward(self, scores: Scores, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         call = _call(self.pattern, self._left(scores), query, key, value)

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from ..domains._base import both
 from . import _flash, _formulas
 from ._merge import Gradients, Merged, Part, attend
+from ._problem import Problem
 from ._scores import Pairs, Scores, without_hidden
 from ._tiles import Arrangement, Slices, Tiles
 
@@ -52,6 +53,22 @@ class TiledPart(Part):
         self._covers = arrangement is not None and all(isinstance(tiles, Slices) for tiles in self.calls)
         self._kept: dict[Hashable, Tensor | None] = {}
         self._room = KEPT_BYTES
+
+    def held(self, problem: Problem) -> int:
+        flash = _flash.fits(problem.device, problem.softcap, problem.dropout_p)
+        width, planes = max(4, problem.dtype.itemsize), problem.batch * problem.heads
+        every, size = sum(tiles.size for tiles in self.calls), max((tiles.size for tiles in self.calls), default=0)
+        scores = 0 if flash else _formulas.held(size * planes, width, problem.dropout_p)
+        in_order = flash and self.exact == "causal"
+        if problem.bias is None and (in_order or self.exact == "full"):
+            return scores
+        extent = problem.mask.extent()
+        of_mask = (problem.batch if extent.batch else 1) * (problem.heads if extent.heads else 1)
+        kept = min(of_mask * (every if self.keep else size), max(of_mask * size, KEPT_BYTES))
+        added = of_mask if problem.bias is None else 2 * problem.heads * (problem.batch if extent.batch else 1)
+        if flash and problem.heads > problem.kv_heads and problem.bias is None and not extent.heads:
+            added += of_mask * problem.heads // problem.kv_heads  # once more for the query heads that share a key head
+        return scores + kept + added * size * width
 
     def forward(self, scores: Scores, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         if self.arrangement is None:
@@ -197,10 +214,13 @@ class _Tile:
         self.part, self.i, self.scores, self.tiles = part, i, scores, part.calls[i]
         self.batch, self.heads = query.shape[:2]
         self.query, self.key, self.value = self.tiles.queries(query), self.tiles.keys(key), self.tiles.keys(value)
-        self.flash = _flash.fits(scores, self.query, self.key)
+        self.flash = (
+            _flash.fits(query.device.type, scores.softcap is not None, scores.dropout_p)
+            and not torch.is_grad_enabled()  # it has no gradient of its log-sum-exp
+            and self.query.numel() * self.key.numel() > 0
+        )
         # In order without a mask: what is missing from a tile stands behind everything else.
-        same_heads = query.shape[1] == key.shape[1]
-        self.in_order = self.flash and part.exact == "causal" and not scores.biases and same_heads
+        self.in_order = self.flash and part.exact == "causal" and not scores.biases
         fixed = part.keep and not any(isinstance(bias, Tensor) for bias in scores.biases)
         self.allowed = None
         if not self.in_order:
