@@ -55,6 +55,15 @@ def test_instance_norm_survives_a_far_level_and_half_precision() -> None:
     assert half.dtype == torch.float16 and (half == 0).all()
 
 
+def test_level_and_scale_are_constants_to_the_gradient() -> None:
+    x = torch.randn(2, 6, 3).requires_grad_()
+    observed = torch.rand(2, 6, 3) < 0.7
+    z, inverse = ts.instance_norm(x, observed)
+    weight = torch.randn_like(x)
+    (gradient,) = torch.autograd.grad((inverse(z) * weight).sum(), x)
+    torch.testing.assert_close(gradient, weight.masked_fill(~observed, 0))
+
+
 def test_the_inverse_of_the_first_channels() -> None:
     _, inverse = ts.instance_norm(torch.randn(2, 5, 3))
     y = torch.randn(2, 4, 3)

@@ -45,8 +45,10 @@ def instance_norm(
 
         level = mean_t x_t,   scale = sqrt(mean_t (x_t - level)^2 + eps),   z_t = (x_t - level) / scale      (t observed)
 
-    RevIN (Kim et al. 2022, openreview cGDAkQo1C0p) without its learned map; nothing is kept between calls. Where ``x`` is missing
-    (``observed`` False, or NaN), z is 0 and the value does not count. A series of which nothing was observed has level 0.
+    RevIN (Kim et al. 2022, openreview cGDAkQo1C0p) without its learned map; nothing is kept between calls. As in its code, level and
+    scale are constants to the gradient, so that a gradient with respect to ``x`` says what a model sees, not that all of x was averaged.
+    Where ``x`` is missing (``observed`` False, or NaN), z is 0 and the value does not count. A series of which nothing was observed has
+    level 0.
 
     Example:
         >>> z, inverse = instance_norm(torch.tensor([[[1.0], [3.0], [float("nan")]]]))
@@ -57,9 +59,9 @@ def instance_norm(
     dtype = torch.promote_types(x.dtype, torch.float32)
     values = x.masked_fill(~seen, 0).to(dtype)
     count = seen.sum(1, keepdim=True).clamp(min=1)
-    level = values.sum(1, keepdim=True) / count
+    level = values.detach().sum(1, keepdim=True) / count
     centred = (values - level).masked_fill(~seen, 0)
-    scale = (centred.square().sum(1, keepdim=True) / count + eps).sqrt()
+    scale = (centred.detach().square().sum(1, keepdim=True) / count + eps).sqrt()
     return (centred / scale).to(x.dtype), Affine(level.to(x.dtype), scale.to(x.dtype))
 
 
