@@ -7,8 +7,12 @@ from ._autoregressive import (
 from ._classification import SeriesClassifier as SeriesClassifier
 from ._conformal import Conformal as Conformal
 from ._convolution import TCN as TCN, CausalConvolution as CausalConvolution, WaveNet as WaveNet
+from ._crossformer import Crossformer as Crossformer
+from ._exogenous import TimeXer as TimeXer
 from ._forecaster import Forecaster as Forecaster
+from ._group import GroupTransformer as GroupTransformer
 from ._heads import Head as Head, Point as Point, Quantile as Quantile, StudentT as StudentT
+from ._informer import Informer as Informer
 from ._inputs import ForecastModel as ForecastModel, Inputs as Inputs, Series as Series
 from ._inverted import ITransformer as ITransformer
 from ._linear import DLinear as DLinear, SeasonalNaive as SeasonalNaive
@@ -28,6 +32,7 @@ from ._parts import (
 )
 from ._patch import PatchTST as PatchTST, TokenBatchNorm as TokenBatchNorm
 from ._pooling import AttentionPooling as AttentionPooling
+from ._prob_sparse import prob_sparse_attention as prob_sparse_attention
 from ._recurrent import (
     RNN as RNN,
     AttentionPoolingRNN as AttentionPoolingRNN,

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from ..blocks import Encoder
-from ..masks import Keys
 from ._inputs import ForecastModel, Inputs, Series
 from ._parts import instance_norm
+from ._variates import VariateTokens, keys_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -55,9 +54,7 @@ class ITransformer(ForecastModel):
         **inputs: Unpack[Inputs],
     ) -> None:
         super().__init__(channels, lookback, horizon, **inputs)
-        self.embed = nn.Linear(lookback, dim)
-        self.embed_future = nn.Linear(lookback + horizon, dim) if self.future else None
-        self.embed_static = nn.Linear(self.static, dim) if self.static else None
+        self.variates = VariateTokens(self, channels + self.past, dim)
         self.dropout = nn.Dropout(dropout)
         # The paper's code has a norm after the last block, although its blocks end in one.
         options: dict[str, Any] = {"norm": "post", "final_norm": True, **(block or {})}
@@ -67,15 +64,7 @@ class ITransformer(ForecastModel):
     def forecast(self, series: Series) -> Any:
         """Normalise, embed, attend, project."""
         z, inverse = instance_norm(series.values, series.observed)
-        tokens = [self.embed(z.transpose(1, 2))]
-        if self.embed_future is not None:
-            tokens.append(self.embed_future(series.future.transpose(1, 2)))
-        if self.embed_static is not None:
-            tokens.append(self.embed_static(series.static)[:, None])
-        joined = torch.cat(tokens, 1)
-        known = series.observed.any(1)
-        known = torch.cat([known, known.new_ones(len(known), joined.shape[1] - known.shape[1])], 1)
-        mask = None if known.all() else Keys(known)
-        encoded = self.encoder(self.dropout(joined), mask=mask)[:, : self.channels]
+        tokens, known = self.variates(z, series.observed, series)
+        encoded = self.encoder(self.dropout(tokens), mask=keys_of(known))[:, : self.channels]
         y = self.project(encoded).unflatten(2, (self.horizon, -1)).transpose(1, 2)
         return self.head.forecast(y, inverse.first(self.channels))
