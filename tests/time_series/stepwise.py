@@ -39,12 +39,14 @@ def again_from_the_start(model: ts.StepwiseModel, given: dict[str, Tensor]) -> T
     return target
 
 
-def assert_shorter_is_missing_in_front(model: ts.ForecastModel) -> None:
+def assert_shorter_is_missing_in_front(model: ts.ForecastModel, times: Tensor | None = None) -> None:
     """A series that begins late is a shorter series, whatever else is in the batch."""
-    given = inputs()
+    given = inputs() | ({} if times is None else {"times": times})
     late = {**given, "x": given["x"].clone()}
     late["x"][0, :7] = torch.nan
     shorter = {"x": given["x"][:1, 7:], "future": given["future"][:1, 7:], "static": given["static"][:1]}
+    if times is not None:
+        shorter["times"] = times[:1, 7:]
     together = model.head.point(model(**late))
     torch.testing.assert_close(model.head.point(model(**shorter)), together[:1], rtol=1e-9, atol=1e-9)
     whole = model.head.point(model(**given))
@@ -52,9 +54,9 @@ def assert_shorter_is_missing_in_front(model: ts.ForecastModel) -> None:
     assert not torch.allclose(together[:1], whole[:1])
 
 
-def check_steps(model: ts.StepwiseModel, dtype: torch.dtype, holes: bool) -> None:
+def check_steps(model: ts.StepwiseModel, dtype: torch.dtype, holes: bool, times: Tensor | None = None) -> None:
     """Step by step with what is cached, and everything anew, agree; gradients too."""
-    given = inputs(dtype, holes=holes)
+    given = inputs(dtype, holes=holes) | ({} if times is None else {"times": times})
     tolerance = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
     cached = model(**given)
     with torch.no_grad():
@@ -66,9 +68,12 @@ def check_steps(model: ts.StepwiseModel, dtype: torch.dtype, holes: bool) -> Non
     torch.testing.assert_close(through_steps, at_once, **tolerance)
 
 
-def check_no_leakage(model: ts.StepwiseModel) -> None:
+def check_no_leakage(model: ts.StepwiseModel, times: Tensor | None = None) -> None:
     """With teacher forcing a step sees the true steps before it, and neither itself nor later ones, nor their covariates."""
-    given, target = inputs(), torch.randn(BATCH, HORIZON, CHANNELS, dtype=torch.float64)
+    given, target = (
+        inputs() | ({} if times is None else {"times": times}),
+        torch.randn(BATCH, HORIZON, CHANNELS, dtype=torch.float64),
+    )
     before = model(**given, target=target)
     for step in range(HORIZON):
         changed = target.clone()
@@ -84,9 +89,9 @@ def check_no_leakage(model: ts.StepwiseModel) -> None:
         assert (after[:, step] != before[:, step]).any(-1).all()
 
 
-def check_samples(model: ts.StepwiseModel) -> None:
+def check_samples(model: ts.StepwiseModel, times: Tensor | None = None) -> None:
     """Paths are as they would be drawn for each series by itself, one sample at a time, with the same noise."""
-    given, n = inputs(holes=True), 4
+    given, n = inputs(holes=True) | ({} if times is None else {"times": times}), 4
     paths = model.sample(**given, n=n, generator=torch.Generator().manual_seed(1))
     assert paths.shape == (n, BATCH, HORIZON, CHANNELS) and paths.isfinite().all()
     # Each path explains itself: given it as the target, the first steps of all agree, and later ones differ.
@@ -110,3 +115,11 @@ def check_samples(model: ts.StepwiseModel) -> None:
 
 def _standard(df: Tensor, generator: torch.Generator) -> Tensor:
     return ts.StudentTForecast(df, torch.zeros_like(df), torch.ones_like(df)).sample(1, generator=generator)[0]
+
+
+def irregular(lookback: int = LOOKBACK, batch: int = BATCH) -> Tensor:
+    """Times of each series, in order, some far apart; two steps of the look-back may be of one time."""
+    gaps = torch.rand(batch, lookback + HORIZON, dtype=torch.float64) * 2 + 0.05
+    gaps[0, 4] = 0.0
+    gaps[:, 7] += 20.0
+    return gaps.cumsum(1)

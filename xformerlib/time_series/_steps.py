@@ -30,6 +30,8 @@ class Steps:
         inverse: from normalised targets to the units of the data.
         later: future covariates and static ones of the steps of the horizon.
         values: columns of the look-back, targets and past covariates.
+        times: of look-back and horizon, counted so that the last step of the look-back is where it is without times; None if the caller
+            gave none.
     """
 
     vectors: Float[Tensor, "batch lookback width"]
@@ -37,6 +39,7 @@ class Steps:
     inverse: Affine
     later: Float[Tensor, "batch horizon covariates"]
     values: int
+    times: Shaped[Tensor, "*batch steps"] | None = None
 
     @property
     def first(self) -> Shaped[Tensor, " batch"]:
@@ -67,20 +70,30 @@ class Steps:
             return self
         inverse = Affine(*(x.repeat_interleave(times, 0) for x in (self.inverse.level, self.inverse.scale)))
         vectors, seen, later = (x.repeat_interleave(times, 0) for x in (self.vectors, self.seen, self.later))
-        return Steps(vectors, seen, inverse, later, self.values)
+        own = self.times is not None and self.times.ndim == 2
+        at = self.times.repeat_interleave(times, 0) if own and self.times is not None else self.times
+        return Steps(vectors, seen, inverse, later, self.values, at)
 
 
 def width_of(model: ForecastModel) -> int:
     """Channels of the vector of a step."""
-    return 2 * (model.channels + model.past) + model.future + model.static
+    return 2 * (model.channels + model.past) + model.future + model.static + ("times" in model.takes)
 
 
 def steps_of(model: ForecastModel, series: Series, *, ahead: int) -> Steps:
-    """The look-back step by step; each step holds the future covariates of the step that is ``ahead`` of it."""
+    """The look-back step by step; each step holds the future covariates of the step that is ``ahead`` of it.
+
+    Of a model that takes times, also log(1 + the time between this one and the one before it); without times that is 1.
+    """
     z, inverse = instance_norm(series.values, series.observed)
     lookback = z.shape[1]
     static = series.static[:, None].expand(-1, series.future.shape[1], -1)
     known = torch.cat([series.future, static], -1)
+    times = None if series.times is None else _relative(series.times, lookback, model.lookback)
+    if "times" in model.takes:
+        gaps = z.new_ones(1, known.shape[1] - 1) if times is None else times.diff(dim=-1)
+        gaps = nn.functional.pad(gaps.log1p().to(z.dtype), (1, 0))  # before the first step there is none
+        known = torch.cat([known, gaps.expand(len(z), -1)[..., None]], -1)
     targets = Affine(inverse.level[..., : model.channels], inverse.scale[..., : model.channels])
     return Steps(
         vectors=torch.cat([z, series.observed.to(z.dtype), known[:, ahead : lookback + ahead]], -1),
@@ -88,7 +101,24 @@ def steps_of(model: ForecastModel, series: Series, *, ahead: int) -> Steps:
         inverse=targets,
         later=known[:, lookback + ahead :],
         values=z.shape[2],
+        times=times,
     )
+
+
+def _relative(times: Float[Tensor, "batch steps"], lookback: int, declared: int) -> Float[Tensor, "*batch steps"]:
+    """Times such that the last step of the look-back is where it would be if steps were numbered; one row if all are the same."""
+    times = times[:1] if times.stride(0) == 0 else times
+    if not torch.compiler.is_compiling():
+        gaps = times.diff(dim=1)
+        wrong = torch.cat([gaps[:, : lookback - 1] < 0, gaps[:, lookback - 1 :] <= 0], 1)
+        if wrong.any():
+            row, step = wrong.nonzero()[0].tolist()
+            raise ValueError(
+                "times must not decrease from step to step, and must increase from the last step of the look-back on; got "
+                f"{times[row, step + 1]:g} at step {step + 1} after {times[row, step]:g}. Sort the steps by time."
+            )
+    times = times - times[:, lookback - 1 : lookback] + (max(declared, lookback) - 1)
+    return times[0] if len(times) == 1 else times
 
 
 class DirectOutput(nn.Module):
