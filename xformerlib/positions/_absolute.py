@@ -75,8 +75,14 @@ class Sinusoidal(Embedding):
             return self._of_graph(domain, None)
         where = places(domain, x.device) * self.scale
         if isinstance(domain, (Sequence, Timeline)):
+            # Packed items begin anew: most places occur many times, and sines in fp64 take their time.
+            again = None
+            if domain.offsets is not None and not torch.compiler.is_compiling():
+                times, again = where[:, 0].unique(return_inverse=True)
+                where = times[:, None]
             angles = where * frequencies(self.theta, self.dim / 2).to(x.device)
             table = torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)[..., : self.dim]
+            table = table if again is None else table[again]
         else:
             table = self._blocks(where.flip(-1) if isinstance(domain, Grid) else where)
         i = torch.arange(domain.num_tokens, device=x.device)
