@@ -20,10 +20,17 @@ from typing import Any
 
 import torch
 
-from . import dense, graphs, images, ragged, windows
+from . import classification, dense, graphs, images, ragged, windows
 from ._measure import Line, Setting, hot_spots, measure, roofline
 
-LINES: tuple[Line, ...] = (*windows.LINES, *images.LINES, *graphs.LINES, *ragged.LINES, *dense.LINES)
+LINES: tuple[Line, ...] = (
+    *windows.LINES,
+    *images.LINES,
+    *graphs.LINES,
+    *ragged.LINES,
+    *classification.LINES,
+    *dense.LINES,
+)
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
