@@ -35,8 +35,10 @@ class SeasonalNaive(ForecastModel):
     takes: ClassVar[frozenset[str]] = frozenset()
     any_length: ClassVar[bool] = True
 
-    def __init__(self, channels: int, lookback: int, horizon: int, *, season: int = 1) -> None:
-        super().__init__(channels, lookback, horizon)
+    def __init__(
+        self, channels: int, lookback: int, horizon: int, *, season: int = 1, **inputs: Unpack[Inputs]
+    ) -> None:
+        super().__init__(channels, lookback, horizon, **inputs)
         self.season = check_size("season", season)
 
     def forecast(self, series: Series) -> Float[Tensor, "batch horizon channels"]:
