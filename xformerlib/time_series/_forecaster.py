@@ -16,6 +16,7 @@ from ._heads import Head
 from ._inputs import ForecastModel
 from ._levels import checked_levels
 from ._panel import Panel
+from ._parts import calendar_features
 from ._training import Evaluation, Schedule
 
 if TYPE_CHECKING:
@@ -111,7 +112,9 @@ class Forecaster:
                 f"calendar makes known-future covariates, which {model.__name__} has no use for: leave calendar out, or choose a model "
                 f"that takes future; got calendar={self.calendar}"
             )
-        self.build(1)  # what the model refuses is refused now
+        if self.calendar:
+            calendar_features(torch.zeros(1), self.calendar)
+        self.build(1)  # what cannot be is refused now
 
     def __repr__(self) -> str:
         state = "fitted" if self._fitted is not None else "not fitted"
@@ -327,6 +330,12 @@ class Forecaster:
                 raise ValueError(f"freq is for frames: arrays have no times. Leave it out; got freq={self.freq!r}")
             counts = {name: _count(getattr(self, name)) for name in ("past", "future")}
             panel = read_arrays(df, **counts, static=static, constants=_count(self.static))
+        for i, part in enumerate(panel.values):
+            if part[-self.lookback :, : part.shape[1] - _count(self.past)].isnan().all():
+                raise ValueError(
+                    f"{panel.labels.name(i)} has no value in its last {self.lookback} steps, the look-back: there is nothing to forecast "
+                    "from. Leave missing rows at its end out, such as with df.dropna(), or leave out the series"
+                )
         return panel.with_calendar(self.calendar)
 
     def _known(self, panel: Panel, future: Any) -> list[torch.Tensor] | None:

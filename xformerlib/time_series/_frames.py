@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from ._checks import check_size
 from ._panel import Columns, Labels, Panel
 from ._parts import calendar_features
 
@@ -137,7 +139,7 @@ def read_frame(
         frame[name] = _numbers("df", frame, name)
     _check_duplicates("df", frame)
     frame = frame.sort_values([ID, TIME], ignore_index=True)
-    new = frame[ID].ne(frame[ID].shift()).to_numpy()
+    new = ~frame.duplicated(ID).to_numpy()
     begins = [*new.nonzero()[0].tolist(), len(frame)]
     ids = tuple(frame[ID].iloc[begins[:-1]].tolist())
     times = _index(frame[TIME])
@@ -178,9 +180,13 @@ def _check_ids(what: str, frame: pd.DataFrame) -> None:
 
     if isinstance(frame[ID].dtype, pd.CategoricalDtype):
         frame[ID] = frame[ID].astype(frame[ID].cat.categories.dtype)
-    kind = pd.api.types.infer_dtype(frame[ID], skipna=False)
+    if frame[ID].isna().any():
+        raise ValueError(
+            f"column {ID!r} of {what} must be known in every row; row {int(frame[ID].isna().argmax())} has none"
+        )
+    kind = pd.api.types.infer_dtype(frame[ID])
     if kind not in ("string", "integer"):
-        raise TypeError(f"column {ID!r} of {what} must hold strings or whole numbers, all known; got {kind}")
+        raise TypeError(f"column {ID!r} of {what} must hold strings or whole numbers; got {kind}")
 
 
 def _check_times(what: str, frame: pd.DataFrame) -> None:
@@ -254,14 +260,16 @@ def _freq(freq: str | int | None, spans: list[Any]) -> str | int:
                 f"freq must be a whole number where {TIME!r} holds whole numbers, and else a step of pandas such as 'h', 'D' or 'MS'; "
                 f"got freq={freq!r} and {TIME} of {spans[0].dtype}"
             )
-        return freq if isinstance(freq, int) else pd.tseries.frequencies.to_offset(freq).freqstr
+        return check_size("freq", freq) if isinstance(freq, int) else pd.tseries.frequencies.to_offset(freq).freqstr
     if len(longest) >= 2:
         gaps = longest[1:] - longest[:-1]
         if whole:
             return int(gaps.min())
-        found = pd.infer_freq(longest) if len(longest) >= 3 else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a string now and an offset in time to come: either will do
+            found = pd.infer_freq(longest) if len(longest) >= 3 else None
         if found is not None:
-            return found
+            return pd.tseries.frequencies.to_offset(found).freqstr
         step = gaps.min()
         if not (gaps % step).any():
             return pd.tseries.frequencies.to_offset(step).freqstr

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-Columns = Mapping[str, Float64[Tensor, "series steps channels"]]
+Columns = Mapping[str, Float64[Tensor, "*series steps channels"]]
 
 
 class Labels(ABC):
