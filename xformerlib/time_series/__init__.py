@@ -12,6 +12,7 @@ from ._exogenous import TimeXer as TimeXer
 from ._forecaster import Forecaster as Forecaster
 from ._group import GroupTransformer as GroupTransformer
 from ._heads import Head as Head, Point as Point, Quantile as Quantile, StudentT as StudentT
+from ._imputation import Imputer as Imputer
 from ._informer import Informer as Informer
 from ._inputs import ForecastModel as ForecastModel, Inputs as Inputs, Series as Series
 from ._inverted import ITransformer as ITransformer
@@ -32,6 +33,7 @@ from ._parts import (
 )
 from ._patch import PatchTST as PatchTST, TokenBatchNorm as TokenBatchNorm
 from ._pooling import AttentionPooling as AttentionPooling
+from ._pretraining import MaskedPatches as MaskedPatches
 from ._prob_sparse import prob_sparse_attention as prob_sparse_attention
 from ._recurrent import (
     RNN as RNN,

@@ -68,7 +68,7 @@ def packed(
     times: Shaped[Tensor, "*steps"] | None,
     lengths: SequenceOf[int] | Int[Tensor, " series"] | None,
 ) -> Packed:
-    """The series of a call, checked: rows, of which the first ``lengths`` steps are taken, or packed already; times count steps unless given."""
+    """The series of a call, checked: the first ``lengths`` steps of rows, or packed already. Times count steps unless given."""
     check_values(x)
     if x.ndim not in (2, 3) or x.shape[-1] != channels:
         raise ValueError(f"x must be (series, steps, {channels}), or packed (steps, {channels}); got {tuple(x.shape)}")
