@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import common
 import numpy as np
-import series_data as data
 import time_series as example
 import torch
 import tyro
@@ -76,13 +75,13 @@ class Row(NamedTuple):
         return int(np.searchsorted(self.reach.cumsum(), self.reach.sum() / 2)) + 1
 
 
-def reach(model: ts.ForecastModel, windows: data.Windows, count: int = 64) -> np.ndarray:
+def reach(model: ts.ForecastModel, windows: ts.Windows, count: int = 64) -> np.ndarray:
     """mean |d forecast_1 / d x_(L - age)| by age, over windows: the receptive field as the gradient sees it.
 
     The forecast is of the first step after the look-back, of which all targets are added up.
     """
     model.eval()
-    inputs, _ = windows[torch.linspace(0, len(windows) - 1, min(count, len(windows))).long()]
+    inputs = windows.batch(torch.linspace(0, len(windows) - 1, min(count, len(windows))).long()).inputs
     x = inputs["x"].nan_to_num().requires_grad_()
     with torch.enable_grad():
         first = model.head.point(model(**{**inputs, "x": x}))[:, 0].sum()
@@ -90,14 +89,14 @@ def reach(model: ts.ForecastModel, windows: data.Windows, count: int = 64) -> np
     return gradient.abs().sum(2).mean(0).flip(0).double().numpy()
 
 
-def milliseconds(model: ts.ForecastModel, windows: data.Windows, batch_size: int, repeats: int = 5) -> float:
+def milliseconds(model: ts.ForecastModel, windows: ts.Windows, batch_size: int, repeats: int = 5) -> float:
     """What a training step takes, the fastest of several: forward and backward, without the optimiser."""
     model.train()
-    inputs, target = windows[:batch_size]
+    batch = windows.batch(slice(batch_size))
     fastest = float("inf")
     for _ in range(repeats + 1):  # the first one also plans
         began = time.perf_counter()
-        example.loss_of(model, inputs, target).backward()
+        example.loss_of(model, batch).backward()
         fastest = min(fastest, time.perf_counter() - began)
     return 1000 * fastest
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -154,46 +154,32 @@ def split_rows(table: Table, split: tuple[float, float, float], lookback: int, h
     return parts
 
 
-class Windows:
-    """All windows of some rows, one after each row: what a model is given, and what it has to say. None is copied before it is needed.
+class Changes(ts.Windows):
+    """Windows of how each value differs from the one a season before it (seasonal differencing, Box and Jenkins 1970).
 
-    With ``difference``, a number of rows, the model sees how each value differs from the one so many rows before it, and says how the
-    next ones differ from the last season repeated (seasonal differencing, Box and Jenkins 1970). Errors are the same as those of values.
+    A model sees a season less, and forecasts how the next values differ from the last season repeated. Errors are those of values.
 
     Args:
-        values: (rows, columns), targets first, then ``past`` covariates, then those that are known ahead.
-        targets, past: columns of each kind.
-        lookback, horizon: rows of a window before and after its origin.
-        difference: rows in the season that is taken off; 0 for none.
+        season: steps.
+        values, lookback, horizon, **others: as in ``Windows``; the look-back holds more than a season.
     """
 
-    def __init__(
-        self, values: Tensor, targets: int, past: int, lookback: int, horizon: int, difference: int = 0
-    ) -> None:
-        self.values, self.targets, self.past = values, targets, past
-        self.lookback, self.horizon, self.difference = lookback, horizon, difference
-        self.windows = values.unfold(0, lookback + horizon, 1).mT  # (windows, steps, columns), a view
-        self.naive = ts.SeasonalNaive(targets, lookback, horizon, season=difference) if difference else None
+    def __init__(self, values: Tensor, lookback: int, horizon: int, season: int, **others: Any) -> None:
+        super().__init__(values, lookback, horizon, **others)
+        self.naive = ts.SeasonalNaive(self.channels, lookback, horizon, season=season)
 
-    def __len__(self) -> int:
-        return len(self.windows)
+    def batch(self, indices: Any) -> ts.Batch:
+        """The changes in the windows of these indices."""
+        whole, season = super().batch(indices), self.naive.season
+        return ts.Batch(
+            x=whole.x[:, season:] - whole.x[:, :-season],
+            target=whole.target - self.level(indices),
+            future=None if whole.future is None else whole.future[:, season:],
+        )
 
-    def __getitem__(self, index: Tensor | slice) -> tuple[dict[str, Tensor], Tensor]:
-        """Arguments of a model, and what it should forecast, NaN where missing."""
-        chosen, given, season = self.windows[index], self.targets + self.past, self.difference
-        x, inputs = chosen[:, : self.lookback, :given], dict[str, Tensor]()
-        if given < chosen.shape[2]:
-            inputs["future"] = chosen[:, season:, given:]
-        inputs["x"] = x[:, season:] - x[:, :-season] if season else x
-        return inputs, chosen[:, self.lookback :, : self.targets] - self.level(index)
-
-    def level(self, index: Tensor | slice) -> Tensor | float:
-        """What is to be added to a forecast for it to be of the values themselves."""
-        return 0.0 if self.naive is None else self.naive(self.windows[index][:, : self.lookback, : self.targets])
-
-    def as_they_are(self) -> Windows:
-        """The same windows of the targets alone, with nothing taken off."""
-        return Windows(self.values[:, : self.targets], self.targets, 0, self.lookback, self.horizon)
+    def level(self, indices: Any) -> Tensor:
+        """What is to be added to forecasts for them to be of the values themselves."""
+        return self.naive(super().batch(indices).x[..., : self.channels])
 
 
 def standardise(table: Table, train: range) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,6 +18,7 @@ import inspect
 import math
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal, NamedTuple
@@ -48,6 +49,10 @@ MODELS: dict[str, tuple[type[ts.ForecastModel], dict[str, Any]]] = {
     "encoder-decoder": (ts.EncoderDecoderTransformer, {}),
     "patch-tst": (ts.PatchTST, {"dim": 16, "heads": 4, "hidden": 128}),
     "itransformer": (ts.ITransformer, {"dim": 64, "heads": 4, "hidden": 128, "depth": 2}),
+    "timexer": (ts.TimeXer, {"dim": 128, "heads": 4, "hidden": 256}),
+    "informer": (ts.Informer, {"dim": 64, "heads": 4, "hidden": 128}),
+    "crossformer": (ts.Crossformer, {"dim": 64, "heads": 4, "hidden": 128, "depth": 2}),
+    "group": (ts.GroupTransformer, {"dim": 64, "heads": 4, "hidden": 128, "depth": 2}),
 }
 HEADS: dict[str, ts.Head] = {
     "point": ts.Point(),
@@ -152,11 +157,19 @@ class Options:
 
 
 class Task(NamedTuple):
-    """The table, the windows of train, validation and test on standardised values, and the scale of the targets."""
+    """A table, seen as windows on standardised values.
+
+    Attributes:
+        windows: of train, validation and test, as the model sees them.
+        plain: of test, the targets alone and as they are: what the seasonal-naive forecast sees.
+        first: the row of the table at which the forecast of the first test window begins.
+        mean, std: of each target in the data's own unit.
+    """
 
     table: data.Table
-    first: int  # the row of the first test window's origin
-    windows: dict[str, data.Windows]
+    first: int
+    windows: dict[str, ts.Windows]
+    plain: ts.Windows
     mean: Tensor
     std: Tensor
 
@@ -170,8 +183,7 @@ def load(o: Options, device: torch.device) -> Task:
         table = data.regular(frame, o.season, past=len(o.past_columns), future=len(o.future_columns))
     if table.season > o.lookback:
         raise ValueError(f"--lookback must hold a season of {table.season} steps; got --lookback {o.lookback}")
-    difference = table.season if differenced(o) else 0
-    if difference == o.lookback:
+    if differenced(o) and table.season == o.lookback:
         raise ValueError(
             f"--lookback must hold more than the season of {table.season} steps that --difference takes off"
         )
@@ -181,12 +193,22 @@ def load(o: Options, device: torch.device) -> Task:
     if o.calendar:
         table = data.with_calendar(table, o.calendar)
         standard = torch.cat([standard, torch.tensor(table.values[:, standard.shape[1] :])], 1)
-    values = standard.to(device, torch.float32)
-    windows = {
-        name: data.Windows(values[part.start : part.stop], targets, table.past, o.lookback, o.horizon, difference)
-        for name, part in parts.items()
-    }
-    return Task(table, parts["test"].start + o.lookback, windows, *(x[:targets] for x in scale))
+    values, known = standard.to(device, torch.float32).tensor_split([targets + table.past], 1)
+
+    make: Any = partial(data.Changes, season=table.season) if differenced(o) else ts.Windows
+    windows = {}
+    for name, part in parts.items():
+        rows = slice(part.start, part.stop)
+        future = known[rows] if table.future else None
+        windows[name] = make(values[rows], o.lookback, o.horizon, past=table.past, future=future)
+    return Task(
+        table=table,
+        first=parts["test"].start + o.lookback,
+        windows=windows,
+        plain=ts.Windows(values[parts["test"].start : parts["test"].stop, :targets], o.lookback, o.horizon),
+        mean=scale[0][:targets],
+        std=scale[1][:targets],
+    )
 
 
 def differenced(o: Options) -> bool:
@@ -241,14 +263,13 @@ class Score(NamedTuple):
 
 
 @torch.inference_mode()
-def score(model: ts.ForecastModel, windows: data.Windows, batch_size: int) -> Score:
+def score(model: ts.ForecastModel, windows: ts.Windows, batch_size: int) -> Score:
     """Score the forecast of every window where a value was observed; ``batch_size`` makes no difference."""
     model.eval()
     sums: Tensor | float = 0.0
-    for start in range(0, len(windows), batch_size):
-        inputs, target = windows[start : start + batch_size]
-        seen = ~target.isnan()
-        error = (model.head.point(model(**inputs)) - target).double().masked_fill(~seen, 0)
+    for batch in windows.batches(batch_size):
+        seen = ~batch.target.isnan()
+        error = (model.head.point(model(**batch.inputs)) - batch.target).double().masked_fill(~seen, 0)
         sums += torch.stack([error.abs(), error.square(), seen.double()]).sum(1)
     assert isinstance(sums, Tensor)
     return Score(*sums.cpu())
@@ -280,7 +301,7 @@ def main(o: Options) -> None:
     torch.set_num_threads(o.threads)
     print(describe(task, o, common.count_parameters(model), device))
     naive = ts.SeasonalNaive(len(task.table.names), o.lookback, o.horizon, season=task.table.season)
-    theirs = score(naive, task.windows["test"].as_they_are(), o.eval_batch_size)
+    theirs = score(naive, task.plain, o.eval_batch_size)
     results = []
     for seed in o.seeds:
         run = common.Run(o.run if len(o.seeds) == 1 else o.run / f"seed-{seed}", what_determines(o, seed))
@@ -340,7 +361,7 @@ def train(model: ts.ForecastModel, task: Task, run: common.Run, o: Options, seed
     bar = tqdm(initial=step, total=o.steps, desc="train", unit="step", mininterval=0.5)
     while step < o.steps:
         model.train()
-        loss = loss_of(model, *windows[drawn(len(windows), o.batch_size, step, seed)])
+        loss = loss_of(model, windows.batch(drawn(len(windows), o.batch_size, step, seed)))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -376,23 +397,22 @@ def drawn(windows: int, batch_size: int, step: int, seed: int) -> Tensor:
     return order[batch * batch_size : (batch + 1) * batch_size]
 
 
-def loss_of(model: ts.ForecastModel, inputs: dict[str, Tensor], target: Tensor) -> Tensor:
+def loss_of(model: ts.ForecastModel, batch: ts.Batch) -> Tensor:
     """The loss of a batch; models that go step by step are shown the true steps before each (teacher forcing)."""
-    if isinstance(model, ts.StepwiseModel):
-        return model.head.loss(model(**inputs, target=target), target)
-    return model.head.loss(model(**inputs), target)
+    forced = {"target": batch.target} if isinstance(model, ts.StepwiseModel) else {}
+    return model.head.loss(model(**batch.inputs, **forced), batch.target)
 
 
 @torch.inference_mode()
 def examples(task: Task, model: ts.ForecastModel, naive: ts.ForecastModel) -> list[figure.Example]:
     """Forecasts of three test windows, evenly apart, in the data's own unit."""
-    windows, found = task.windows["test"], []
-    for i in np.linspace(0, len(windows) - 1, 3).astype(int):
-        one = slice(i, i + 1)
-        ours = model.head.point(model(**windows[one][0])) + windows.level(one)
-        theirs = naive(**windows.as_they_are()[one][0])
-        answers = [y[0].cpu() * task.std + task.mean for y in (ours, theirs)]
-        found.append(figure.Example(task.first + int(i), *(answer.T.numpy() for answer in answers)))
+    windows, plain, found = task.windows["test"], task.plain, []
+    for i in np.linspace(0, len(windows) - 1, 3).astype(int).tolist():
+        ours = model.head.point(model(**windows.batch([i]).inputs))
+        if isinstance(windows, data.Changes):
+            ours = ours + windows.level([i])
+        answers = [y[0].cpu() * task.std + task.mean for y in (ours, naive(**plain.batch([i]).inputs))]
+        found.append(figure.Example(task.first + i, *(answer.T.numpy() for answer in answers)))
     return found
 
 

@@ -9,7 +9,6 @@ import compare_forecasters as compare
 import numpy as np
 import pandas as pd
 import pytest
-import series_data as data
 import time_series as example
 import torch
 
@@ -52,7 +51,7 @@ def test_every_model_has_a_row_and_training_is_not_repeated(
 
 
 def test_the_receptive_field_is_that_of_the_architecture() -> None:
-    windows = data.Windows(torch.randn(200, 2), 2, 0, 64, 6)
+    windows = ts.Windows(torch.randn(200, 2), 64, 6)
     for depth in (1, 3):
         model = ts.TCN(2, 64, 6, dim=8, depth=depth)
         for parameter in model.parameters():

@@ -340,21 +340,16 @@ def test_what_is_missing_stays_missing_and_what_is_known_ahead_must_be_known() -
         data.regular(table.drop(table.index[20:22]), future=1)
 
 
-@pytest.mark.parametrize("difference", [0, 4])
-def test_windows_are_views_of_rows_in_their_order(difference: int) -> None:
-    values = torch.randn(40, 4)
+def test_changes_are_those_from_one_season_to_the_next() -> None:
+    values, known = torch.randn(40, 3), torch.randn(40, 1)
     values[7, 0] = torch.nan
-    windows = data.Windows(values, targets=2, past=1, lookback=12, horizon=6, difference=difference)
+    windows = data.Changes(values, 12, 6, season=4, past=1, future=known)
     assert len(windows) == 40 - 18 + 1
-    inputs, target = windows[torch.tensor([3, 0])]
-    rows = values[3:21]
-    seen, ahead = rows[:12, :3], rows[12:, :2]
-    if difference:
-        seen, ahead = seen[4:] - seen[:-4], ahead - rows[8:12, :2].repeat(2, 1)[:6]
-    torch.testing.assert_close(inputs["x"][0], seen, equal_nan=True)
-    torch.testing.assert_close(inputs["future"][0], rows[difference:, 3:])
-    torch.testing.assert_close(target[0], ahead)
-    torch.testing.assert_close(windows.as_they_are()[3:4][1][0], rows[12:, :2])
+    batch, rows = windows.batch(torch.tensor([3, 0])), values[3:21]
+    torch.testing.assert_close(batch.x[0], rows[4:12] - rows[:8], equal_nan=True)
+    torch.testing.assert_close(batch.target[0], rows[12:, :2] - rows[8:12, :2].repeat(2, 1)[:6])
+    torch.testing.assert_close(batch.inputs["future"][0], known[7:21])
+    torch.testing.assert_close(batch.target + windows.level([3, 0]), torch.stack([rows[12:], values[12:18]])[..., :2])
 
 
 @given(windows=st.integers(1, 50), batch_size=st.integers(1, 60), seed=st.integers(0, 3))
@@ -372,13 +367,14 @@ def test_each_window_comes_once_before_any_comes_again(windows: int, batch_size:
 def test_every_window_is_scored_whatever_the_batch_size(difference: int) -> None:
     table = torch.randn(100, 2)
     table[torch.rand(100, 2) < 0.2] = torch.nan
-    windows = data.Windows(table, 2, 0, 48, 12, difference)
+    windows = data.Changes(table, 48, 12, difference) if difference else ts.Windows(table, 48, 12)
     model = ts.DLinear(2, 48 - difference, 12)
     scores = [example.score(model, windows, batch_size) for batch_size in (1, 7, 41, 1000)]
     absolute, squared, number = (torch.zeros(12, 2, dtype=torch.float64) for _ in range(3))
     for i in range(41):
-        inputs, _ = windows[i : i + 1]
-        forecast = (model(**inputs) + windows.level(slice(i, i + 1)))[0]
+        forecast = model(**windows.batch([i]).inputs)[0]
+        if isinstance(windows, data.Changes):
+            forecast = forecast + windows.level([i])[0]
         error, seen = (forecast - table[i + 48 : i + 60]).double(), ~table[i + 48 : i + 60].isnan()
         error = error.masked_fill(~seen, 0)
         absolute, squared, number = absolute + error.abs(), squared + error.square(), number + seen
