@@ -152,6 +152,22 @@ def decay() -> Figure:
     )
 
 
+def forecast() -> Figure:
+    """Forecasts of a week by a small model, trained on four years of daily temperatures."""
+    from vega_datasets import local_data
+
+    from xformerlib import time_series as ts
+
+    weather = local_data.seattle_weather().rename(columns={"date": "ds"})
+    df = weather.melt("ds", ["temp_max", "temp_min"], var_name="unique_id", value_name="y")
+    forecaster = ts.Forecaster(
+        ts.PatchTST, 56, 7, head=ts.StudentT(), patch=7, stride=7, dim=32, depth=2, heads=4, hidden=64,
+        steps=150, eval_every=50, device="cpu", progress=False,
+    )  # fmt: skip
+    with plt.rc_context(STYLE):
+        return forecaster.plot(df, forecaster.fit(df).predict(level=(80, 95)))
+
+
 PICTURES: dict[str, Callable[[], Figure]] = {
     "causal": lambda: row(matrix(Causal(), SEQUENCE), seen(Causal(), GRID, 24), seen(Causal(), DAG, 5)),
     "local": lambda: row(
@@ -184,6 +200,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {
     "sinusoidal": sinusoidal,
     "rotary": rotary,
     "decay": decay,
+    "forecast": forecast,
 }
 
 
