@@ -140,6 +140,16 @@ def test_what_is_hidden_does_not_compete() -> None:
     torch.testing.assert_close(again, out)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_is_hidden_gets_the_mean(causal: bool) -> None:
+    query, key, value = tensors(1, 1, 40)
+    visible = torch.arange(40)[None] % 20 < 2  # fewer than may attend
+    out = prob_sparse_attention(query, key, value, factor=2.0, causal=causal, visible=visible)
+    among = value[0, 0, :2] if causal else value[0, 0, visible[0]]
+    torch.testing.assert_close(out[0, 0, 2], among.mean(0))
+    assert not torch.allclose(out[0, 0, 1], among.mean(0))
+
+
 def test_keys_are_drawn_anew_only_where_that_is_asked_for() -> None:
     given_ = tensors(2, 2, 60)
     assert torch.equal(prob_sparse_attention(*given_, factor=1.0), prob_sparse_attention(*given_, factor=1.0))
