@@ -168,6 +168,58 @@ def forecast() -> Figure:
         return forecaster.plot(df, forecaster.fit(df).predict(level=(80, 95)))
 
 
+def tasks() -> Figure:
+    """Holes in a wave filled, and hidden patches of it restored, each by a small model trained on such waves."""
+    from xformerlib import time_series as ts
+
+    torch.manual_seed(0)
+    t = torch.arange(96)[:, None]
+
+    def waves(count: int) -> torch.Tensor:
+        turn = t / 24 + torch.rand(count, 1, 1)
+        return 20 + 5 * torch.sin(2 * torch.pi * turn) + 2 * torch.sin(4 * torch.pi * turn + 1)
+
+    def holes(count: int) -> torch.Tensor:
+        start = torch.randint(6, 72, (count, 1, 1))
+        return (t >= start) & (t < start + 16)
+
+    imputer = ts.Imputer(1, dim=32, heads=2, dropout=0.0)
+    model = ts.PatchTST(1, 96, 24, patch=12, stride=12, dim=32, depth=2, heads=4, hidden=64, dropout=0.0)
+    pretraining = ts.MaskedPatches(model)
+    for task, loss in (
+        (imputer, lambda x: imputer.loss(x, hidden=holes(len(x)))),
+        (pretraining, pretraining),
+    ):
+        optimizer = torch.optim.AdamW(task.parameters(), lr=3e-3)
+        for _ in range(150):
+            optimizer.zero_grad()
+            loss(waves(16)).backward()
+            optimizer.step()
+        task.eval()
+
+    truth, missing = waves(1), (t >= 30) & (t < 50)
+    hidden = (t // 12 == 1) | (t // 12 == 4) | (t // 12 == 6)
+    seen = truth.masked_fill(missing, torch.nan)
+    with torch.no_grad():
+        filled, restored = imputer(seen), pretraining.restored(truth, hidden[None])
+
+    def lines(ax: Axes, gone: torch.Tensor, ways: SequenceOf[tuple[str, torch.Tensor, str]], title: str) -> None:
+        shown = [(truth, "observed", "0.2", ~gone), (truth, "truth", "0.75", gone)]
+        for values, label, colour, where in [*shown, *((way, name, colour, gone) for name, way, colour in ways)]:
+            ax.plot(t[:, 0], values[0].masked_fill(~where, torch.nan)[:, 0], color=colour, label=label, lw=1.5)
+        ax.set(title=title, xlabel="step", xticks=range(0, 97, 24))
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(loc="upper right", fontsize=7, ncols=2)
+        ax.set_ylim(12, 31)
+
+    last = ts.fill_forward(seen, ~missing[None])
+    return row(
+        lambda ax: lines(ax, missing, [("Imputer", filled, "tab:blue"), ("last value", last, "tab:orange")], "filled"),
+        lambda ax: lines(ax, hidden, [("MaskedPatches", restored, "tab:blue")], "patches hidden and restored"),
+        widths=[1.6, 1.6],
+    )
+
+
 PICTURES: dict[str, Callable[[], Figure]] = {
     "causal": lambda: row(matrix(Causal(), SEQUENCE), seen(Causal(), GRID, 24), seen(Causal(), DAG, 5)),
     "local": lambda: row(
@@ -201,6 +253,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {
     "rotary": rotary,
     "decay": decay,
     "forecast": forecast,
+    "tasks": tasks,
 }
 
 

@@ -38,7 +38,8 @@ class Imputer(nn.Module):
         dim, depth, heads, hidden: channels, blocks, attention heads, and the width of the feed-forward layers (``4 * dim`` if not given).
         dropout: of tokens, branches and feed-forward layers.
         mask: who may attend to whom: everybody to every step of which something was observed, if not given.
-        position: how tokens know when they are; ``Rotary(dim // heads)`` if not given, which suits steps, and times in about their units.
+        position: how tokens know when they are; ``Rotary(dim // heads, theta=1000)`` if not given, which suits series of up to some thousand
+            steps, and times in about their units.
         block: further arguments of ``Encoder``, such as ``{"norm_layer": "rms"}``.
 
     Example:
@@ -67,7 +68,7 @@ class Imputer(nn.Module):
         super().__init__()
         self.channels = check_size("channels", channels)
         self.embed = nn.Linear(2 * channels, check_size("dim", dim))
-        position = Rotary(dim // heads) if position is None else position
+        position = Rotary(dim // heads, theta=1000.0) if position is None else position
         self.encoder = Encoder(
             dim, depth, heads, mask=mask, position=position, hidden=hidden, dropout=dropout, **(block or {})
         )
