@@ -26,6 +26,14 @@ def place(name: str, x: Tensor, dim: int, domain: Domain | None) -> Domain:
     return domain
 
 
+def check_last(last: int, domain: Domain) -> Domain:
+    """Where the last tokens live, or an error where there are not so many (prefix tokens not counted)."""
+    tokens = domain.num_tokens - domain.prefix
+    if isinstance(last, bool) or not isinstance(last, int) or not 1 <= last <= tokens:
+        raise ValueError(f"last must be a whole number from 1 to the {tokens} tokens of {domain!r}; got last={last!r}")
+    return domain.last(last)
+
+
 def check_domain(name: str, domain: Domain, tokens: int, batch: int, device: torch.device) -> None:
     """Raise unless a tensor of so many tokens and rows, on this device, lives on the domain."""
     if not isinstance(domain, Domain):

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._dropout import Dropout
-from ._dropout import Dropout
 from .domains import Domain
 
 NormLayer = Literal["layer", "rms"] | Callable[[int], nn.Module]
@@ -126,8 +125,13 @@ class Residual(nn.Module):
         self.scale = None if scale is None else nn.Parameter(torch.full((dim,), float(scale)))
         self.dropout, self.drop_path = Dropout(dropout), DropPath(drop_path)
 
-    def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor], domain: Domain) -> Tensor:
+    def forward(
+        self, x: Tensor, branch: Callable[[Tensor], Tensor], domain: Domain, here: Domain | None = None
+    ) -> Tensor:
+        """The sum of ``x`` and its branch; of the tokens ``here`` at its end, if they are all that the branch has an output for."""
         y = branch(x if self.norm_after_sum else normed(self.norm, x, domain))
+        if here is not None:
+            x, domain = x[..., -here.num_tokens :, :], here
         y = y if self.branch_norm is None else normed(self.branch_norm, y, domain)
         y = self.dropout(y)
         y = y if self.scale is None else y * self.scale

@@ -19,6 +19,7 @@ from ._inputs import (
     bias_terms,
     check_heads,
     check_inputs,
+    check_last,
     check_mask,
     check_position,
     place,
@@ -210,7 +211,8 @@ class Attention(nn.Module):
         mask: Mask | None = None,
         position: Position | None = None,
         cache: Cache | None = None,
-    ) -> Float[Tensor, "*batch tokens dim"]:
+        last: int | None = None,
+    ) -> Float[Tensor, "*batch last dim"]:
         """Attend from ``x`` to itself, or to ``context``.
 
         Args:
@@ -223,8 +225,10 @@ class Attention(nn.Module):
                 embeddings in it are the model's to add.
             cache: keys and values of earlier tokens of the same sequence, which this call extends; of the context in cross attention,
                 which need then be given only at the first call.
+            last: attend from only so many tokens at the end of ``x``, to all as before; the output is theirs. For sequences and timelines.
         """
-        q, key, value, domain, keys = self._project(x, domain, context, context_domain, position, cache)
+        q, key, value, domain, keys = self._project(x, domain, context, context_domain, position, cache, last)
+        x = x if last is None else x[..., -last:, :]
         if mask is not None and cache is not None and (gone := cache.forgotten(self)):
             mask = check_mask(mask).without_keys(gone)
         heads = attention(
@@ -286,6 +290,7 @@ class Attention(nn.Module):
         context_domain: Domain | None,
         position: Position | None,
         cache: Cache | None,
+        last: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Domain, Domain]:
         """Queries, keys and values by head, normalised, rotated and joined with cached ones, and where they live."""
         domain = place("x", x, self.dim, domain)
@@ -293,20 +298,21 @@ class Attention(nn.Module):
         if context_domain is not None and context is None:
             raise ValueError("context_domain says where context lives, but no context came; give context too")
         own = self.heads * self.head_dim
+        queries = domain if last is None else check_last(last, domain)
+        asked = x if last is None else x[..., -last:, :]
         if not cross:
-            parts = self._linear(domain.zero_padding(x), 0, None)
-            other = self.kv_heads * self.head_dim
-            q, key, value = (self._heads(part) for part in parts.split([own, other, other], -1))
+            q, key, value = self._own(domain.zero_padding(x), own, asked)
             q, key = _normed(self.query_norm, q), _normed(self.key_norm, key)
             for rotation in self._rotations(position):
-                q, key = rotation.rotate(q, key, domain)
+                q, key = rotation.rotate(q, key, queries, domain)
             if cache is None:
-                return q, key, value, domain, domain
+                return q, key, value, queries, domain
             # Not the mask of this call alone: later calls may look back further.
             lookback = None if self.mask is None else self.mask.lookback()
             key, value, domain, keys = cache.extend(self, key, value, domain, lookback)
-            return q, key, value, domain, keys
-        q = _normed(self.query_norm, self._heads(self._linear(domain.zero_padding(x), 0, own)))
+            return q, key, value, domain if last is None else domain.last(last), keys
+        domain = queries
+        q = _normed(self.query_norm, self._heads(self._linear(domain.zero_padding(asked), 0, own)))
         if context is None:
             assert cache is not None
             key, value, keys = cache.context(self)
@@ -321,6 +327,15 @@ class Attention(nn.Module):
         for rotation in self._rotations(position):
             q, key = rotation.rotate(q, key, domain, keys)
         return q, key, value, domain, keys
+
+    def _own(self, x: Tensor, own: int, asked: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values of ``x``, and queries of the tokens at its end that are ``asked`` for."""
+        other = self.kv_heads * self.head_dim
+        if asked is x or asked.shape == x.shape:
+            q, key, value = self._linear(x, 0, None).split([own, other, other], -1)
+        else:
+            q, (key, value) = self._linear(asked, 0, own), self._linear(x, own, None).split([other, other], -1)
+        return self._heads(q), self._heads(key), self._heads(value)
 
     def _linear(self, x: Tensor, first: int, last: int | None) -> Tensor:
         bias = None if self.qkv.bias is None else self.qkv.bias[first:last]

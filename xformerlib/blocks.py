@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ._cache import Cache
-from ._inputs import check_bias_heads, place
+from ._inputs import check_bias_heads, check_last, place
 from ._sublayers import (
     Activation as Activation,
     DropPath as DropPath,
@@ -98,31 +98,38 @@ class Block(nn.Module):
         context_mask: Mask | None = None,
         position: Position | None = None,
         cache: Cache | None = None,
-    ) -> Float[Tensor, "*batch tokens dim"]:
+        last: int | None = None,
+    ) -> Float[Tensor, "*batch last dim"]:
         """Map tokens to tokens; ``context`` is what a block with ``cross=True`` attends to (arguments as in ``Attention``)."""
         domain = place("x", x, self.attention.dim, domain)
+        here = domain if last is None else check_last(last, domain)
         self._check_context(context, context_domain, context_mask, cache)
         x = domain.zero_padding(x)
 
         def attend(y: Tensor) -> Tensor:
-            return self.attention(y, domain, mask=mask, position=position, cache=cache)
+            return self.attention(y, domain, mask=mask, position=position, cache=cache, last=last)
 
         def attend_context(y: Tensor) -> Tensor:
             assert self.cross_attention is not None
             return self.cross_attention(
-                y, domain, context=context, context_domain=context_domain, mask=context_mask, cache=cache
+                y, here, context=context, context_domain=context_domain, mask=context_mask, cache=cache
             )
 
         if self.parallel:
-            branches = [attend] + ([attend_context] if self.cross_attention is not None else []) + [self.feed_forward]
-            x = self.attention_residual(x, lambda y: sum(branch(y) for branch in branches), domain)
+
+            def all_at_once(y: Tensor) -> Tensor:
+                own = y if last is None else y[..., -last:, :]
+                cross = 0 if self.cross_attention is None else attend_context(own)
+                return attend(y) + cross + self.feed_forward(own)
+
+            x = self.attention_residual(x, all_at_once, domain, None if last is None else here)
         else:
-            x = self.attention_residual(x, attend, domain)
+            x = self.attention_residual(x, attend, domain, None if last is None else here)
             if self.cross_residual is not None:
-                x = self.cross_residual(x, attend_context, domain)
+                x = self.cross_residual(x, attend_context, here)
             assert self.feed_forward_residual is not None
-            x = self.feed_forward_residual(x, self.feed_forward, domain)
-        return domain.zero_padding(x)
+            x = self.feed_forward_residual(x, self.feed_forward, here)
+        return here.zero_padding(x)
 
     def _check_context(
         self, context: Tensor | None, domain: Domain | None, mask: Mask | None, cache: Cache | None
@@ -186,14 +193,18 @@ class _Stack(nn.Module):
         last = norm != "post" if final_norm is None else final_norm
         self.norm = norm_factory(norm_layer)(dim) if last else nn.Identity()
 
-    def _run(self, x: Tensor, domain: Domain | None, mask: Mask | None, cache: Cache | None, **cross: Any) -> Tensor:
+    def _run(
+        self, x: Tensor, domain: Domain | None, mask: Mask | None, cache: Cache | None, last: int | None, **cross: Any
+    ) -> Tensor:
         domain = place("x", x, self.dim, domain)
         x = domain.zero_padding(x)
         if self.position is not None:
             for embedding in self.position.embeddings:
                 x = embedding(x, domain)
-        for block in self.blocks:
-            x = block(x, domain, mask=mask, position=self.position, cache=cache, **cross)
+        for layer, block in enumerate(self.blocks, 1):
+            asked = last if layer == len(self.blocks) else None
+            x = block(x, domain, mask=mask, position=self.position, cache=cache, last=asked, **cross)
+        domain = domain if last is None else domain.last(last)
         return domain.zero_padding(normed(self.norm, x, domain))
 
 
@@ -246,9 +257,13 @@ class Encoder(_Stack):
         *,
         mask: Mask | None = None,
         cache: Cache | None = None,
-    ) -> Float[Tensor, "*batch tokens dim"]:
-        """Encode tokens; ``mask`` further restricts every block, ``cache`` continues a sequence (see ``Cache``)."""
-        return self._run(x, domain, mask, cache)
+        last: int | None = None,
+    ) -> Float[Tensor, "*batch last dim"]:
+        """Encode tokens; ``mask`` further restricts every block, ``cache`` continues a sequence (see ``Cache``).
+
+        With ``last`` only so many tokens at the end are returned, and the last block computes no others.
+        """
+        return self._run(x, domain, mask, cache, last)
 
 
 class Decoder(_Stack):
@@ -296,10 +311,14 @@ class Decoder(_Stack):
         mask: Mask | None = None,
         context_mask: Mask | None = None,
         cache: Cache | None = None,
-    ) -> Float[Tensor, "*batch tokens dim"]:
-        """Decode tokens beside a context; with a cache, one piece after the other, the context at the first call."""
+        last: int | None = None,
+    ) -> Float[Tensor, "*batch last dim"]:
+        """Decode tokens beside a context; with a cache, one piece after the other, the context at the first call.
+
+        With ``last`` only so many tokens at the end are returned, and the last block computes no others.
+        """
         return self._run(
-            x, domain, mask, cache, context=context, context_domain=context_domain, context_mask=context_mask
+            x, domain, mask, cache, last, context=context, context_domain=context_domain, context_mask=context_mask
         )
 
 

@@ -320,8 +320,8 @@ class Domain(ABC):
         return 0
 
     def last(self, count: int) -> Domain:
-        """The last ``count`` tokens, of a domain some of whose tokens were out of reach."""
-        raise AssertionError(f"{self.kind} keeps all its tokens")
+        """The last ``count`` tokens, none of them a prefix token."""
+        raise ValueError(f"last needs a Sequence or Timeline in which every row has as many tokens; got {self!r}")
 
     def repeated(self, times: int) -> Domain:
         """The domain of a batch in which each row stands ``times`` times, one after the other."""

@@ -116,7 +116,9 @@ class Sequence(Domain):
         return 0 if self.prefix else max(0, self.length - int(min(lookback, self.length)))
 
     def last(self, count: int) -> Sequence:
-        return Sequence(count, start=self.start + self.length - count)
+        if self.lengths is not None:
+            super().last(count)
+        return Sequence(count, start=self.start + self.length - count)._ranked_from(self._rank_offset + self.prefix)
 
     def ticket(self) -> list[int]:
         dense = self.lengths is None
@@ -227,8 +229,10 @@ class Timeline(Domain):
         return int(away.cumprod(0).sum())
 
     def last(self, count: int) -> Timeline:
-        dropped = self.num_tokens - count
-        return Timeline(self.times[..., dropped:])._ranked_from(self._rank_offset + dropped)
+        if self.offsets is not None or self.valid is not None:
+            super().last(count)
+        first = self.times.shape[-1] - count
+        return Timeline(self.times[..., first:])._ranked_from(self._rank_offset + self.num_tokens - count)
 
     def repeated(self, times: int) -> Timeline:
         if self.batch_size is None:

@@ -84,13 +84,14 @@ class CausalTransformer(StepwiseModel):
         lookback = steps.vectors.shape[1]
         tokens = self.embed(torch.cat([steps.vectors, later], 1))
         where = _place(self, steps, 0, tokens.shape[1])
-        return self.decoder(tokens, where, mask=_seen(steps, tokens.shape[1]))[:, lookback - 1 :]
+        asked = tokens.shape[1] - lookback + 1
+        return self.decoder(tokens, where, mask=_seen(steps, tokens.shape[1]), last=asked)
 
     def start(self, steps: Steps, samples: int) -> tuple[Float[Tensor, "batch 1 dim"], Advance]:
         count = steps.vectors.shape[1]
         cache, mask = Cache(), _seen(steps, count)
         tokens = self.embed(steps.vectors)
-        hidden = self.decoder(tokens, _place(self, steps, 0, count), mask=mask, cache=cache)[:, -1:]
+        hidden = self.decoder(tokens, _place(self, steps, 0, count), mask=mask, cache=cache, last=1)
         if samples > 1:
             cache, steps = cache.repeated(samples), steps.repeated(samples)
 
