@@ -55,7 +55,7 @@ def _draw(axes: Axes, picture: Picture, name: str, history: int) -> None:
         levels = [key.removeprefix(f"{name}-lo-") for key in columns if key.startswith(f"{name}-lo-")]
         for level in levels:
             lower, upper = columns[f"{name}-lo-{level}"], columns[f"{name}-hi-{level}"]
-            alpha = 0.45 - 0.35 * float(level) / 100
+            alpha = 0.12 + 0.8 * (1 - float(level) / 100)
             axes.fill_between(times, lower, upper, color=FORECAST, alpha=alpha, lw=0, label=f"{level}%")
         axes.plot(times, columns[name], color=FORECAST, lw=1.8, label=name)
     if np.asarray(first).dtype.kind == "M":
