@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -167,15 +168,18 @@ def test_positions_of_blocks_are_those_of_the_patches_that_are_left() -> None:
     torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("momentum", [0.1, None])
-def test_token_batch_norm_leaves_out_what_does_not_exist(momentum: float | None) -> None:
-    lengths, norm = [5, 0, 2], ts.TokenBatchNorm(4, momentum=momentum)
-    nn.init.normal_(norm.weight)
-    nn.init.normal_(norm.bias)
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}], ids=str
+)
+@pytest.mark.parametrize("train", [True, False])
+def test_token_batch_norm_leaves_out_what_does_not_exist(options: dict[str, Any], train: bool) -> None:
+    lengths, norm = [5, 0, 2], ts.TokenBatchNorm(4, **options).train(train)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
     packed, domain = copy.deepcopy(norm), xf.Sequence.padded(lengths)
     assert domain.valid is not None
     for scale in (1.0, 3.0):
-        x = scale * torch.randn(3, 5, 4)
+        x = (scale * torch.randn(3, 5, 4)).masked_fill(~domain.valid[..., None], torch.nan)
         got, want = norm(x, domain)[domain.valid], packed(x[domain.valid], xf.Sequence.packed(lengths))
         torch.testing.assert_close(got, want)
     for a, b in zip(norm.buffers(), packed.buffers(), strict=True):

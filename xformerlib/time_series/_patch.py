@@ -34,25 +34,31 @@ class TokenBatchNorm(nn.BatchNorm1d, TokenNorm):
 
     def forward(self, x: Float[Tensor, "*batch dim"], domain: Domain | None = None) -> Float[Tensor, "*batch dim"]:
         """Normalise; in evaluation by running statistics, so that no item depends on another."""
-        valid = domain.valid if domain is not None and self.training else None
-        if valid is None:
+        valid = None if domain is None else domain.valid
+        if valid is None or not (self.training or self.running_mean is None):
             return super().forward(x.reshape(-1, x.shape[-1])).view(x.shape)
         # How many tokens exist is known only to the data, so that they are weighted, not picked: a compiled graph holds this.
         exists = valid[..., None].to(x.dtype)
         count = exists.sum()
-        mean = (x * exists).sum((0, 1)) / count.clamp(min=1)
-        centred = (x - mean) * exists
+        mean = x.masked_fill(~valid[..., None], 0).sum((0, 1)) / count.clamp(min=1)
+        centred = (x - mean).masked_fill(~valid[..., None], 0)
         square = centred.square().sum((0, 1))
-        self._track(mean, square / (count - 1).clamp(min=1), count > 0)
-        return centred * (square / count.clamp(min=1) + self.eps).rsqrt() * self.weight + self.bias * exists
+        if self.training:
+            self._track(mean, square / (count - 1).clamp(min=1), count > 0)
+        normal = centred * (square / count.clamp(min=1) + self.eps).rsqrt()
+        return normal * self.weight + self.bias * exists if self.affine else normal
 
     @torch.no_grad()
     def _track(self, mean: Float[Tensor, " dim"], var: Float[Tensor, " dim"], any_exists: Bool[Tensor, ""]) -> None:
-        """Take the statistics of a batch into the running ones, unless it is empty."""
-        self.num_batches_tracked += any_exists
-        share = any_exists * (1 / self.num_batches_tracked.clamp(min=1) if self.momentum is None else self.momentum)
+        """Take the statistics of a batch into the running ones, if there are any, unless it is empty."""
+        batches = self.num_batches_tracked
+        if batches is None:
+            return
+        batches += any_exists
+        share = any_exists * (1 / batches.clamp(min=1) if self.momentum is None else self.momentum)
         for running, new in ((self.running_mean, mean), (self.running_var, var)):
-            running += share * (new.to(running.dtype) - running)
+            if running is not None:
+                running += share * (new.to(running.dtype) - running)
 
 
 class _Patches(Sequence):
