@@ -56,6 +56,7 @@ MODELS: dict[str, tuple[type[ts.ForecastModel], dict[str, Any]]] = {
 }
 HEADS: dict[str, ts.Head] = {
     "point": ts.Point(),
+    "median": ts.Quantile((0.5,)),
     "quantile": ts.Quantile((0.1, 0.25, 0.5, 0.75, 0.9)),
     "student-t": ts.StudentT(),
 }
@@ -69,8 +70,9 @@ class Options:
 
     model: Name = "patch-tst"
     """A model of xformerlib.time_series."""
-    head: Literal["point", "quantile", "student-t"] = "point"
-    """What a forecast is: a number (trained by the squared error), quantiles, or a distribution. Scores are of its centre."""
+    head: Literal["point", "median", "quantile", "student-t"] = "point"
+    """What a forecast is: a number (point: trained by the squared error; median: by the absolute error), quantiles, or a distribution.
+    Scores are of its centre."""
     data: Path | None = None
     """A CSV file with a column of dates and columns of numbers. Without it: the temperatures that vega_datasets ships."""
     date_column: str = "date"
