@@ -288,7 +288,7 @@ class Forecaster:
         if self.head is not None:
             given["head"] = self.head
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.training["seed"])
+            torch.default_generator.manual_seed(self.training["seed"])
             model = self.model_class(channels, self.lookback, self.horizon, **given, **self.options)
         return model.to(self.device)
 

@@ -261,8 +261,11 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    on_cuda = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_cuda else []):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed devices that are not forked
+        if on_cuda:
+            torch.cuda.default_generators[device.index].manual_seed(seed)
         yield
 
 
