@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from . import classification, dense, graphs, images, ragged, windows
+from . import classification, decoding, dense, graphs, images, ragged, windows
 from ._measure import Line, Setting, hot_spots, measure, roofline
 
 LINES: tuple[Line, ...] = (
@@ -29,6 +29,7 @@ LINES: tuple[Line, ...] = (
     *graphs.LINES,
     *ragged.LINES,
     *classification.LINES,
+    *decoding.LINES,
     *dense.LINES,
 )
 

@@ -74,6 +74,17 @@ class Side:
         return out.detach(), *torch.autograd.grad(out, self.inputs, self.grad)
 
 
+class Call(Side):
+    """A way that is only called: for outputs without gradients."""
+
+    def __init__(self, forward: Callable[[], Tensor]) -> None:
+        super().__init__(forward, (), torch.empty(0))
+
+    def step(self) -> tuple[Tensor, ...]:
+        """Output."""
+        return (self.forward(),)
+
+
 @dataclass(frozen=True)
 class Work:
     """What is computed, by ours and by a peer.
