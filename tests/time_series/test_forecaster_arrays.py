@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.time_series import test_contract as contract
 from tests.time_series.forecasting import COVARIATES, HORIZON, LOOKBACK, ahead, frame, quick, static, with_covariates
+from tests.time_series.test_contract import CASES, Case, ids
 from xformerlib import time_series as ts
 
 
@@ -57,6 +59,31 @@ def test_arrays_and_frames_forecast_the_same(tmp_path: Path) -> None:
     assert all(np.array_equal(loaded[name], values) for name, values in forecast.items())
     fresh = other.predict(future=known, df=arrays, static=fixed)
     assert all(np.array_equal(fresh[name], values) for name, values in forecast.items())
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_every_model_works_with_all_that_it_takes(case: Case) -> None:
+    draw = np.random.default_rng(0)
+    counts = {name: size for name, size in contract.COVARIATES.items() if case.takes(name)}
+    columns = contract.CHANNELS + counts.get("past", 0) + counts.get("future", 0)
+    data = [draw.normal(size=(steps, columns)) for steps in (70, 50, 20)]
+    data[0][[3, 30, 31], 0] = np.nan
+    known = [draw.normal(size=(contract.HORIZON, counts["future"])) for _ in data] if "future" in counts else None
+    fixed = draw.normal(size=(len(data), counts["static"])) if "static" in counts else None
+    options = {"steps": 2, "eval_every": 1, "head": ts.StudentT()} if case.takes("head") else {}
+    forecaster = ts.Forecaster(
+        case.model,
+        contract.LOOKBACK,
+        contract.HORIZON,
+        **counts,
+        **options,
+        **case.options,
+        device="cpu",
+        progress=False,
+    )
+    forecast = forecaster.fit(data, fixed).predict(4, future=known, level=(80,) if case.takes("head") else ())
+    assert forecast[case.model.__name__].shape == (len(data), 4, contract.CHANNELS)
+    assert all(np.isfinite(values).all() for values in forecast.values())
 
 
 def test_pandas_is_not_needed_for_arrays(tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ class Forecaster:
         df: Any = None,
         static: Any = None,
     ) -> Any:
-        """Forecast the steps after the end of each series.
+        """Forecast the steps after the last row of each series, whether it has a value or not.
 
         Args:
             h: how many steps, ``horizon`` if not given, which is also the most.
