@@ -69,7 +69,6 @@ HELD: dict[str, tuple[masks.Mask | None, xf.Domain, dict[str, Any]]] = {
     "dropout": (Causal() & Local(127), xf.Sequence(8192), {"dropout_p": 0.1}),
     "soft cap": (Causal() & Local(127), xf.Sequence(8192), {"softcap": 2.0}),
     "a bias": (Local(64), xf.Sequence(8192), {"bias": positions.RelativeBias(2)}),
-    "a table of windows": (Windows(7, shift=3), xf.Grid(84, 84), {"bias": positions.RelativeBias(2, size=(7, 7))}),
     "padding": (None, xf.Sequence.padded([3000]), {}),
     "edges": (Edges(), xf.Graph(torch.randint(0, 2000, (2, 200_000), generator=GENERATOR), 2000), {}),
     "nothing: flash attention in order": (Causal(), xf.Sequence.packed([1000, 200, 3000]), {}),

@@ -57,6 +57,7 @@ def backward(
         return dq, *(x.unflatten(2, (-1, group)).sum(3) for x in (dk, dv))
     vectors, mask = _prepared(query, key, value, mask, group)
     dim = vectors[0].shape[-1]
+    assert rows.out is not None
     more = [_grouped(_widened(x.to(query.dtype), dim), group) for x in (rows.grad, rows.out)]
     more.append(_grouped(rows.lse[..., None], group))
     every = [*vectors, *more]

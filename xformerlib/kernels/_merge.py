@@ -63,10 +63,10 @@ class Gradients:
 
 @dataclass(frozen=True)
 class Merged:
-    """What the forward made and the backward needs, per query: output, its log-sum-exp (+inf for empty rows), the output's gradient,
-    and the inner product of the two."""
+    """What the forward made and the backward needs, per query: output (None in tiles that do without), its log-sum-exp (+inf for empty
+    rows), the output's gradient, and the inner product of the two."""
 
-    out: Float[Tensor, "*tiles batch heads queries value_dim"]
+    out: Float[Tensor, "*tiles batch heads queries value_dim"] | None
     lse: Float[Tensor, "*tiles batch heads queries"]
     grad: Float[Tensor, "*tiles batch heads queries value_dim"]
     delta: Float[Tensor, "*tiles batch heads queries"]

@@ -24,7 +24,7 @@ from ._problem import Problem
 from ._scores import Scores
 from ._sparse import SparsePart
 from ._structure import Structure, reach, tiled_structures
-from ._tiled import TiledPart, attend_arranged
+from ._tiled import TiledPart
 from ._varlen import VarlenPart
 
 # From the one that is fastest where it fits to the one that always fits; the oracle only on request.
@@ -115,8 +115,6 @@ class Plan:
     ) -> Tensor:
         """The attention, computed as planned."""
         parts = self.parts_of(scores)
-        if len(parts) == 1 and isinstance(part := parts[0][0], TiledPart) and part.arrangement is not None:
-            return attend_arranged(part, scores, query, key, value, sinks)
         if parts:
             return attend(parts, query, key, value, sinks)
         if self.kernel == "reference":
@@ -266,7 +264,7 @@ def _part(structure: Structure | _Listed, own: Mask, alone: bool, problem: Probl
     """The part that computes a term by a structure."""
     if isinstance(structure, Structure):
         exact = structure.exact if alone else None
-        return TiledPart(structure.kernel, repr(own), structure.calls, exact, _is_fixed(own), structure.arrangement)
+        return TiledPart(structure.kernel, repr(own), structure.calls, exact, _is_fixed(own))
     if structure.exact and alone:
         return SparsePart(structure.neighbours, repr(own), rows=structure.rows)
     fixed, extent = _is_fixed(own), own.extent()

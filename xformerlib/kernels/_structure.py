@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence as SequenceOf
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from ..domains import Domain, Grid, Sequence, Timeline
@@ -15,10 +15,13 @@ from ..masks import Axial, Causal, Dilated, Full, Local, Mask, Prefix, Segments,
 from ..masks._sequence import per_axis
 from ._normal import NamedKeys, NamedQueries, PrefixKeys, PrefixQueries, Term
 from ._problem import Problem
-from ._tiles import Arrangement, Band, Block, Gathered, Slices, Tiles
+from ._tiles import Band, Block, Gathered, Slices, Tiles, pairs_of_row
 
 # Pairs whose mask and bias are held at a time.
 CALL_PAIRS = 2**22
+
+# Numbers of a tensor of tiles that are fetched at a time on the CPU: memory that is used again is faster than new.
+CALL_NUMBERS = 2**22
 
 # Scores, of all rows of the batch and heads, that take as long as a call costs besides.
 CALL_SCORES = 2**15
@@ -33,19 +36,16 @@ class Structure:
         calls: tiles, in batches.
         exact: "full" or "causal" where the tiles' pairs are just those that the term allows, all of them or in order; None where the
             predicate must be asked.
-        arrangement: the order in which the tiles are runs; None where it is that of the tokens.
     """
 
     kernel: str
     calls: tuple[Tiles, ...]
     exact: str | None = None
-    arrangement: Arrangement | None = None
 
     @property
     def pairs(self) -> float:
         """Pairs that the tiles hold, for each row of the batch."""
-        rows = 1 if self.arrangement is None else self.arrangement.rows or 1
-        return sum(tiles.size for tiles in self.calls) / rows * (0.5 if self.exact == "causal" else 1)
+        return pairs_of_row(self.calls) * (0.5 if self.exact == "causal" else 1)
 
 
 def tiled_structures(term: Term, problem: Problem, device: torch.device) -> Iterator[Structure]:
@@ -155,7 +155,7 @@ def _grid_halo(literal: Local | Dilated, domain: Grid, device: torch.device) -> 
     k_index = _cells(domain, around)
     most = max(1, CALL_PAIRS // max(q_index.shape[1] * k_index.shape[1], 1))
     for q, k in zip(q_index.split(most), k_index.split(most), strict=True):
-        yield Gathered(q, k)
+        yield Gathered(q.clamp(min=0), k.clamp(min=0), q >= 0, k >= 0)
 
 
 def _cells(domain: Grid, axes: SequenceOf[Int[Tensor, "n _"]]) -> Int[Tensor, "n cells"]:
@@ -231,19 +231,21 @@ def _grouped(
         return
     sizes = torch.unique_consecutive(labels[order], return_counts=True)[1]
     first = sizes.cumsum(0) - sizes
-    index: list[Tensor] = []
-    there: list[Tensor] = []
-    calls: list[Tiles] = []
+    buckets: list[tuple[Tensor, Tensor]] = []
     for chosen, width in _buckets(sizes, CALL_SCORES / (problem.heads * (1 if rows else problem.batch))):
         step, size = torch.arange(width, device=device), sizes[chosen][:, None]
-        calls += _runs(sum(x.numel() for x in index), len(chosen), width, exact, device)
-        index.append(order[first[chosen][:, None] + torch.minimum(step, size - 1)].flatten())
-        there.append((step < size).flatten())
-    everywhere = bool(torch.cat(there).all())
-    arrangement = Arrangement(torch.cat(index), None if everywhere else torch.cat(there), tokens, rows)
-    in_place = everywhere and rows is None and torch.equal(arrangement.index, torch.arange(tokens, device=device))
-    kernel = "blocks" if int(sizes.min()) == int(sizes.max()) else "packed"
-    yield Structure(kernel, tuple(calls), exact, None if in_place else arrangement)
+        buckets.append((order[first[chosen][:, None] + torch.minimum(step, size - 1)], step < size))
+    every = torch.cat([index.flatten() for index, _ in buckets])
+    calls: list[Tiles] = []
+    if rows is None and torch.equal(every, torch.arange(tokens, device=device)):
+        for index, _ in buckets:
+            calls += _runs(int(index[0, 0]), *index.shape, exact, device)
+    else:
+        numbers = problem.heads * problem.head_dim * (1 if rows else problem.batch)
+        most = CALL_NUMBERS // max(numbers, 1) if problem.device == "cpu" else every.numel()
+        for index, there in buckets:
+            calls += [Gathered(*lists, tokens, rows) for lists in _lists(index, there, exact, most)]
+    yield Structure("blocks" if int(sizes.min()) == int(sizes.max()) else "packed", tuple(calls), exact)
 
 
 def _buckets(sizes: Int[Tensor, " groups"], most: float) -> Iterator[tuple[Int[Tensor, " chosen"], int]]:
@@ -273,6 +275,22 @@ def _runs(start: int, n: int, width: int, exact: str | None, device: torch.devic
         for a in range(start, start + n * width, width):
             for q in range(a, a + width, rows):
                 yield Block(slice(q, min(q + rows, a + width)), slice(a, a + width), device)
+
+
+def _lists(
+    index: Int[Tensor, "n width"], there: Bool[Tensor, "n width"], exact: str | None, most: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """``_runs`` for groups that stand anywhere, about ``most`` tokens to a call: queries and keys, and which belong there."""
+    n, width = index.shape
+    if exact is None and width * width > CALL_PAIRS:
+        rows = max(1, CALL_PAIRS // width)
+        for i in range(n):
+            for q, q_there in zip(index[i].split(rows), there[i].split(rows), strict=True):
+                yield q[None], index[i : i + 1], q_there[None], there[i : i + 1]
+        return
+    step = max(1, min(most // width, n if exact is not None else CALL_PAIRS // (width * width)))
+    for some, some_there in zip(index.split(step), there.split(step), strict=True):
+        yield some, some, some_there, some_there
 
 
 # -- rectangles ----------------------------------------------------------------------------------------------------------

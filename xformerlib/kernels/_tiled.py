@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..domains._base import both
 from . import _flash, _formulas
-from ._merge import Gradients, Merged, Part, attend
+from ._merge import Gradients, Merged, Part
 from ._problem import Problem
 from ._scores import Pairs, Scores, without_hidden
-from ._tiles import Arrangement, Slices, Tiles
+from ._tiles import Tiles, joined, pairs_of_row
 
 # Keys of tiles for which the formulas are faster than flash attention in the backward.
 FEW_COLUMNS = 64
@@ -31,7 +30,7 @@ class TiledPart(Part):
 
     Args:
         kernel, what: as in ``Part``.
-        calls: tiles, in batches; of places where there is an ``arrangement``.
+        calls: tiles, in batches.
         exact: "full" or "causal" where the tiles' pairs are just those of the part, all of them or in order.
         keep: whether the mask says the same at each call, so that what it says of the tiles may be kept.
     """
@@ -43,14 +42,12 @@ class TiledPart(Part):
         calls: Iterable[Tiles],
         exact: str | None = None,
         keep: bool = False,
-        arrangement: Arrangement | None = None,
     ) -> None:
         self.kernel, self.what, self.calls = kernel, what, tuple(calls)
-        self.exact, self.keep, self.arrangement = exact, keep, arrangement
-        rows = 1 if arrangement is None else arrangement.rows or 1
-        self.pairs = sum(tiles.size for tiles in self.calls) / rows * (0.5 if exact == "causal" else 1)
-        # Whether each place is in one tile, with its queries and with its keys.
-        self._covers = arrangement is not None and all(isinstance(tiles, Slices) for tiles in self.calls)
+        self.exact, self.keep = exact, keep
+        self.batch = self.calls[0].batch if self.calls else None
+        self.pairs = pairs_of_row(self.calls) * (0.5 if exact == "causal" else 1)
+        self._own = all(tiles.own for tiles in self.calls)
         self._kept: dict[Hashable, Tensor | None] = {}
         self._room = KEPT_BYTES
 
@@ -71,30 +68,10 @@ class TiledPart(Part):
         return scores + kept + added * size * width
 
     def forward(self, scores: Scores, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        if self.arrangement is None:
-            return self.forward_in_place(scores, query, key, value)
-        out, lse = self.forward_in_place(scores, *self.arrangement.arrange_all(query, key, value))
-        return self.arrangement.restore(out), self.arrangement.restore(lse[..., None], float("-inf"))[..., 0]
-
-    def backward(
-        self, scores: Scores, query: Tensor, key: Tensor, value: Tensor, merged: Merged, into: Gradients
-    ) -> None:
-        arrangement = self.arrangement
-        if arrangement is None:
-            self.backward_in_place(scores, query, key, value, merged, into)
-            return
-        found, vectors = Gradients(into.biases), arrangement.arrange_all(query, key, value)
-        lse, delta = (arrangement.arrange(x[..., None])[..., 0] for x in (merged.lse, merged.delta))
-        merged = Merged(arrangement.arrange(merged.out), lse, arrangement.arrange(merged.grad), delta)
-        self.backward_in_place(scores, *vectors, _present(merged, arrangement.there), found)
-        into.add(*(None if x is None else arrangement.restore(x) for x in (found.query, found.key, found.value)))
-
-    def forward_in_place(self, scores: Scores, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """``forward`` on tensors that are arranged."""
         out = lse = None
-        nothing = (None, None) if self._covers else (0.0, float("-inf"))
+        vectors, nothing = self._ready(query, key, value), (None, None) if self._covers(query) else (0.0, float("-inf"))
         for i, tiles in enumerate(self.calls):
-            o, log = _Tile(self, i, scores, query, key, value).forward()
+            o, log = _Tile(self, i, scores, *vectors).forward()
             out = tiles.put_queries(out, o, query.shape[2], nothing[0])
             lse = tiles.put_queries(lse, log[..., None], query.shape[2], nothing[1])
         if out is None or lse is None:
@@ -103,21 +80,38 @@ class TiledPart(Part):
             lse = query.new_full((*query.shape[:3], 1), float("-inf"), dtype=wide)
         return out, lse[..., 0]
 
-    def backward_in_place(
+    def backward(
         self, scores: Scores, query: Tensor, key: Tensor, value: Tensor, merged: Merged, into: Gradients
     ) -> None:
-        """``backward`` on tensors that are arranged."""
+        vectors, fill = self._ready(query, key, value), None if self._covers(query) else 0.0
+        if self.calls:
+            ready = self.calls[0].ready
+            merged = replace(merged, out=None if merged.out is None else ready(merged.out), grad=ready(merged.grad))
+        found = Gradients(into.biases) if self._own else into
         for i, tiles in enumerate(self.calls):
-            grads = _Tile(self, i, scores, query, key, value).backward(_of_tiles(merged, tiles), into.biases)
-            if self._covers and isinstance(tiles, Slices):
-                into.query, into.key, into.value = (
-                    tiles.put_queries(x, grad, query.shape[2], None)
-                    for x, grad in zip((into.query, into.key, into.value), grads, strict=True)
+            grads = _Tile(self, i, scores, *vectors).backward(merged, into.biases)
+            if self._own:
+                found.query, found.key, found.value = (
+                    tiles.put_queries(x, grad, query.shape[2], fill)
+                    for x, grad in zip((found.query, found.key, found.value), grads, strict=True)
                 )
                 continue
             into.query = tiles.add_queries(into.query, grads.query, query.shape[2])
             into.key = tiles.add_keys(into.key, grads.key, key.shape[2])
             into.value = tiles.add_keys(into.value, grads.value, key.shape[2])
+        if self._own:
+            into.add(found.query, found.key, found.value)
+
+    def _ready(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if not self.calls or (self._own and joined((query, key, value)) is not None):
+            return query, key, value
+        ready = self.calls[0].ready
+        return ready(query), ready(key), ready(value)
+
+    def _covers(self, query: Tensor) -> bool:
+        """Whether every token is in a tile."""
+        everyone = query.shape[2] * (1 if self.batch is None else query.shape[0])
+        return self._own and sum(tiles.placed for tiles in self.calls) == everyone
 
     def recall(self, name: Hashable, make: Callable[[], Tensor | None]) -> Tensor | None:
         """What ``make`` gives, kept for the next call as long as there is room."""
@@ -129,76 +123,6 @@ class TiledPart(Part):
             self._kept[name] = x
             self._room -= size
         return x
-
-
-class ArrangedPart(Part):
-    """A part with an arrangement, computed on tensors that are arranged already."""
-
-    def __init__(self, part: TiledPart) -> None:
-        self.part, self.kernel, self.what, self.pairs = part, part.kernel, part.what, part.pairs
-
-    def forward(self, scores: Scores, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        return self.part.forward_in_place(scores, query, key, value)
-
-    def backward(
-        self, scores: Scores, query: Tensor, key: Tensor, value: Tensor, merged: Merged, into: Gradients
-    ) -> None:
-        self.part.backward_in_place(scores, query, key, value, merged, into)
-
-
-class Arrange(torch.autograd.Function):
-    """Queries, keys and values, arranged."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, arrangement: Arrangement, query: Tensor, key: Tensor, value: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.arrangement = arrangement
-        return arrangement.arrange_all(query, key, value)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        return None, *(ctx.arrangement.restore(grad) for grad in grads)
-
-
-class Restore(torch.autograd.Function):
-    """What was computed for arranged queries, in the order of the tokens."""
-
-    @staticmethod
-    def forward(ctx: Any, arrangement: Arrangement, x: Tensor) -> Tensor:
-        ctx.arrangement = arrangement
-        return arrangement.restore(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        grad, there = ctx.arrangement.arrange(grad), ctx.arrangement.there
-        return None, grad if there is None else grad.masked_fill_(~there[:, None], 0)
-
-
-def attend_arranged(
-    part: TiledPart, scores: Scores, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None
-) -> Tensor:
-    """Attention by one part that has an arrangement: what is kept for the backward is arranged already."""
-    assert part.arrangement is not None
-    query, key, value = Arrange.apply(part.arrangement, query, key, value)
-    return Restore.apply(part.arrangement, attend([(ArrangedPart(part), scores)], query, key, value, sinks))
-
-
-def _of_tiles(merged: Merged, tiles: Tiles) -> Merged:
-    lse, delta = (tiles.queries(x[..., None])[..., 0] for x in (merged.lse, merged.delta))
-    there = None if tiles.query_there is None else tiles.query_there[:, None]
-    return _present(Merged(tiles.queries(merged.out), lse, tiles.queries(merged.grad), delta), there)
-
-
-def _present(merged: Merged, there: Bool[Tensor, "..."] | None) -> Merged:
-    """The same without gradients of what stands for no token."""
-    if there is None:
-        return merged
-    return replace(
-        merged, grad=merged.grad.masked_fill(~there[..., None], 0), delta=merged.delta.masked_fill(~there, 0)
-    )
 
 
 class _TileGradients(NamedTuple):
@@ -213,7 +137,7 @@ class _Tile:
     def __init__(self, part: TiledPart, i: int, scores: Scores, query: Tensor, key: Tensor, value: Tensor) -> None:
         self.part, self.i, self.scores, self.tiles = part, i, scores, part.calls[i]
         self.batch, self.heads = query.shape[:2]
-        self.query, self.key, self.value = self.tiles.queries(query), self.tiles.keys(key), self.tiles.keys(value)
+        self.query, self.key, self.value = self.tiles.vectors(query, key, value)
         self.flash = (
             _flash.fits(query.device.type, scores.softcap is not None, scores.dropout_p)
             and not torch.is_grad_enabled()  # it has no gradient of its log-sum-exp
@@ -232,21 +156,11 @@ class _Tile:
     @cached_property
     def pairs(self) -> Pairs:
         """The indices of the tiles' pairs, broadcastable to ``(n, B, H, rows, columns)``."""
-        pairs = self.tiles.pairs(self.batch, self.heads)
-        return pairs if self.part.arrangement is None else self.part.arrangement.pairs(pairs)
-
-    @property
-    def _there(self) -> tuple[Tensor | None, Tensor | None]:
-        """Which queries and which keys are tokens, ``(n, rows)`` and ``(n, columns)``."""
-        arrangement = self.part.arrangement
-        if arrangement is None or arrangement.there is None:
-            return self.tiles.query_there, self.tiles.key_there
-        there = arrangement.there[None, None, :, None]
-        return self.tiles.queries(there)[0, :, 0, :, 0], self.tiles.keys(there)[0, :, 0, :, 0]
+        return self.tiles.pairs(self.batch, self.heads)
 
     def _allowed(self) -> Bool[Tensor, "#batch #n #heads #rows #columns"] | None:
         """Which pairs count; None where all do."""
-        queries, keys = self._there
+        queries, keys = self.tiles.query_there, self.tiles.key_there
         there = None if keys is None else keys[:, None, None, None, :]
         if self.part.exact == "full" and not any(isinstance(bias, Tensor) for bias in self.scores.biases):
             return None if there is None else there.transpose(0, 1)  # rows that are no tokens are left behind
@@ -259,7 +173,7 @@ class _Tile:
     def _has_empty_rows(self) -> bool:
         if self.allowed is None:
             return False
-        return not self.scores.reflexive or self._there[0] is not None
+        return not self.scores.reflexive or self.tiles.query_there is not None
 
     def _bias(self, scores: Scores) -> Float[Tensor, "#batch #n #heads #rows #columns"] | None:
         def recall(name: Hashable, make: Callable[[], Tensor]) -> Tensor:
@@ -289,12 +203,24 @@ class _Tile:
             lse = lse.masked_fill(~self.allowed.any(-1), float("-inf"))
         return out, lse
 
-    def backward(self, rows: Merged, biases: list[Tensor | None]) -> _TileGradients:
+    def _rows(self, merged: Merged, output: bool) -> Merged:
+        """What belongs to the tiles' queries, 0 in gradients of what stands for no token; the output only if it is needed."""
+        fetch, there = self.tiles.queries, self.tiles.query_there
+        lse, delta = (fetch(x[..., None])[..., 0] for x in (merged.lse, merged.delta))
+        grad, out = fetch(merged.grad), fetch(merged.out) if output and merged.out is not None else None
+        if there is not None:
+            nowhere = ~there[:, None]
+            grad, delta = grad.masked_fill(nowhere[..., None], 0), delta.masked_fill(nowhere, 0)
+        return Merged(out, lse, grad, delta)
+
+    def backward(self, merged: Merged, biases: list[Tensor | None]) -> _TileGradients:
         """Gradients of the tiles' vectors; those of the biases are added to ``biases``."""
-        vectors = (self.query, self.key, self.value)
-        if not any(total is not None for total in biases):
+        vectors, trained = (self.query, self.key, self.value), any(total is not None for total in biases)
+        by_flash = self.flash and not trained and (self.in_order or self.tiles.columns > FEW_COLUMNS)
+        rows = self._rows(merged, by_flash)
+        if not trained:
             mask = None if self.in_order else self._additive(self._bias(self.scores))
-            if self.flash and (self.in_order or self.tiles.columns > FEW_COLUMNS):
+            if by_flash:
                 return _TileGradients(*_flash.backward(*vectors, mask, self.in_order, self.scores.scale, rows))
             return _TileGradients(*_formulas.backward(*vectors, self._parameters(mask), rows, None))
         every = self.scores.tensors

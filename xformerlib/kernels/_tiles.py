@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Iterable, Sequence as SequenceOf
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,11 +23,31 @@ class Tiles(ABC):
     n: int
     rows: int
     columns: int
+    own = False  # whether the keys of the tiles are the queries, each in one tile only: then gradients of keys are put like queries
+    placed = 0  # where they are their own: the tokens in the tiles
+    batch: int | None = None  # where each row of the batch has tiles of its own: how many rows there are
 
     @property
     def size(self) -> int:
         """Pairs in the tiles."""
         return self.n * self.rows * self.columns
+
+    def ready(self, x: Float[Tensor, "batch heads tokens dim"]) -> Float[Tensor, "batch heads tokens dim"]:
+        """``x`` in a layout from which tiles are fetched fast, once for all calls."""
+        return x
+
+    def vectors(
+        self,
+        query: Float[Tensor, "batch heads tokens dim"],
+        key: Float[Tensor, "batch kv_heads keys dim"],
+        value: Float[Tensor, "batch kv_heads keys value_dim"],
+    ) -> tuple[
+        Float[Tensor, "_ n heads rows dim"],
+        Float[Tensor, "_ n kv_heads columns dim"],
+        Float[Tensor, "_ n kv_heads columns value_dim"],
+    ]:
+        """The tiles' queries, keys and values; those that one projection left side by side in memory are fetched at once."""
+        return self.queries(query), self.keys(key), self.keys(value)
 
     @abstractmethod
     def pairs(self, batch: int, heads: int) -> Pairs:
@@ -110,47 +130,109 @@ class Block(Tiles):
         return _add(x, self.k, tile[:, 0], tokens)
 
 
-class Gathered(Tiles):
-    """Tiles of listed queries and keys, -1 where a tile is not full. Queries are in one tile at most, keys in any number."""
+class _Listed:
+    """The tokens of tiles, some of which may only fill a tile."""
 
-    def __init__(self, q_index: Int[Tensor, "n rows"], k_index: Int[Tensor, "n columns"]) -> None:
+    def __init__(self, index: Int[Tensor, "n width"], there: Bool[Tensor, "n width"] | None) -> None:
+        self.index, self.shape = index, index.shape
+        self.there = None if there is None or bool(there.all()) else there
+        self._places = None if self.there is None else self.there.flatten().nonzero()[:, 0]
+        self.targets = index.flatten() if self._places is None else index.flatten()[self._places]
+
+    def fetch(self, x: Float[Tensor, "batch heads tokens dim"]) -> Float[Tensor, "batch n heads width dim"]:
+        return _fetch(x, self.index.flatten()).unflatten(2, self.shape).transpose(1, 2)
+
+    def flat(self, tile: Float[Tensor, "batch n heads width dim"]) -> Float[Tensor, "batch heads targets dim"]:
+        """The vectors of a tensor of tiles one after the other, without those that only fill a tile."""
+        return _flat(tile) if self._places is None else _fetch(_flat(tile), self._places)
+
+
+class Gathered(Tiles):
+    """Tiles of listed queries and keys. Queries are in one tile at most, keys in any number.
+
+    Args:
+        q_index, k_index: the tokens of each tile; the same tensor for groups of tokens, whose keys are in one tile at most, too.
+        q_there, k_there: whether they belong there; others only fill a tile. None: all do.
+        tokens, batch: where each row of the batch has tiles of its own, T and the number of rows: token i of row b is ``b * T + i`` here.
+    """
+
+    def __init__(
+        self,
+        q_index: Int[Tensor, "n rows"],
+        k_index: Int[Tensor, "n columns"],
+        q_there: Bool[Tensor, "n rows"] | None = None,
+        k_there: Bool[Tensor, "n columns"] | None = None,
+        tokens: int = 0,
+        batch: int | None = None,
+    ) -> None:
         (self.n, self.rows), self.columns = q_index.shape, k_index.shape[1]
-        self._q, self._k = q_index.clamp(min=0), k_index.clamp(min=0)
-        self._q_there, self._k_there = (None if bool((i >= 0).all()) else i >= 0 for i in (q_index, k_index))
-        self._q_places, self._q_targets = _places(q_index)
-        self._k_places, self._k_targets = _places(k_index)
+        self.own, self.batch, self._tokens = q_index is k_index, batch, max(tokens, 1)
+        self._q = _Listed(q_index, q_there)
+        self._k = self._q if self.own else _Listed(k_index, k_there)
+        self.placed = self._q.targets.numel()
 
     def pairs(self, batch: int, heads: int) -> Pairs:
-        return Pairs.of(batch, heads, self._q, self._k)
+        pairs = Pairs.of(batch, heads, self._q.index, self._k.index)
+        if self.batch is None:
+            return pairs
+        b = torch.div(pairs.q[..., :1, :], self._tokens, rounding_mode="floor")  # all of a tile are in one row
+        return Pairs(b, pairs.h, pairs.q % self._tokens, pairs.k % self._tokens)
 
     @property
     def query_there(self) -> Tensor | None:
-        return self._q_there
+        return self._q.there
 
     @property
     def key_there(self) -> Tensor | None:
-        return self._k_there
+        return self._k.there
+
+    def ready(self, x: Tensor) -> Tensor:
+        if self.batch is None and x.is_contiguous():
+            return x
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+    def vectors(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        joint = joined((query, key, value)) if self.own else None
+        if joint is None:
+            return super().vectors(query, key, value)
+        query, key, value = self.queries(joint).split([x.shape[1] for x in (query, key, value)], 2)
+        return query, key, value
 
     def queries(self, x: Tensor) -> Tensor:
-        return _fetch(x, self._q.flatten()).unflatten(2, (self.n, self.rows)).transpose(1, 2)
+        return self._q.fetch(self._as_one(x))
 
     def keys(self, x: Tensor) -> Tensor:
-        return _fetch(x, self._k.flatten()).unflatten(2, (self.n, self.columns)).transpose(1, 2)
+        return self._k.fetch(self._as_one(x))
 
     def put_queries(self, x: Tensor | None, tile: Tensor, tokens: int, fill: float | None = 0.0) -> Tensor:
-        x = _new(tile, tokens, fill) if x is None else x
-        return x.index_copy_(2, self._q_targets, self._listed(tile, self._q_places).to(x.dtype))
+        x = self._new(tile, tokens, fill) if x is None else x
+        self._by_token(x).index_copy_(1, self._q.targets, _side_by_side(self._q.flat(tile).to(x.dtype)))
+        return x
 
     def add_queries(self, x: Tensor | None, tile: Tensor, tokens: int) -> Tensor:
-        return _add(x, self._q_targets, self._listed(tile, self._q_places), tokens)
+        return self._add(x, self._q, tile, tokens)
 
     def add_keys(self, x: Tensor | None, tile: Tensor, tokens: int) -> Tensor:
-        return _add(x, self._k_targets, self._listed(tile, self._k_places), tokens)
+        return self._add(x, self._k, tile, tokens)
 
-    @staticmethod
-    def _listed(tile: Tensor, places: Tensor | None) -> Tensor:
-        """The vectors of a tensor of tiles one after the other, without those that stand for no token."""
-        return _flat(tile) if places is None else _fetch(_flat(tile), places)
+    def _add(self, x: Tensor | None, listed: _Listed, tile: Tensor, tokens: int) -> Tensor:
+        x = self._new(tile, tokens, 0.0) if x is None else x
+        if self.batch is None:
+            return _add(x, listed.targets, listed.flat(tile), tokens)
+        self._by_token(x).index_add_(1, listed.targets, _side_by_side(listed.flat(tile).to(x.dtype)))
+        return x
+
+    def _new(self, tile: Tensor, tokens: int, fill: float | None) -> Tensor:
+        return _new(tile, tokens, fill, self.batch)
+
+    def _as_one(self, x: Tensor) -> Tensor:
+        """The rows of the batch one behind the other, where each has tiles of its own."""
+        return x if self.batch is None else x.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2)
+
+    def _by_token(self, x: Tensor) -> Float[Tensor, "_ places channels"]:
+        """The memory of a tensor that was made here."""
+        x = x.transpose(1, 2)
+        return x.view(x.shape[0], x.shape[1], -1) if self.batch is None else x.view(1, x.shape[0] * x.shape[1], -1)
 
 
 class Band(Tiles):
@@ -235,8 +317,11 @@ class Band(Tiles):
 class Slices(Tiles):
     """Runs of ``width`` tokens, one behind the other from ``first`` on, each by itself."""
 
+    own = True
+
     def __init__(self, first: int, n: int, width: int, device: torch.device) -> None:
         self.first, self.n, self.rows, self.columns, self.device = first, n, width, width, device
+        self.placed = n * width
 
     @property
     def _all(self) -> slice:
@@ -269,83 +354,20 @@ class Slices(Tiles):
         return self.add_queries(x, tile, tokens)
 
 
-class Arrangement:
-    """The tokens in another order, in which the tiles of a part are runs.
-
-    Args:
-        index: the token at each place.
-        there: whether it belongs there, each token at most at one place; elsewhere it only fills the place. None: everywhere.
-        tokens: T.
-        rows: where each row of the batch has an order of its own, their number: token i of row b is then ``b * T + i``, and arranged
-            tensors have one row.
-    """
-
-    def __init__(
-        self,
-        index: Int[Tensor, " places"],
-        there: Bool[Tensor, " places"] | None,
-        tokens: int,
-        rows: int | None = None,
-    ) -> None:
-        self.index, self.there, self.rows, self.tokens = index, there, rows, tokens
-        places = torch.arange(index.numel(), device=index.device) if there is None else there.nonzero()[:, 0]
-        everyone = tokens * (1 if rows is None else rows)
-        home = index.new_full((everyone,), -1)
-        home[index[places]] = places
-        self._missing = None if places.numel() == everyone else home < 0
-        self._home = home.clamp_(min=0)
-        self._row = None if rows is None else torch.div(index, max(tokens, 1), rounding_mode="floor")
-        self._token = index if rows is None else index % max(tokens, 1)
-
-    @property
-    def size(self) -> int:
-        """The number of places."""
-        return self.index.numel()
-
-    def arrange(self, x: Float[Tensor, "batch heads tokens dim"]) -> Float[Tensor, "_ heads places dim"]:
-        """A tensor of tokens, in the order of places; whatever where there is no token."""
-        if self.rows is None:
-            return _fetch(x, self.index)
-        return _fetch(x.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2), self.index)
-
-    def arrange_all(
-        self,
-        query: Float[Tensor, "batch heads tokens _"],
-        key: Float[Tensor, "batch kv_heads tokens _"],
-        value: Float[Tensor, "batch kv_heads tokens _"],
-    ) -> tuple[
-        Float[Tensor, "_ heads places _"], Float[Tensor, "_ kv_heads places _"], Float[Tensor, "_ kv_heads places _"]
-    ]:
-        """``arrange`` for all three; those that one projection left side by side in memory are fetched at once."""
-        joint = _joint((query, key, value))
-        if joint is None:
-            return self.arrange(query), self.arrange(key), self.arrange(value)
-        query, key, value = self.arrange(joint).split([x.shape[1] for x in (query, key, value)], 1)
-        return query, key, value
-
-    def restore(
-        self, x: Float[Tensor, "_ heads places dim"], fill: float = 0.0
-    ) -> Float[Tensor, "batch heads tokens dim"]:
-        """The inverse of ``arrange``; ``fill`` for tokens that have no place."""
-        x = _fetch(x, self._home)
-        if self._missing is not None:
-            x = x.masked_fill_(self._missing[:, None], fill)
-        return x if self.rows is None else x[0].unflatten(1, (self.rows, self.tokens)).transpose(0, 1)
-
-    def pairs(self, pairs: Pairs) -> Pairs:
-        """The tokens of pairs of places."""
-        # Every tile is in one row of the batch, that of its first query.
-        b = pairs.b if self._row is None else self._row[pairs.q[..., :1, :]]
-        return Pairs(b, pairs.h, self._token[pairs.q], self._token[pairs.k])
+def pairs_of_row(calls: Iterable[Tiles]) -> float:
+    """Pairs in tiles, for each row of the batch."""
+    return sum(tiles.size / (tiles.batch or 1) for tiles in calls)
 
 
 def _count(at: slice | Tensor) -> int:
     return at.stop - at.start if isinstance(at, slice) else at.numel()
 
 
-def _new(like: Tensor, tokens: int, fill: float | None) -> Float[Tensor, "batch heads tokens dim"]:
+def _new(
+    like: Tensor, tokens: int, fill: float | None, batch: int | None = None
+) -> Float[Tensor, "batch heads tokens dim"]:
     """A tensor of tokens, the heads of a token side by side, as a model will want to merge them; ``fill=None`` leaves it as it comes."""
-    shape = (like.shape[0], tokens, like.shape[-3], like.shape[-1])
+    shape = (like.shape[0] if batch is None else batch, tokens, like.shape[-3], like.shape[-1])
     return (like.new_empty(shape) if fill is None else like.new_full(shape, fill)).transpose(1, 2)
 
 
@@ -364,7 +386,11 @@ def _fetch(x: Float[Tensor, "batch heads tokens dim"], at: slice | Tensor) -> Fl
     return by_token.flatten(2).index_select(1, at).unflatten(2, by_token.shape[2:]).transpose(1, 2)
 
 
-def _joint(tensors: SequenceOf[Tensor]) -> Float[Tensor, "batch all_heads tokens dim"] | None:
+def _side_by_side(x: Float[Tensor, "batch heads tokens dim"]) -> Float[Tensor, "batch tokens channels"]:
+    return x.transpose(1, 2).flatten(2)
+
+
+def joined(tensors: SequenceOf[Tensor]) -> Float[Tensor, "batch all_heads tokens dim"] | None:
     """The tensor that others are the heads of, one after the other; None where they are not."""
     first, at = tensors[0], tensors[0].storage_offset()
     (batch, _, tokens, dim), strides = first.shape, first.stride()
@@ -390,12 +416,3 @@ def _add(x: Tensor | None, at: slice | Tensor, y: Tensor, tokens: int) -> Tensor
     else:
         x.transpose(1, 2).index_add_(1, at, y.transpose(1, 2).to(x.dtype))
     return x
-
-
-def _places(index: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Where in the flat list tokens stand (None: everywhere), and which ones."""
-    flat = index.flatten()
-    if bool((flat >= 0).all()):
-        return None, flat
-    places = (flat >= 0).nonzero()[:, 0]
-    return places, flat[places]
