@@ -351,6 +351,10 @@ def test_what_does_not_fit_is_refused_when_it_is_built() -> None:
             ValueError, match="validation must be a share between 0 and 1, whole steps >= horizon=4, or 0"
         ):
             quick(validation=share)
+    with pytest.raises(ValueError, match="steps must be >= 1; got steps=0"):
+        quick(steps=0)
+    with pytest.raises(TypeError, match=r"seed must be a whole number; got seed=1\.5"):
+        quick(seed=1.5)
     with pytest.raises(RuntimeError, match=r"the Forecaster must be fitted first: call fit\(df\)"):
         quick().predict()
 

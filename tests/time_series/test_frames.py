@@ -26,6 +26,15 @@ def test_steps_of_any_kind(freq: str, given: bool) -> None:
     assert table.merge(df, on=["unique_id", "ds", "y"]).shape[0] == len(table)
 
 
+def test_data_to_forecast_from_has_the_steps_that_were_fitted() -> None:
+    df = frame()
+    forecaster = quick().fit(df)
+    one = forecaster.predict(df=df.groupby("unique_id").head(1))
+    assert one["ds"].tolist() == list(pd.date_range("2024-02-27 01:00", periods=HORIZON, freq="h")) * 3
+    with pytest.raises(ValueError, match=r"must rise in steps of freq='h'; unique_id='a' has 2024-02-27 00:30:00"):
+        forecaster.predict(df=frame(freq="30min"))
+
+
 def test_times_may_be_whole_numbers(tmp_path: Any) -> None:
     df = frame({"a": 60, "b": 45})
     dates = quick().fit(df).predict()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ class ArrayLabels(Labels):
     flat: bool
     tensor: bool
     lengths: tuple[int, ...]
+    freq: None = field(default=None, init=False, repr=False)
 
     def back(self, steps: SequenceOf[int]) -> ArrayLabels:
         return replace(self, lengths=tuple(n - m for n, m in zip(self.lengths, steps, strict=True)))
@@ -66,7 +67,7 @@ class ArrayLabels(Labels):
         return known
 
     def plain(self) -> dict[str, Any]:
-        return {"kind": "arrays", **asdict(self)}
+        return {"kind": "arrays", "many": self.many, "flat": self.flat, "tensor": self.tensor, "lengths": self.lengths}
 
     def _own(self, column: Float64[Tensor, "*batch steps channels"]) -> Any:
         column = column[..., 0] if self.flat else column
@@ -126,7 +127,7 @@ def _each(name: str, data: Any, *, many: bool) -> list[Any]:
 def _numbers(name: str, part: Any) -> Float64[Tensor, "steps columns"]:
     try:
         # A copy, which the owner of the array cannot change.
-        values = part.detach().cpu().clone() if isinstance(part, Tensor) else torch.tensor(part)
+        values = part.detach().cpu().clone() if isinstance(part, Tensor) else torch.tensor(part.copy())
     except TypeError as error:
         raise TypeError(
             f"{name} must hold numbers; got an array of {getattr(part, 'dtype', type(part).__name__)}"

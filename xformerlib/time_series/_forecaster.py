@@ -103,6 +103,9 @@ class Forecaster:
             "steps": steps, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay, "schedule": schedule,
             "eval_every": eval_every, "patience": patience, "eval_batch_size": eval_batch_size, "seed": seed,
         }  # fmt: skip
+        for name in ("steps", "batch_size", "eval_every", "eval_batch_size"):
+            check_size(name, self.training[name])
+        check_size("seed", seed, least=0)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.progress = progress
         self.options = options
@@ -183,7 +186,7 @@ class Forecaster:
         fitted = self.fitted
         if df is None and static is not None:
             raise ValueError("static is that of df: leave it out where df is not given, since fit has it already")
-        panel = fitted.panel if df is None else self._read(df, static)
+        panel = fitted.panel if df is None else self._read(df, static, fitted.panel.labels.freq)
         self._check_channels(panel, fitted.model)
         steps = self._checked_h(h)
         levels = checked_levels(level, fitted.model.head, fitted.conformal)
@@ -315,7 +318,7 @@ class Forecaster:
             )
         return counts
 
-    def _read(self, df: Any, static: Any) -> Panel:
+    def _read(self, df: Any, static: Any, freq: str | int | None = None) -> Panel:
         if _count(self.static) and static is None:
             raise ValueError(f"static must be given, since static={self.static!r} was declared")
         if static is not None and not _count(self.static):
@@ -324,7 +327,7 @@ class Forecaster:
             )
         if type(df).__module__.partition(".")[0] == "pandas":
             past, future, constants = (_columns(name, getattr(self, name)) for name in ("past", "future", "static"))
-            panel = read_frame(df, freq=self.freq, past=past, future=future, static=static, constants=constants)
+            panel = read_frame(df, freq=freq or self.freq, past=past, future=future, static=static, constants=constants)
         else:
             if self.freq is not None:
                 raise ValueError(f"freq is for frames: arrays have no times. Leave it out; got freq={self.freq!r}")

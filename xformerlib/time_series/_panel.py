@@ -18,7 +18,12 @@ class Labels(ABC):
     """What the series of a panel are called, and how forecasts of them are handed back. A frozen value.
 
     The labels of a panel belong to its last steps.
+
+    Attributes:
+        freq: from one step to the next, where series have times.
     """
+
+    freq: str | int | None
 
     @abstractmethod
     def back(self, steps: SequenceOf[int]) -> Labels:
