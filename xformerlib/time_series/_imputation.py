@@ -38,8 +38,8 @@ class Imputer(nn.Module):
         dim, depth, heads, hidden: channels, blocks, attention heads, and the width of the feed-forward layers (``4 * dim`` if not given).
         dropout: of tokens, branches and feed-forward layers.
         mask: who may attend to whom: everybody to every step of which something was observed, if not given.
-        position: how tokens know when they are; ``Rotary(dim // heads, theta=1000)`` if not given, which suits series of up to some thousand
-            steps, and times in about their units.
+        position: how tokens know when they are; ``Rotary(dim // heads, theta=1000)`` if not given, which suits series of up to some
+            thousand steps, and times in about their units.
         block: further arguments of ``Encoder``, such as ``{"norm_layer": "rms"}``.
 
     Example:
