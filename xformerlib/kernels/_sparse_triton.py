@@ -98,7 +98,7 @@ class _Target:
         )
 
     @property
-    def planes(self) -> Planes | None:
+    def planes(self) -> Any:
         return _planes(self.tensor)
 
     def finish(self) -> None:
@@ -117,8 +117,8 @@ class _Run:
         heads, group = call.query.shape[1], call.query.shape[1] // max(call.key.shape[1], 1)
         query, key, value = (_by_rows(x) for x in (call.query, call.key, call.value))
         u, e = (None, None) if call.features is None else (_by_rows(x) for x in call.features)
-        dims = [query.shape[-1], value.shape[-1], 0 if e is None else e.shape[-1]]
-        blocks = [_power_of_two(max(dim, 2)) for dim in dims]
+        dims = query.shape[-1], value.shape[-1], 0 if e is None else e.shape[-1]
+        blocks = _block(dims[0]), _block(dims[1]), _block(dims[2])
         self._rows = 1 if pattern.rows is not None else call.query.shape[0]
         self._dtype = programs.FLOAT64 if wide == torch.float64 else programs.FLOAT32
         step, warps = _tile(pattern.num_entries / max(num_runs, 1), max(blocks), wide.itemsize)
@@ -181,7 +181,7 @@ class _Run:
         divided, dim = self._pieces.divided, x.shape[-1]
         if parts is None or divided is None or not divided.numel() * parts.shape[0] * heads:
             return
-        block = _power_of_two(max(dim, 2))
+        block = _block(dim)
         with torch.cuda.device_of(x):
             programs.combine[(divided.numel() * self._rows * heads,)](
                 _planes(parts), _planes(parts_lse), divided, self._pieces.slots, _planes(x), _planes(lse), divided.numel(), heads,
@@ -195,14 +195,18 @@ def _by_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
-def _planes(x: Tensor | None) -> Planes | None:
+def _planes(x: Tensor | None) -> Any:  # None for None
     return None if x is None else Planes(x, *x.stride()[:3])
 
 
-def _per_entry(x: Tensor | None) -> PerEntry | None:
+def _per_entry(x: Tensor | None) -> Any:
     if x is None:
         return None
     return PerEntry(x, *(0 if x.shape[axis] == 1 else x.stride(axis) for axis in (0, 1)))
+
+
+def _block(dim: int) -> int:
+    return _power_of_two(max(dim, 2))
 
 
 def _power_of_two(n: int) -> int:

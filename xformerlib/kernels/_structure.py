@@ -239,7 +239,7 @@ def _grouped(
     calls: list[Tiles] = []
     if rows is None and torch.equal(every, torch.arange(tokens, device=device)):
         for index, _ in buckets:
-            calls += _runs(int(index[0, 0]), *index.shape, exact, device)
+            calls += _runs(int(index[0, 0]), len(index), index.shape[1], exact, device)
     else:
         numbers = problem.heads * problem.head_dim * (1 if rows else problem.batch)
         most = CALL_NUMBERS // max(numbers, 1) if problem.device == "cpu" else every.numel()
