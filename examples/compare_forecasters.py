@@ -159,7 +159,7 @@ def draw(rows: list[Row], path: Path) -> None:
 def main(o: Options) -> None:
     with common.plain_errors():
         o.check()
-        if o.model != example.Options.model or len(o.seeds) > 1:
+        if o.model != example.Options().model or len(o.seeds) > 1:
             raise ValueError(
                 "the comparison takes --models, and one seed; leave --model out, and give --seeds one number"
             )

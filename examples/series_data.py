@@ -60,7 +60,7 @@ def load_csv(path: Path, date_column: str, columns: tuple[str, ...], others: tup
         row = int(dates.isna().to_numpy().argmax())
         cell = frame[date_column].iloc[row]
         raise ValueError(f"column {date_column!r} of {path} must hold dates; got {cell!r} in row {row + 1}")
-    targets = list(columns) or [name for name in frame if name not in (date_column, *others)]
+    targets = list(columns) or [str(name) for name in frame if name not in (date_column, *others)]
     if not targets:
         raise ValueError(f"{path} has no column besides {date_column!r}; there is nothing to forecast")
     values = frame[[*targets, *others]]

@@ -36,8 +36,25 @@ from xformerlib import time_series as ts
 
 # -- options -----------------------------------------------------------------------------------------------------------
 
+Name = Literal[
+    "seasonal-naive",
+    "dlinear",
+    "rnn",
+    "attention-rnn",
+    "autoregressive-rnn",
+    "tcn",
+    "wavenet",
+    "causal",
+    "encoder-decoder",
+    "patch-tst",
+    "itransformer",
+    "timexer",
+    "informer",
+    "crossformer",
+    "group",
+]
 # Each model with the sizes that small data and a CPU ask for, in place of its own defaults, which are those of its paper.
-MODELS: dict[str, tuple[type[ts.ForecastModel], dict[str, Any]]] = {
+MODELS: dict[Name, tuple[type[ts.ForecastModel], dict[str, Any]]] = {
     "seasonal-naive": (ts.SeasonalNaive, {}),
     "dlinear": (ts.DLinear, {}),
     "rnn": (ts.RNN, {}),
@@ -61,7 +78,6 @@ HEADS: dict[str, ts.Head] = {
     "student-t": ts.StudentT(),
 }
 SIZES = ("dim", "depth", "heads", "hidden", "dropout", "patch", "stride")
-Name = Literal[tuple(MODELS)]  # type: ignore[valid-type]
 
 
 @dataclass(frozen=True)
@@ -277,7 +293,7 @@ def score(model: ts.ForecastModel, windows: ts.Windows, batch_size: int) -> Scor
     return Score(*sums.cpu())
 
 
-def summary(table: Table, ours: Score, naive: Score, scale: Tensor) -> str:
+def summary(table: data.Table, ours: Score, naive: Score, scale: Tensor) -> str:
     """Test errors of the model and of the last season repeated, side by side."""
     columns = []
     for s in (ours, naive):
@@ -353,7 +369,8 @@ def train(model: ts.ForecastModel, task: Task, run: common.Run, o: Options, seed
     optimizer = torch.optim.AdamW(model.parameters(), lr=o.lr, weight_decay=o.weight_decay)
     schedule = common.cosine_schedule(optimizer, warmup=o.warmup, steps=o.steps)
     trained = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    step, best, spent, total = 0, math.inf, 0.0, 0.0
+    step, best, spent = 0, math.inf, 0.0
+    total = torch.zeros((), device=next(model.parameters()).device)
     if o.resume:
         with common.plain_errors():
             step, saved = run.resume(trained)
@@ -378,7 +395,8 @@ def train(model: ts.ForecastModel, task: Task, run: common.Run, o: Options, seed
         error = validation.mse()
         if not math.isfinite(error):
             raise SystemExit(f"error: the validation error is {error} at step {step}; try a smaller --lr")
-        average, total = float(total) / ((step - 1) % o.eval_every + 1), 0.0
+        average = float(total) / ((step - 1) % o.eval_every + 1)
+        total.zero_()
         seconds, lr = spent + time.perf_counter() - began, optimizer.param_groups[0]["lr"]
         run.log(
             step=step, train_loss=average, validation_mse=error, validation_mae=validation.mae(), lr=lr, seconds=seconds

@@ -59,7 +59,7 @@ class FeedForward(nn.Module):
             raise ValueError(f"hidden must be >= 1; got hidden={hidden}")
         self.gated, self.activation = gated, activation
         self.up = nn.Linear(dim, self.hidden * (2 if gated else 1), bias=bias)
-        self.dropout = Dropout(dropout)
+        self.dropout: nn.Dropout = Dropout(dropout)
         self.down = nn.Linear(self.hidden, dim, bias=bias)
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import common
 import numpy as np
@@ -179,6 +179,10 @@ def test_several_seeds_are_several_runs_and_their_mean_is_told(
     assert f"standardised MSE over 3 seeds: {np.mean(errors):.4f} +- {np.std(errors, ddof=1):.4f}" in out
     example.main(dataclasses.replace(TINY, data=csv, run=tmp_path / "one", seeds=(1,)))
     assert records(tmp_path / "one")[-1]["test_mse_standardised"] == errors[1]
+
+
+def test_every_name_is_that_of_a_model() -> None:
+    assert get_args(example.Name) == tuple(example.MODELS)
 
 
 @pytest.mark.parametrize("model", example.MODELS)

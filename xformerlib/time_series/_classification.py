@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
+from .._dropout import Dropout
 from ..blocks import Encoder
 from ..masks import Mask
 from ..positions import Position, Rotary
@@ -86,7 +87,7 @@ class SeriesClassifier(nn.Module):
         self.encoder = Encoder(
             dim, depth, heads, mask=mask, position=position, hidden=hidden, dropout=dropout, **(block or {})
         )
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.pooling = Pooling(dim, pool)
         self.output = nn.Linear(dim + static, classes)
 

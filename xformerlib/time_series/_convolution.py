@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
+from .._dropout import Dropout
 from ._checks import check_size
 from ._inputs import ForecastModel, Inputs, Series
 from ._steps import Advance, DirectOutput, Steps, StepwiseModel, steps_of, width_of
@@ -235,7 +236,7 @@ class _Residual(nn.Module):
         ) in convolutions:  # before weight_norm takes the weights apart: afterwards it would have no effect
             nn.init.normal_(convolution.weight, std=0.01)
         self.convolutions = nn.ModuleList(weight_norm(convolution) for convolution in convolutions)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.residual = nn.Conv1d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
     def forward(self, x: Tensor, begun: Tensor | None) -> Tensor:
@@ -253,7 +254,7 @@ class _Gated(nn.Module):
     def __init__(self, dim: int, skip_dim: int, kernel_size: int, dilation: int, dropout: float, *, last: bool) -> None:
         super().__init__()
         self.convolution = CausalConvolution(dim, 2 * dim, kernel_size, dilation=dilation)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.residual = None if last else nn.Conv1d(dim, dim, 1)
         self.skip = nn.Conv1d(dim, skip_dim, 1)
 

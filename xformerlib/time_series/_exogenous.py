@@ -10,6 +10,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._dropout import Dropout
 from ..blocks import Decoder
 from ..domains import Grid, Sequence
 from ..masks import Axial, Mask, Segments
@@ -78,7 +79,7 @@ class TimeXer(ForecastModel):
         covariates = self.past + self.future + self.static
         self.first = 0 if channels > 1 or not covariates else channels  # column of x at which exogenous series begin
         self.variates = VariateTokens(self, channels + self.past - self.first, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         options: dict[str, Any] = {"norm": "post", "final_norm": True, **(block or {})}
         self.decoder = Decoder(dim, depth, heads, mask=Axial(1), hidden=hidden, dropout=dropout, **options)
         self.project = nn.Linear((count + 1) * dim, horizon * self.head.size)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
+from .._dropout import Dropout
 from ..blocks import Encoder
 from ..domains import Sequence, Timeline
 from ..masks import Keys, Mask
@@ -72,7 +73,7 @@ class Imputer(nn.Module):
         self.encoder = Encoder(
             dim, depth, heads, mask=mask, position=position, hidden=hidden, dropout=dropout, **(block or {})
         )
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.output = nn.Linear(dim, channels)
 
     def forward(

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._dropout import Dropout
 from ..blocks import Block
 from ..domains import Sequence
 from ..masks import Keys, Mask
@@ -148,7 +149,7 @@ class _Embedding(nn.Module):
         self.values = CausalConvolution(model.channels + model.past, dim, 3)
         marks = model.future + model.static
         self.marks = nn.Linear(marks, dim) if marks else None
-        self.position, self.dropout = Sinusoidal(dim), nn.Dropout(dropout)
+        self.position, self.dropout = Sinusoidal(dim), Dropout(dropout)
 
     def forward(self, z: Tensor, marks: Tensor, start: int) -> Float[Tensor, "batch steps dim"]:
         x = self.values(z.transpose(1, 2)).transpose(1, 2)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from .._dropout import Dropout
 from ..blocks import Encoder
 from ._inputs import ForecastModel, Inputs, Series
 from ._parts import instance_norm
@@ -55,7 +56,7 @@ class ITransformer(ForecastModel):
     ) -> None:
         super().__init__(channels, lookback, horizon, **inputs)
         self.variates = VariateTokens(self, channels + self.past, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         # The paper's code has a norm after the last block, although its blocks end in one.
         options: dict[str, Any] = {"norm": "post", "final_norm": True, **(block or {})}
         self.encoder = Encoder(dim, depth, heads, hidden=hidden, dropout=dropout, **options)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from .._dropout import Dropout
 from .._sublayers import TokenNorm
 from ..blocks import Encoder
 from ..domains import Domain, Sequence, Timeline
@@ -127,10 +128,10 @@ class PatchTST(ForecastModel):
         tokens = (lookback - patch) // stride + 2
         self.embed = nn.Linear(patch, dim)
         self.position = Learned(dim, tokens)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         options: dict[str, Any] = {"norm": "post", "norm_layer": TokenBatchNorm, **(block or {})}
         self.encoder = Encoder(dim, depth, heads, hidden=hidden, dropout=dropout, **options)
-        self.head_dropout = nn.Dropout(head_dropout)
+        self.head_dropout = Dropout(head_dropout)
         self.project = nn.Linear(tokens * dim, horizon * self.head.size)
 
     def forecast(self, series: Series) -> Any:

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from .._dropout import Dropout
 from ._checks import check_size
 from ._inputs import ForecastModel, Inputs, Series
 from ._pooling import AttentionPooling
@@ -59,7 +60,7 @@ class RNN(ForecastModel):
     ) -> None:
         super().__init__(channels, lookback, horizon, **inputs)
         self.rnn = _recurrent(width_of(self), dim, depth, cell, dropout)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.output = DirectOutput(self, dim)
 
     def forecast(self, series: Series) -> Any:
@@ -99,7 +100,7 @@ class AutoregressiveRNN(StepwiseModel):
     ) -> None:
         super().__init__(channels, lookback, horizon, **inputs)
         self.rnn = _recurrent(width_of(self), dim, depth, cell, dropout)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.output = nn.Linear(dim, channels * self.head.size)
 
     def hidden(self, steps: Steps, later: Float[Tensor, "batch later width"]) -> Float[Tensor, "batch horizon dim"]:
@@ -155,7 +156,7 @@ class AttentionPoolingRNN(ForecastModel):
         super().__init__(channels, lookback, horizon, **inputs)
         self.rnn = _recurrent(width_of(self), dim, depth, cell, dropout)
         self.pooling = AttentionPooling(dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.output = DirectOutput(self, 2 * dim)
 
     def forecast(self, series: Series) -> Any:
