@@ -147,10 +147,13 @@ def draw(rows: list[Row], path: Path) -> None:
     left.set(xlabel="steps before the forecast", title="|d forecast / d x|, relative to its largest (square root)")
     left.invert_xaxis()
     figure.colorbar(image, ax=left, shrink=0.8)
-    for row in trained:
+    for rank, row in enumerate(sorted(trained, key=lambda row: row.milliseconds)):
+        place = (5, 4) if rank % 2 else (5, -10)  # neighbours on both sides, so that they can be read
         right.plot(row.milliseconds, row.mse, "o", color="#2e86ab")
-        right.annotate(row.name, (row.milliseconds, row.mse), xytext=(5, 3), textcoords="offset points", fontsize=8)
-    right.set(xscale="log", xlabel="milliseconds a training step", ylabel="test MSE", title="error and cost")
+        right.annotate(row.name, (row.milliseconds, row.mse), xytext=place, textcoords="offset points", fontsize=8)
+    right.set(
+        xscale="log", yscale="log", xlabel="milliseconds a training step", ylabel="test MSE", title="error and cost"
+    )
     right.spines[["top", "right"]].set_visible(False)
     with common.replacing(path) as beside:
         figure.savefig(beside, format="png", dpi=120)

@@ -325,3 +325,20 @@ def test_training_lowers_the_loss(case: Case, head: ts.Head) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0] if losses[0] > 0 else losses[-1] < losses[0]
+
+
+@cases_with("head")
+def test_training_is_reproducible_to_the_bit(case: Case) -> None:
+    given = inputs(case.build(covariates=True))
+    target = torch.randn(BATCH, HORIZON, CHANNELS)
+    weights = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = case.build(covariates=True).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model.head.loss(model(**given), target).backward()
+            optimizer.step()
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*weights)
