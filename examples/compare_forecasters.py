@@ -154,6 +154,8 @@ def draw(rows: list[Row], path: Path) -> None:
     right.set(
         xscale="log", yscale="log", xlabel="milliseconds a training step", ylabel="test MSE", title="error and cost"
     )
+    right.yaxis.set_major_formatter("{x:.2g}")
+    right.yaxis.set_minor_formatter("{x:.2g}")
     right.spines[["top", "right"]].set_visible(False)
     with common.replacing(path) as beside:
         figure.savefig(beside, format="png", dpi=120)
