@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import xformerlib as xf
 from xformerlib import positions
@@ -50,6 +51,30 @@ class Model(nn.Module):
         return series[:, x.shape[1] :]
 
 
+@torch.inference_mode()
+def bare(model: Model, x: Tensor, horizon: int) -> Tensor:
+    """As ``cached``, in torch's functions alone and for this one model: caches of the right size made beforehand, nothing checked."""
+    blocks, table, (batch, lookback, _) = model.decoder.blocks, model.decoder.position.table, x.shape
+    dim, steps = table.shape[1], lookback + horizon
+    kept = [x.new_empty(2, batch, HEADS, steps, dim // HEADS) for _ in blocks]
+    start, piece, out = 0, x, []
+    for _ in range(horizon):
+        end = start + piece.shape[1]
+        h = model.embed(piece) + table[start:end]
+        for layer, (block, cache) in enumerate(zip(blocks, kept, strict=True), 1):
+            qkv = block.attention.qkv(block.attention_residual.norm(h))
+            q, *new = qkv.view(batch, end - start, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+            cache[:, :, :, start:end] = torch.stack(new)
+            if layer == len(blocks):
+                q, h = q[:, :, -1:], h[:, -1:]
+            heads = F.scaled_dot_product_attention(q, *cache[:, :, :, :end], is_causal=q.shape[2] > 1)
+            h = h + block.attention.out(heads.transpose(1, 2).flatten(2))
+            h = h + block.feed_forward.down(F.gelu(block.feed_forward.up(block.feed_forward_residual.norm(h))))
+        start, piece = end, model.output(model.decoder.norm(h))
+        out.append(piece)
+    return torch.cat(out, 1)
+
+
 def theirs(model: Model, dim: int, steps: int) -> nn.Module:
     """x-transformers with the same weights; its fused attention, which is the faster of its two here."""
     from x_transformers import ContinuousTransformerWrapper, Decoder
@@ -89,6 +114,8 @@ def decoding(setting: Setting, dim: int, against: str) -> Work:
     def peer() -> Call:
         if against == "again":
             return Call(lambda: model.again(x, horizon))
+        if against == "bare":
+            return Call(lambda: bare(model, x, horizon))
         net = theirs(model, dim, lookback + horizon).to(setting.device, setting.dtype)
         generate: Callable[..., Tensor] = torch.inference_mode()(net.generate)
         return Call(lambda: generate(x, horizon))
@@ -108,4 +135,5 @@ LINES = (
         "decoding-cached", "the same", "x-transformers, with its cache",
         partial(decoding, dim=64, against="theirs"), Target(faster=1),
     ),
+    Line("decoding-bare", "the same", "a loop of torch's functions for this one model", partial(decoding, dim=64, against="bare")),
 )  # fmt: skip

@@ -134,12 +134,6 @@ def molecules(sizes: Tensor) -> xf.Graph:
     return xf.Graph(torch.cat([one_way, one_way.flip(0)], 1), int(sizes.sum()), batch=batch)
 
 
-def padded_rows(index: Tensor, batch: Tensor, sizes: Tensor) -> Tensor:
-    """Where a node stands in the padded batch, flat."""
-    first = sizes.cumsum(0) - sizes
-    return batch * int(sizes.max()) + index - first[batch]
-
-
 def hop_rows(domain: xf.Graph, rows: int) -> Tensor:
     """The row of the hop table for each pair of each padded graph: ``(graphs, longest, longest)``."""
     numbered = positions.RelativeBias(1, buckets=rows)

@@ -14,8 +14,7 @@ class Dropout(nn.Dropout):
     """Set each value to 0 with probability ``p`` in training, and scale the others by 1 / (1 - p) (Srivastava et al. 2014, JMLR 15).
 
     ``torch.nn.Dropout``, except that on a CPU in eager mode a value takes 16 random bits of a shared 64, where torch draws a number of
-    double precision for each: there dropout took a third of the training time of a small Transformer. ``p`` is then rounded to a
-    multiple of 2^-16.
+    double precision for each, which in a small Transformer shows. ``p`` is then rounded to a multiple of 2^-16.
 
     Example:
         >>> Dropout(0.5)(torch.ones(1000)).unique()

@@ -331,7 +331,7 @@ class Attention(nn.Module):
     def _own(self, x: Tensor, own: int, asked: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values of ``x``, and queries of the tokens at its end that are ``asked`` for."""
         other = self.kv_heads * self.head_dim
-        if asked is x or asked.shape == x.shape:
+        if asked.shape == x.shape:
             q, key, value = self._linear(x, 0, None).split([own, other, other], -1)
         else:
             q, (key, value) = self._linear(asked, 0, own), self._linear(x, own, None).split([other, other], -1)

@@ -29,15 +29,28 @@ Stack = TypeVar("Stack", Encoder, Decoder)
 
 
 @overload
-def from_torch(module: nn.MultiheadAttention) -> Attention: ...
+def from_torch(module: nn.MultiheadAttention) -> Attention:
+    """Attention with its weights."""
+
+
 @overload
-def from_torch(module: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer) -> Block: ...
+def from_torch(module: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer) -> Block:
+    """A block with its weights."""
+
+
 @overload
-def from_torch(module: nn.TransformerEncoder) -> Encoder: ...
+def from_torch(module: nn.TransformerEncoder) -> Encoder:
+    """An encoder with its weights."""
+
+
 @overload
-def from_torch(module: nn.TransformerDecoder) -> Decoder: ...
+def from_torch(module: nn.TransformerDecoder) -> Decoder:
+    """A decoder with its weights."""
+
+
 @overload
-def from_torch(module: nn.Transformer) -> EncoderDecoder: ...
+def from_torch(module: nn.Transformer) -> EncoderDecoder:
+    """An encoder and a decoder with its weights."""
 
 
 def from_torch(module: nn.Module) -> nn.Module:
