@@ -380,7 +380,7 @@ def train(model: ts.ForecastModel, task: Task, run: common.Run, o: Options, seed
     bar = tqdm(initial=step, total=o.steps, desc="train", unit="step", mininterval=0.5)
     while step < o.steps:
         model.train()
-        loss = loss_of(model, windows.batch(drawn(len(windows), o.batch_size, step, seed)))
+        loss = model.loss(windows.batch(drawn(len(windows), o.batch_size, step, seed)))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -415,12 +415,6 @@ def drawn(windows: int, batch_size: int, step: int, seed: int) -> Tensor:
     epoch, batch = divmod(step, -(-windows // batch_size))
     order = torch.randperm(windows, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
     return order[batch * batch_size : (batch + 1) * batch_size]
-
-
-def loss_of(model: ts.ForecastModel, batch: ts.Batch) -> Tensor:
-    """The loss of a batch; models that go step by step are shown the true steps before each (teacher forcing)."""
-    forced = {"target": batch.target} if isinstance(model, ts.StepwiseModel) else {}
-    return model.head.loss(model(**batch.inputs, **forced), batch.target)
 
 
 @torch.inference_mode()

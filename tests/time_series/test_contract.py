@@ -125,6 +125,21 @@ def test_every_head_fits(case: Case, head: ts.Head) -> None:
 
 
 @every_model
+@settings(max_examples=3)
+@given(seed=st.integers(0, 1000))
+def test_the_loss_is_that_of_the_forecast_or_of_each_step_from_the_true_ones_before_it(case: Case, seed: int) -> None:
+    torch.manual_seed(seed)
+    model = case.build(covariates=True)
+    given, target = inputs(model), torch.randn(BATCH, HORIZON, CHANNELS)
+    target[0, 2], target[1, 0, 1] = torch.nan, torch.nan
+    batch = ts.Batch(given["x"], target, given.get("future"), given.get("static"))
+    forced = {"target": target} if isinstance(model, ts.StepwiseModel) else {}
+    forecast = model(**batch.inputs, **forced)
+    seen = ~target.isnan()
+    torch.testing.assert_close(model.loss(batch), (forecast - target)[seen].square().mean())
+
+
+@every_model
 @settings(max_examples=6)
 @given(share=st.floats(0, 1), seed=st.integers(0, 1000))
 def test_what_is_missing_changes_nothing(case: Case, share: float, seed: int) -> None:

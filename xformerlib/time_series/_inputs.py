@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ._checks import check_finite, check_size, check_times, check_values, seen_of
 from ._heads import Head, Point
+from ._windows import Batch
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -123,6 +124,16 @@ class ForecastModel(nn.Module):
     def forecast(self, series: Series) -> Any:
         """The forecast of checked inputs; each model has its own."""
         raise NotImplementedError(f"{type(self).__name__} must define forecast(series)")
+
+    def loss(self, batch: Batch) -> Float[Tensor, ""]:
+        """What training lowers: the loss of the head, of the forecast of these windows, where their target was observed.
+
+        Example:
+            >>> from xformerlib.time_series import DLinear, Windows
+            >>> windows, model = Windows(torch.randn(500, 2), 48, 24), DLinear(2, 48, 24)
+            >>> model.loss(windows.batch([0, 7, 300])).backward()
+        """
+        return self.head.loss(self(**batch.inputs), batch.target)
 
     def series(
         self,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ._heads import StudentT
 from ._inputs import ForecastModel, Series
 from ._parts import Affine, instance_norm
+from ._windows import Batch
 
 # From the vector of the next step, (B, 1, width), to what the model makes of it, (B, 1, dim). It remembers what came before.
 Advance = Callable[[Tensor], Tensor]
@@ -153,9 +154,9 @@ class StepwiseModel(ForecastModel, ABC):
 
         p(y_1, ..., y_H | x) = product over h of p(y_h | y_1, ..., y_(h-1), x)
 
-    Training shows it the true steps before each one (teacher forcing): ``model(x, target=y)`` computes all steps in one pass. Without
-    ``target`` its own forecasts take their place (the point of each: of ``StudentT`` the mean), each step computed once, with what
-    earlier ones left in a cache. ``sample`` draws whole paths. Arguments are those of ``ForecastModel``.
+    Training shows it the true steps before each one (teacher forcing): ``model(x, target=y)`` computes all steps in one pass, and
+    ``loss`` is of that. Without ``target`` its own forecasts take their place (the point of each: of ``StudentT`` the mean), each step
+    computed once, with what earlier ones left in a cache. ``sample`` draws whole paths. Arguments are those of ``ForecastModel``.
     """
 
     any_length: ClassVar[bool] = True
@@ -190,6 +191,10 @@ class StepwiseModel(ForecastModel, ABC):
             raw = self._raw(self.hidden(steps, steps.after(self._known(steps, target), 0)))
             return self.head.forecast(raw, steps.inverse)
         return self._free(steps)
+
+    def loss(self, batch: Batch) -> Float[Tensor, ""]:
+        """What training lowers: the loss of the head, of these windows with the true steps before each one (teacher forcing)."""
+        return self.head.loss(self(**batch.inputs, target=batch.target), batch.target)
 
     @torch.no_grad()
     def sample(

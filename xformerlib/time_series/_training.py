@@ -14,7 +14,6 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ._checks import check_size
 from ._inputs import ForecastModel
-from ._steps import StepwiseModel
 from ._windows import Batch, Windows
 
 Schedule = Literal["cosine", "constant"]
@@ -95,7 +94,7 @@ def train(
     progress: bool = False,
     log: Callable[[Evaluation], None] | None = None,
 ) -> list[Evaluation]:
-    """Train a model with AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) on the loss of its head.
+    """Train a model with AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) on its ``loss``.
 
     Windows are drawn in an order that is shuffled anew each time all were drawn; none is left out. With ``validation``, the model ends
     with the weights of the evaluation whose validation loss was lowest, and in evaluation mode. A ``StepwiseModel`` is trained with
@@ -212,10 +211,7 @@ def _check(model: ForecastModel, windows: Windows, validation: Windows | None, p
 
 def _step(model: ForecastModel, batch: Batch, optimizer: AdamW, clip: float | None) -> Tensor:
     model.train()
-    batch = batch.to(_device(model, batch))
-    # Steps of the horizon stand where the model may see those before each.
-    forced = {"target": batch.target} if isinstance(model, StepwiseModel) else {}
-    loss = model.head.loss(model(**batch.inputs, **forced), batch.target)
+    loss = model.loss(batch.to(_device(model, batch)))
     optimizer.zero_grad()
     loss.backward()
     if clip is not None:
