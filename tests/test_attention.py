@@ -182,3 +182,18 @@ Q = torch.randn(2, 4, 5, 8)
 def test_bad_input_says_what_is_wrong(make, message):
     with pytest.raises((ValueError, TypeError), match=message):
         make()
+
+
+def test_cosine_attention_is_its_formula() -> None:
+    layer = redraw(xf.Attention(12, 4, kv_heads=2, qk_norm="cosine"))
+    with torch.no_grad():
+        layer.query_norm.temperature.copy_(torch.tensor([0.0, 1.0, 3.0, 9.0]))  # the last one is beyond the limit
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
+    q, k, v = layer.qkv(x).split([12, 6, 6], -1)
+    heads = []
+    for h, factor in enumerate([1.0, torch.e, torch.e**3, 100.0]):
+        a, b, value = q[..., 3 * h : 3 * h + 3], *(t[..., 3 * (h // 2) : 3 * (h // 2) + 3] for t in (k, v))
+        cosines = torch.cosine_similarity(a[:, :, None], b[:, None], -1)
+        heads.append(torch.softmax(factor * cosines, -1) @ value)
+    wanted = layer.out(torch.cat(heads, -1))
+    assert float((layer(x) - wanted).detach().abs().max()) < 1e-12

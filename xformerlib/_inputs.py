@@ -12,6 +12,7 @@ from .masks import Mask
 from .positions import Bias, Position
 
 BiasLike = Tensor | Bias
+Masks = Mask | SequenceOf[Mask | None] | None
 
 
 def place(name: str, x: Tensor, dim: int, domain: Domain | None) -> Domain:
@@ -191,3 +192,26 @@ def check_bias_heads(position: Position, heads: int) -> None:
             raise ValueError(
                 f"position must score as many heads as the layer has, {heads}; got {bias!r} of {bias.heads}"
             )
+
+
+def masks_of_layers(mask: Masks, depth: int) -> SequenceOf[Mask | None]:
+    """The mask of each layer, of one for all or a list."""
+    if mask is None or isinstance(mask, Mask):
+        return [mask] * depth
+    if not isinstance(mask, (list, tuple)):
+        raise TypeError(
+            f"mask must be a mask such as masks.Causal(), or a list of one for each layer; got {type(mask).__name__}"
+        )
+    if len(mask) != depth:
+        raise ValueError(f"mask must be one mask, or one for each of the {depth} layers; got {len(mask)}")
+    return mask
+
+
+def rates_of_layers(drop_path: float | SequenceOf[float], depth: int) -> SequenceOf[float]:
+    """The rate of each block."""
+    if isinstance(drop_path, (list, tuple)):
+        if len(drop_path) != depth:
+            raise ValueError(f"drop_path must be one rate, or one for each of the {depth} blocks; got {len(drop_path)}")
+        return drop_path
+    assert isinstance(drop_path, (int, float))
+    return [drop_path * layer / (depth - 1) for layer in range(depth)] if depth > 1 else [drop_path]

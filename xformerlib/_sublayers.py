@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Literal
@@ -32,6 +33,7 @@ class FeedForward(nn.Module):
         activation: ``"relu"``, ``"gelu"``, ``"swiglu"``, ``"geglu"``, or a module or function on the hidden channels.
         dropout: after the nonlinearity, in training.
         bias: whether the linear maps have biases.
+        norm: a norm of the hidden channels, before the second map (sub-LN, Wang et al. 2022, arXiv:2210.06423); none if not given.
 
     Example:
         >>> FeedForward(64, activation="swiglu").hidden
@@ -46,6 +48,7 @@ class FeedForward(nn.Module):
         activation: Activation = "gelu",
         dropout: float = 0.0,
         bias: bool = True,
+        norm: NormLayer | None = None,
     ) -> None:
         super().__init__()
         if isinstance(activation, str) and activation not in _PLAIN | _GATED:
@@ -60,6 +63,7 @@ class FeedForward(nn.Module):
         self.gated, self.activation = gated, activation
         self.up = nn.Linear(dim, self.hidden * (2 if gated else 1), bias=bias)
         self.dropout: nn.Dropout = Dropout(dropout)
+        self.norm = nn.Identity() if norm is None else norm_factory(norm)(self.hidden)
         self.down = nn.Linear(self.hidden, dim, bias=bias)
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
@@ -70,7 +74,7 @@ class FeedForward(nn.Module):
             h = _GATED[str(self.activation)](gate) * h
         else:
             h = (_PLAIN[self.activation] if isinstance(self.activation, str) else self.activation)(h)
-        return self.down(self.dropout(h))
+        return self.down(self.norm(self.dropout(h)))
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"
@@ -120,8 +124,8 @@ class Residual(nn.Module):
     ) -> None:
         super().__init__()
         self.norm_after_sum = norm == "post"
-        self.norm = make(dim)
-        self.branch_norm = make(dim) if norm == "sandwich" else None
+        self.norm = nn.Identity() if norm == "res-post" else make(dim)
+        self.branch_norm = make(dim) if norm in ("sandwich", "res-post") else None
         self.scale = None if scale is None else nn.Parameter(torch.full((dim,), float(scale)))
         self.dropout, self.drop_path = Dropout(dropout), DropPath(drop_path)
 
@@ -137,6 +141,30 @@ class Residual(nn.Module):
         y = y if self.scale is None else y * self.scale
         x = x + self.drop_path(y, domain)
         return normed(self.norm, x, domain) if self.norm_after_sum else x
+
+
+class Cosine(nn.Module):
+    """Queries or keys of length 1, so that scores are cosines; times a learned temperature for each head (Swin v2, arXiv:2111.09883).
+
+        q' = sqrt(D) min(exp(t_h), 100) q / |q|,   k' = k / |k|
+
+    so that the score, which is divided by sqrt(D), is cos(q, k) min(exp(t_h), 100). ``heads`` is None for keys.
+    """
+
+    def __init__(self, head_dim: int, heads: int | None) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.temperature = None if heads is None else nn.Parameter(torch.full((heads,), math.log(10.0)))
+
+    def forward(
+        self, x: Float[Tensor, "*batch heads tokens head_dim"]
+    ) -> Float[Tensor, "*batch heads tokens head_dim"]:
+        """Normalise."""
+        x = F.normalize(x, dim=-1)
+        if self.temperature is None:
+            return x
+        factor = math.sqrt(self.head_dim) * self.temperature.clamp(max=math.log(100.0)).exp()
+        return x * factor.to(x.dtype)[:, None, None]
 
 
 class TokenNorm(nn.Module, ABC):

@@ -26,6 +26,7 @@ from ._inputs import (
     resolve_domains,
 )
 from ._planned import bound_biases, check_extent, planned, scores_of, without_padding
+from ._sublayers import Cosine, NormLayer, norm_factory
 from .domains import Domain
 from .kernels import Plan, Problem
 from .kernels._chunked import rows_per_block
@@ -148,8 +149,11 @@ class Attention(nn.Module):
         head_dim: channels of one head; ``dim // heads`` if not given.
         mask: who may attend to whom; everybody to everybody if not given.
         position: rotations and score biases, combined with ``+``. Embeddings are added once, by the model.
-        qk_norm: ``"rms"`` or ``"layer"`` normalises queries and keys per head (arXiv:2010.04245, arXiv:2302.05442); or a callable that
-            makes a module from ``head_dim``.
+        qk_norm: ``"rms"`` or ``"layer"`` normalises queries and keys per head (arXiv:2010.04245, arXiv:2302.05442); ``"cosine"`` makes
+            each score a cosine times a learned temperature per head, at most 100 (Swin v2, arXiv:2111.09883); or a callable that makes a
+            module from ``head_dim``.
+        out_norm: ``"layer"``, ``"rms"`` or a callable that makes a module: a norm of the merged heads, before the output projection
+            (sub-LN, arXiv:2210.06423).
         qkv_bias, out_bias: biases of the projections.
         gate: scales each channel of the heads by a sigmoid of the input (gated attention, arXiv:2505.06708).
         sinks: one learned logit per head that takes a share of each softmax (arXiv:2309.17453, as in gpt-oss).
@@ -173,6 +177,7 @@ class Attention(nn.Module):
         mask: Mask | None = None,
         position: Position | None = None,
         qk_norm: str | Callable[[int], nn.Module] | None = None,
+        out_norm: NormLayer | None = None,
         qkv_bias: bool = True,
         out_bias: bool = True,
         gate: bool = False,
@@ -189,7 +194,8 @@ class Attention(nn.Module):
         check_position(position, self.heads)
         self.position = position
         self.qkv = nn.Linear(dim, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=qkv_bias)
-        self.query_norm, self.key_norm = (_qk_norm(qk_norm, self.head_dim) for _ in range(2))
+        self.query_norm, self.key_norm = (_qk_norm(qk_norm, self.head_dim, count) for count in (heads, None))
+        self.out_norm = nn.Identity() if out_norm is None else norm_factory(out_norm)(self.heads * self.head_dim)
         self.gate = nn.Linear(dim, self.heads * self.head_dim) if gate else None
         self.sinks = nn.Parameter(torch.zeros(self.heads)) if sinks else None
         self.out = nn.Linear(self.heads * self.head_dim, dim, bias=out_bias)
@@ -239,7 +245,7 @@ class Attention(nn.Module):
         merged = merged if x.ndim == 3 else merged[0]
         if self.gate is not None:
             merged = merged * torch.sigmoid(self.gate(domain.zero_padding(x)))
-        return domain.zero_padding(self.out(merged))
+        return domain.zero_padding(self.out(self.out_norm(merged)))
 
     @torch.no_grad()
     def weights(
@@ -366,13 +372,15 @@ def _normed(norm: nn.Module, x: Tensor) -> Tensor:
     return norm(x) if parameter is None else norm(x.to(parameter.dtype)).to(x.dtype)
 
 
-def _qk_norm(kind: str | Callable[[int], nn.Module] | None, head_dim: int) -> nn.Module:
+def _qk_norm(kind: str | Callable[[int], nn.Module] | None, head_dim: int, heads: int | None) -> nn.Module:
     if kind is None:
         return nn.Identity()
     if callable(kind):
         return kind(head_dim)
+    if kind == "cosine":
+        return Cosine(head_dim, heads)
     if kind not in ("rms", "layer"):
         raise ValueError(
-            f"qk_norm must be None, 'rms', 'layer' or a callable that makes a module from head_dim; got qk_norm={kind!r}"
+            f"qk_norm must be None, 'rms', 'layer', 'cosine' or a callable that makes a module from head_dim; got qk_norm={kind!r}"
         )
     return nn.RMSNorm(head_dim, eps=1e-6) if kind == "rms" else nn.LayerNorm(head_dim, eps=1e-6)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence as SequenceOf
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, get_args
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ._cache import Cache
-from ._inputs import check_bias_heads, check_last, place
+from ._inputs import Masks, check_bias_heads, check_last, masks_of_layers, place, rates_of_layers
 from ._sublayers import (
     Activation as Activation,
     DropPath as DropPath,
@@ -25,6 +28,8 @@ from .domains import Domain
 from .masks import Causal, Mask
 from .positions import Position
 
+NormPlace = Literal["pre", "post", "sandwich", "res-post", "parallel"]
+
 
 class Block(nn.Module):
     """A Transformer block: attention, optionally cross attention, and a feed-forward layer, each with a residual connection.
@@ -32,11 +37,12 @@ class Block(nn.Module):
         pre       x + f(norm(x))                     each branch f in turn; GPT-2, ViT
         post      norm(x + f(x))                     Vaswani et al. 2017 (arXiv:1706.03762)
         sandwich  x + norm(f(norm(x)))               Gemma 2 (arXiv:2408.00118), CogView (arXiv:2105.13290)
+        res-post  x + norm(f(x))                     Swin v2 (arXiv:2111.09883)
         parallel  x + f(norm(x)) + g(norm(x))        all branches at once, one norm; GPT-J, PaLM (arXiv:2204.02311)
 
     Args:
         dim, heads: as in ``Attention``.
-        norm: where norms stand: ``"pre"``, ``"post"``, ``"sandwich"``, ``"parallel"``.
+        norm: where norms stand: ``"pre"``, ``"post"``, ``"sandwich"``, ``"res-post"``, ``"parallel"``.
         norm_layer: ``"layer"``, ``"rms"`` (arXiv:1910.07467), or a callable that makes a module from ``dim``.
         layer_scale: initial value of a learned factor per channel on each branch (arXiv:2103.17239); none if not given.
         drop_path: probability with which a branch is dropped for an item.
@@ -45,8 +51,9 @@ class Block(nn.Module):
         dropout: after each branch and inside the feed-forward layer, in training.
         attention_dropout: of attention weights.
         bias: whether the feed-forward layer has biases.
-        **attention: further arguments of ``Attention``: mask, position, kv_heads, head_dim, qk_norm, qkv_bias, out_bias, gate, sinks,
-            softcap, kernel.
+        hidden_norm: a norm of its hidden channels.
+        **attention: further arguments of ``Attention``: mask, position, kv_heads, head_dim, qk_norm, out_norm, qkv_bias, out_bias, gate,
+            sinks, softcap, kernel.
 
     Example:
         >>> Block(32, 4, norm="post", activation="relu", mask=masks.Causal())(torch.randn(2, 5, 32)).shape
@@ -58,7 +65,7 @@ class Block(nn.Module):
         dim: int,
         heads: int,
         *,
-        norm: Literal["pre", "post", "sandwich", "parallel"] = "pre",
+        norm: NormPlace = "pre",
         norm_layer: NormLayer = "layer",
         layer_scale: float | None = None,
         drop_path: float = 0.0,
@@ -68,11 +75,12 @@ class Block(nn.Module):
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
         bias: bool = True,
+        hidden_norm: NormLayer | None = None,
         **attention: Any,
     ) -> None:
         super().__init__()
-        if norm not in ("pre", "post", "sandwich", "parallel"):
-            raise ValueError(f"norm must be 'pre', 'post', 'sandwich' or 'parallel'; got norm={norm!r}")
+        if norm not in get_args(NormPlace):
+            raise ValueError(f"norm must be one of {', '.join(map(repr, get_args(NormPlace)))}; got norm={norm!r}")
         make = norm_factory(norm_layer)
         self.parallel = norm == "parallel"
 
@@ -84,7 +92,9 @@ class Block(nn.Module):
         own = {name: value for name, value in attention.items() if name not in ("mask", "position")}
         self.cross_attention = Attention(dim, heads, dropout=attention_dropout, **own) if cross else None
         self.cross_residual = residual() if cross and not self.parallel else None
-        self.feed_forward = FeedForward(dim, hidden=hidden, activation=activation, dropout=dropout, bias=bias)
+        self.feed_forward = FeedForward(
+            dim, hidden=hidden, activation=activation, dropout=dropout, bias=bias, norm=hidden_norm
+        )
         self.feed_forward_residual = None if self.parallel else residual()
 
     def forward(
@@ -155,24 +165,19 @@ class _Stack(nn.Module):
         depth: int,
         heads: int,
         *,
-        mask: Mask | SequenceOf[Mask | None] | None,
+        mask: Masks,
         position: Position | Callable[[], Position] | None,
         norm: str,
         norm_layer: NormLayer,
         final_norm: bool | None,
-        drop_path: float,
+        drop_path: float | SequenceOf[float],
+        checkpoint: bool,
         **block: Any,
     ) -> None:
         super().__init__()
         if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
             raise ValueError(f"depth must be a whole number >= 1; got depth={depth!r}")
-        if mask is not None and not isinstance(mask, (Mask, list, tuple)):
-            raise TypeError(
-                f"mask must be a mask such as masks.Causal(), or a list of one for each layer; got {type(mask).__name__}"
-            )
-        layer_masks = list(mask) if isinstance(mask, (list, tuple)) else [mask] * depth
-        if len(layer_masks) != depth:
-            raise ValueError(f"mask must be one mask, or one for each of the {depth} layers; got {len(layer_masks)}")
+        layer_masks = masks_of_layers(mask, depth)
         shared = position is None or isinstance(position, Position)
         if not shared and not callable(position):
             raise TypeError(
@@ -182,28 +187,46 @@ class _Stack(nn.Module):
             check_bias_heads(position, heads)
         self.dim = dim
         self.position = position if isinstance(position, Position) else None
-        rates = [drop_path * layer / (depth - 1) for layer in range(depth)] if depth > 1 else [drop_path]
+        self.checkpoint = checkpoint
         self.blocks = nn.ModuleList(
             Block(
                 dim, heads, mask=layer_mask, position=None if shared else position(), norm=norm, norm_layer=norm_layer,  # type: ignore[arg-type, misc]
                 drop_path=rate, **copy.deepcopy(block),  # an activation that learns is each block's own
             )
-            for layer_mask, rate in zip(layer_masks, rates, strict=True)
+            for layer_mask, rate in zip(layer_masks, rates_of_layers(drop_path, depth), strict=True)
         )  # fmt: skip
         last = norm != "post" if final_norm is None else final_norm
         self.norm = norm_factory(norm_layer)(dim) if last else nn.Identity()
 
-    def _run(
-        self, x: Tensor, domain: Domain | None, mask: Mask | None, cache: Cache | None, last: int | None, **cross: Any
-    ) -> Tensor:
+    def embed(
+        self, x: Float[Tensor, "*batch tokens dim"], domain: Domain | None = None
+    ) -> Float[Tensor, "*batch tokens dim"]:
+        """What the first block sees: tokens plus the embeddings of the position."""
         domain = place("x", x, self.dim, domain)
         x = domain.zero_padding(x)
         if self.position is not None:
             for embedding in self.position.embeddings:
                 x = embedding(x, domain)
-        for layer, block in enumerate(self.blocks, 1):
-            asked = last if layer == len(self.blocks) else None
-            x = block(x, domain, mask=mask, position=self.position, cache=cache, last=asked, **cross)
+        return x
+
+    def layer(
+        self, index: int, x: Float[Tensor, "*batch tokens dim"], domain: Domain | None = None, **block: Any
+    ) -> Float[Tensor, "*batch last dim"]:
+        """One block, with the position that all share; further arguments are those of ``Block.forward``."""
+        run = partial(self.blocks[index], domain=domain, position=self.position, **block)
+        if self.checkpoint and torch.is_grad_enabled() and block.get("cache") is None:
+            return checkpoint(run, x, use_reentrant=False)
+        return run(x)
+
+    def _run(
+        self, x: Tensor, domain: Domain | None, mask: Masks, cache: Cache | None, last: int | None, **cross: Any
+    ) -> Tensor:
+        domain = place("x", x, self.dim, domain)
+        x = self.embed(x, domain)
+        layer_masks = masks_of_layers(mask, len(self.blocks))
+        for index, layer_mask in enumerate(layer_masks):
+            asked = last if index + 1 == len(layer_masks) else None
+            x = self.layer(index, x, domain, mask=layer_mask, cache=cache, last=asked, **cross)
         domain = domain if last is None else domain.last(last)
         return domain.zero_padding(normed(self.norm, x, domain))
 
@@ -218,7 +241,9 @@ class Encoder(_Stack):
             function that makes one, such as ``lambda: positions.RelativeBias(heads)``, gives each block its own (Swin).
         norm, norm_layer: as in ``Block``.
         final_norm: whether a norm follows the last block; unless given, yes except after post-norm blocks, which end in one.
-        drop_path: rate of the last block; it rises linearly from 0 at the first.
+        drop_path: rate of the last block; it rises linearly from 0 at the first. Or a list of one for each.
+        checkpoint: keep only what goes from block to block for the backward, and compute the rest again (Chen et al. 2016,
+            arXiv:1604.06174): less memory for a third more time. An attribute, too, which may be set at any time.
         **block: further arguments of ``Block`` and ``Attention``.
 
     Example:
@@ -235,19 +260,20 @@ class Encoder(_Stack):
         depth: int,
         heads: int,
         *,
-        mask: Mask | SequenceOf[Mask | None] | None = None,
+        mask: Masks = None,
         position: Position | Callable[[], Position] | None = None,
-        norm: Literal["pre", "post", "sandwich", "parallel"] = "pre",
+        norm: NormPlace = "pre",
         norm_layer: NormLayer = "layer",
         final_norm: bool | None = None,
-        drop_path: float = 0.0,
+        drop_path: float | SequenceOf[float] = 0.0,
+        checkpoint: bool = False,
         **block: Any,
     ) -> None:
         if block.get("cross"):
             raise ValueError("cross is for a Decoder: an Encoder is given no context to attend to; got cross=True")
         super().__init__(
             dim, depth, heads, mask=mask, position=position, norm=norm, norm_layer=norm_layer, final_norm=final_norm,
-            drop_path=drop_path, **block,
+            drop_path=drop_path, checkpoint=checkpoint, **block,
         )  # fmt: skip
 
     def forward(
@@ -255,11 +281,11 @@ class Encoder(_Stack):
         x: Float[Tensor, "*batch tokens dim"],
         domain: Domain | None = None,
         *,
-        mask: Mask | None = None,
+        mask: Masks = None,
         cache: Cache | None = None,
         last: int | None = None,
     ) -> Float[Tensor, "*batch last dim"]:
-        """Encode tokens; ``mask`` further restricts every block, ``cache`` continues a sequence (see ``Cache``).
+        """Encode tokens; ``mask`` further restricts every block (or a list of masks each its own), ``cache`` continues a sequence.
 
         With ``last`` only so many tokens at the end are returned, and the last block computes no others.
         """
@@ -290,15 +316,16 @@ class Decoder(_Stack):
         mask: Mask | SequenceOf[Mask | None] = Causal(),  # noqa: B008  (a frozen value)
         cross: bool = True,
         position: Position | Callable[[], Position] | None = None,
-        norm: Literal["pre", "post", "sandwich", "parallel"] = "pre",
+        norm: NormPlace = "pre",
         norm_layer: NormLayer = "layer",
         final_norm: bool | None = None,
-        drop_path: float = 0.0,
+        drop_path: float | SequenceOf[float] = 0.0,
+        checkpoint: bool = False,
         **block: Any,
     ) -> None:
         super().__init__(
             dim, depth, heads, mask=mask, position=position, norm=norm, norm_layer=norm_layer, final_norm=final_norm,
-            drop_path=drop_path, cross=cross, **block,
+            drop_path=drop_path, checkpoint=checkpoint, cross=cross, **block,
         )  # fmt: skip
 
     def forward(
@@ -351,7 +378,7 @@ class EncoderDecoder(nn.Module):
         mask: Mask | None = None,
         decoder_mask: Mask = Causal(),  # noqa: B008  (a frozen value)
         position: Position | Callable[[], Position] | None = None,
-        norm: Literal["pre", "post", "sandwich", "parallel"] = "post",
+        norm: NormPlace = "post",
         activation: Activation = "relu",
         **stack: Any,
     ) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import xformerlib as xf
 
 DIM, HEADS, HIDDEN = 16, 4, 20
-NORMS = ["pre", "post", "sandwich", "parallel"]
+NORMS = ["pre", "post", "sandwich", "res-post", "parallel"]
 
 
 def redrawn(module: Any) -> Any:
@@ -86,7 +86,7 @@ def block_formula(block: xf.Block, kind: str, x: Tensor, context: Tensor | None,
         return x + sum(f(y) for f, _ in branches) * (1 if first.scale is None else first.scale)
     for f, residual in branches:
         y = f(x if kind == "post" else normed(x, residual.norm))
-        y = normed(y, residual.branch_norm) if kind == "sandwich" else y
+        y = normed(y, residual.branch_norm) if kind in ("sandwich", "res-post") else y
         x = x + y * (1 if residual.scale is None else residual.scale)
         x = normed(x, residual.norm) if kind == "post" else x
     return x

@@ -219,3 +219,43 @@ def test_drop_path_rises_to_the_last_block(depth: int, rates: list[float]) -> No
     encoder = xf.Encoder(DIM, depth, HEADS, drop_path=0.2)
     for residual in ("attention_residual", "feed_forward_residual"):
         assert [getattr(block, residual).drop_path.p for block in encoder.blocks] == pytest.approx(rates)
+
+
+def test_drop_path_of_each_block_may_be_listed() -> None:
+    encoder = xf.Encoder(DIM, 3, HEADS, drop_path=[0.3, 0.0, 0.1])
+    assert [block.attention_residual.drop_path.p for block in encoder.blocks] == [0.3, 0.0, 0.1]
+    assert [block.feed_forward_residual.drop_path.p for block in encoder.blocks] == [0.3, 0.0, 0.1]
+
+
+def test_inner_norms_stand_before_the_second_maps() -> None:
+    block, x = redrawn(xf.Block(DIM, HEADS, hidden=HIDDEN, hidden_norm="layer", out_norm="rms")), tokens(2, 5)
+    seen: dict[str, Tensor] = {}
+    block.feed_forward.norm.register_forward_pre_hook(lambda _, inputs: seen.update(hidden=inputs[0]))
+    block.attention.out_norm.register_forward_pre_hook(lambda _, inputs: seen.update(heads=inputs[0]))
+    block(x)
+    own, plain = block.feed_forward, redrawn(xf.FeedForward(DIM, hidden=HIDDEN))
+    plain.load_state_dict({k: v for k, v in own.state_dict().items() if not k.startswith("norm")})
+    assert seen["hidden"].shape == (2, 5, HIDDEN) and seen["heads"].shape == (2, 5, DIM)
+    y = tokens(2, 5)
+    h = torch.nn.functional.gelu(y @ own.up.weight.T + own.up.bias)
+    assert_equal(own(y), own.norm(h) @ own.down.weight.T + own.down.bias)
+    assert float((own(y) - plain(y)).detach().abs().max()) > 0.1
+
+
+def test_checkpoints_change_nothing_but_memory() -> None:
+    plain, x = redrawn(xf.Encoder(DIM, 3, HEADS, dropout=0.2, drop_path=0.3, mask=masks.Local(2))), tokens(4, 7)
+    again = xf.Encoder(DIM, 3, HEADS, dropout=0.2, drop_path=0.3, mask=masks.Local(2), checkpoint=True).double()
+    again.load_state_dict(plain.state_dict())
+    kept: list[int] = []
+    results = []
+    for encoder in (plain, again):
+        torch.manual_seed(0)
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
+            y = encoder(x)
+        kept.append(sum(sizes))
+        y.square().sum().backward()
+        results.append([y, *(p.grad for p in encoder.parameters())])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    assert kept[1] < kept[0] / 5

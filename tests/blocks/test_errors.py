@@ -19,7 +19,7 @@ from xformerlib import masks, positions
         (lambda: xf.FeedForward(8, hidden=0), ValueError, "hidden must be >= 1; got hidden=0"),
         (lambda: xf.DropPath(1.0), ValueError, r"drop_path must be in \[0, 1\); got drop_path=1.0"),
         (lambda: xf.DropPath(-0.1), ValueError, "got drop_path=-0.1"),
-        (lambda: xf.Block(8, 2, norm="middle"), ValueError, "norm must be 'pre', 'post', 'sandwich' or 'parallel'; got norm='middle'"),
+        (lambda: xf.Block(8, 2, norm="middle"), ValueError, "norm must be one of 'pre', .*; got norm='middle'"),
         (lambda: xf.Block(8, 2, norm_layer="batch"), ValueError, "norm_layer must be 'layer', 'rms' or a callable.*got norm_layer='batch'"),
         (lambda: xf.Block(8, 3), ValueError, "dim must be divisible by heads; got dim=8 and heads=3"),
         (lambda: xf.Block(8, 2, colour="red"), TypeError, "colour"),
@@ -35,6 +35,7 @@ from xformerlib import masks, positions
         (lambda: xf.Encoder(8, 2, 2, position=positions.RelativeBias(4)), ValueError, "as many heads as the layer has, 2; got .* of 4"),
         (lambda: xf.Encoder(8, 2, 2, cross=True), ValueError, "cross is for a Decoder"),
         (lambda: xf.Encoder(8, 2, 2, drop_path=1.5), ValueError, "got drop_path=1.5"),
+        (lambda: xf.Encoder(8, 2, 2, drop_path=[0.1]), ValueError, "drop_path must be one rate, or one for each of the 2 blocks; got 1"),
         (lambda: xf.EncoderDecoder(8, 2, norm="middle"), ValueError, "got norm='middle'"),
     ],
 )  # fmt: skip

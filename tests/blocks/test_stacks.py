@@ -211,3 +211,17 @@ def test_masks_of_a_call_do_not_pile_up() -> None:
     del mask, given_masks
     gc.collect()
     assert sum(ref() is not None for ref in seen) <= 4
+
+
+def test_masks_of_a_call_may_be_listed_for_each_layer() -> None:
+    encoder, x = redrawn(xf.Encoder(DIM, 2, HEADS)), tokens(2, 9)
+    each = [masks.Local(1), masks.Causal()]
+    built = xf.Encoder(DIM, 2, HEADS, mask=each).double()
+    built.load_state_dict(encoder.state_dict())
+    assert_equal(encoder(x, mask=each), built(x))
+    y = encoder.embed(x)
+    for index, mask in enumerate(each):
+        y = encoder.layer(index, y, mask=mask)
+    assert_equal(encoder.norm(y), built(x))
+    with pytest.raises(ValueError, match="one for each of the 2 layers; got 3"):
+        encoder(x, mask=[None] * 3)

@@ -138,9 +138,8 @@ class GroupTransformer(ForecastModel):
         domain = Timeline(patch + first)
         masks = attention_masks(row * exists.shape[1] + variable, patch, row if groups is None else groups[row])
         tokens = self.embed(patches[exists])
-        for layer, block in enumerate(self.encoder.blocks):
-            tokens = block(tokens, domain, mask=masks[layer % 2], position=self.encoder.position)
-        return self.encoder.norm(tokens)[(variable < self.channels) & (patch + first >= 0)]
+        tokens = self.encoder(tokens, domain, mask=masks * (len(self.encoder.blocks) // 2))
+        return tokens[(variable < self.channels) & (patch + first >= 0)]
 
 
 def attention_masks(
