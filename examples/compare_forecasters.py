@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import common
 import numpy as np
+import series_scores as scores
 import time_series as example
 import torch
 import tyro
@@ -109,7 +110,7 @@ def examine(name: example.Name, task: example.Task, o: Options) -> Row:
     model = example.build(own, task.table)
     example.train(model, task, run, dataclasses.replace(own, resume=o.resume and run.state.exists()), o.seeds[0])
     run.load_weights(model)
-    score = example.score(model, task.windows["test"], o.eval_batch_size)
+    score = scores.score(model, task.windows["test"], o.eval_batch_size)
     size = common.count_parameters(model)
     return Row(
         name=name,

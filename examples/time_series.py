@@ -27,6 +27,7 @@ import common
 import numpy as np
 import series_data as data
 import series_figure as figure
+import series_scores as scores
 import torch
 import tyro
 from torch import Tensor, nn
@@ -253,59 +254,6 @@ def build(o: Options, table: data.Table) -> ts.ForecastModel:
     return kind(len(table.names), lookback, o.horizon, **options)
 
 
-# -- scores ------------------------------------------------------------------------------------------------------------
-
-
-class Score(NamedTuple):
-    """Errors summed over windows, on standardised values, and their number: each (horizon, channels), in fp64."""
-
-    absolute: Tensor
-    squared: Tensor
-    number: Tensor
-
-    def mae(self) -> float:
-        """Mean absolute error over windows, steps and channels."""
-        return float(self.absolute.sum() / self.number.sum())
-
-    def mse(self) -> float:
-        """Mean squared error over windows, steps and channels."""
-        return float(self.squared.sum() / self.number.sum())
-
-    def mae_by_channel(self, scale: Tensor) -> Tensor:
-        """Mean absolute error of each channel in the data's own unit: (channels,)."""
-        return self.absolute.sum(0) / self.number.sum(0) * scale
-
-    def mae_by_step(self, scale: Tensor) -> Tensor:
-        """Mean absolute error of each step ahead in the data's own unit, the mean of the channels': (horizon,)."""
-        return (self.absolute / self.number * scale).nanmean(1)
-
-
-@torch.inference_mode()
-def score(model: ts.ForecastModel, windows: ts.Windows, batch_size: int) -> Score:
-    """Score the forecast of every window where a value was observed; ``batch_size`` makes no difference."""
-    model.eval()
-    sums: Tensor | float = 0.0
-    for batch in windows.batches(batch_size):
-        seen = ~batch.target.isnan()
-        error = (model.head.point(model(**batch.inputs)) - batch.target).double().masked_fill(~seen, 0)
-        sums += torch.stack([error.abs(), error.square(), seen.double()]).sum(1)
-    assert isinstance(sums, Tensor)
-    return Score(*sums.cpu())
-
-
-def summary(table: data.Table, ours: Score, naive: Score, scale: Tensor) -> str:
-    """Test errors of the model and of the last season repeated, side by side."""
-    columns = []
-    for s in (ours, naive):
-        by_channel = s.mae_by_channel(scale)
-        columns.append([*by_channel, by_channel.mean(), torch.tensor(s.mae()), torch.tensor(s.mse())])
-    names = [*table.names, "mean of channels", "standardised MAE", "standardised MSE"]
-    lines = [f"{'test MAE' + (table.unit and ', ' + table.unit):<22}{'model':>10}{'last season':>14}{'ratio':>8}"]
-    for name, a, b in zip(names, *columns, strict=True):
-        lines.append(f"{name[:21]:<22}{a:>10.4g}{b:>14.4g}{a / b:>8.2f}")
-    return "\n".join(lines)
-
-
 # -- the run -----------------------------------------------------------------------------------------------------------
 
 
@@ -319,7 +267,7 @@ def main(o: Options) -> None:
     torch.set_num_threads(o.threads)
     print(describe(task, o, common.count_parameters(model), device))
     naive = ts.SeasonalNaive(len(task.table.names), o.lookback, o.horizon, season=task.table.season)
-    theirs = score(naive, task.plain, o.eval_batch_size)
+    theirs = scores.score(naive, task.plain, o.eval_batch_size)
     results = []
     for seed in o.seeds:
         run = common.Run(o.run if len(o.seeds) == 1 else o.run / f"seed-{seed}", what_determines(o, seed))
@@ -329,7 +277,7 @@ def main(o: Options) -> None:
 
         # The weights that did best on validation, scored once on every test window, beside the seasonal-naive forecast.
         run.load_weights(model)
-        ours = score(model, task.windows["test"], o.eval_batch_size)
+        ours = scores.score(model, task.windows["test"], o.eval_batch_size)
         results.append(ours)
         run.log(
             step=step,
@@ -342,7 +290,7 @@ def main(o: Options) -> None:
         curves = ours.mae_by_step(task.std), theirs.mae_by_step(task.std)
         figure.draw(run.directory / "forecast.png", task.table, examples(task, model, naive), curves)
         written = ", ".join(path.name for path in sorted(run.directory.iterdir()))
-        print(f"\n{summary(task.table, ours, theirs, task.std)}\n\nseed {seed}; in {run.directory}: {written}")
+        print(f"\n{scores.summary(task.table, ours, theirs, task.std)}\n\nseed {seed}; in {run.directory}: {written}")
     if len(results) > 1:
         for name, values in (("MSE", [s.mse() for s in results]), ("MAE", [s.mae() for s in results])):
             print(f"standardised {name} over {len(values)} seeds: {mean(values):.4f} +- {stdev(values):.4f}")
@@ -391,7 +339,7 @@ def train(model: ts.ForecastModel, task: Task, run: common.Run, o: Options, seed
         bar.update()
         if step % o.eval_every and step < o.steps:
             continue
-        validation = score(model, task.windows["validation"], o.eval_batch_size)
+        validation = scores.score(model, task.windows["validation"], o.eval_batch_size)
         error = validation.mse()
         if not math.isfinite(error):
             raise SystemExit(f"error: the validation error is {error} at step {step}; try a smaller --lr")

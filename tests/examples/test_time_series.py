@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import series_data as data
 import series_figure as figure
+import series_scores as scores
 import time_series as example
 import torch
 import tyro
@@ -373,7 +374,7 @@ def test_every_window_is_scored_whatever_the_batch_size(difference: int) -> None
     table[torch.rand(100, 2) < 0.2] = torch.nan
     windows = data.Changes(table, 48, 12, difference) if difference else ts.Windows(table, 48, 12)
     model = ts.DLinear(2, 48 - difference, 12)
-    scores = [example.score(model, windows, batch_size) for batch_size in (1, 7, 41, 1000)]
+    results = [scores.score(model, windows, batch_size) for batch_size in (1, 7, 41, 1000)]
     absolute, squared, number = (torch.zeros(12, 2, dtype=torch.float64) for _ in range(3))
     for i in range(41):
         forecast = model(**windows.batch([i]).inputs)[0]
@@ -382,7 +383,7 @@ def test_every_window_is_scored_whatever_the_batch_size(difference: int) -> None
         error, seen = (forecast - table[i + 48 : i + 60]).double(), ~table[i + 48 : i + 60].isnan()
         error = error.masked_fill(~seen, 0)
         absolute, squared, number = absolute + error.abs(), squared + error.square(), number + seen
-    for s in scores:
+    for s in results:
         torch.testing.assert_close(s.absolute, absolute, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(s.squared, squared, rtol=1e-5, atol=1e-5)
         assert torch.equal(s.number, number)
