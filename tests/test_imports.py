@@ -22,7 +22,7 @@ LAYERS = [
     {"_planned"},
     {"_compiled"},
     {"attention"},
-    {"blocks", "_explain"},
+    {"blocks", "_explain", "_pooling"},
     {"time_series", "vision", "graph"},
 ]
 LEVEL = {part: level for level, layer in enumerate(LAYERS) for part in layer}

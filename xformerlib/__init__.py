@@ -3,6 +3,7 @@
 from . import masks as masks, positions as positions
 from ._cache import Cache as Cache
 from ._explain import explain as explain
+from ._pooling import MultiheadPooling as MultiheadPooling, Pooling as Pooling
 from .attention import Attention as Attention, attention as attention, plan as plan
 from .blocks import (
     Block as Block,

@@ -6,7 +6,9 @@ import math
 from collections.abc import Hashable, Sequence as SequenceOf
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
+from torch.nn import functional as F
 
 from ._base import Domain, as_lengths, check_count, offsets_of
 
@@ -20,6 +22,7 @@ class Grid(Domain):
     Args:
         *sizes: one to three sizes: ``Grid(length)``, ``Grid(height, width)``, ``Grid(depth, height, width)``.
         prefix: number of class or register tokens in front.
+        valid: for a batch of grids with holes: (B, *sizes) bool, True where a token exists. The others are padding.
 
     Raises:
         ValueError, TypeError: no size, more than three, or one that is negative or not an integer.
@@ -33,7 +36,7 @@ class Grid(Domain):
 
     kind = "Grid"
 
-    def __init__(self, *sizes: int, prefix: int = 0) -> None:
+    def __init__(self, *sizes: int, prefix: int = 0, valid: Bool[Tensor, "batch *sizes"] | None = None) -> None:
         if not 1 <= len(sizes) <= 3:
             raise ValueError(f"Grid takes 1 to 3 sizes; got {len(sizes)}: {sizes}")
         self.sizes: tuple[int, ...] = tuple(check_count("sizes", size) for size in sizes)
@@ -41,6 +44,15 @@ class Grid(Domain):
         self.size_of_items: tuple[tuple[int, ...], ...] = (self.sizes,)
         prefix = check_count("prefix", prefix)
         super().__init__(num_tokens=prefix + math.prod(self.sizes), ndim=len(sizes), prefix=prefix)
+        if valid is not None:
+            self._set_valid(valid)
+
+    def _set_valid(self, valid: Tensor) -> None:
+        if valid.dtype != torch.bool or tuple(valid.shape[1:]) != self.sizes:
+            axes = ", ".join(["batch", *map(str, self.sizes)])
+            raise ValueError(f"valid must be bool of shape ({axes}); got {valid.dtype} {tuple(valid.shape)}")
+        self.valid = F.pad(valid.flatten(1), (self.prefix, 0), value=True)
+        self._batch_size, self._device = len(valid), valid.device
 
     @classmethod
     def packed(cls, sizes: SequenceOf[SequenceOf[int]] | Tensor, *, prefix: int = 0) -> Grid:
@@ -99,13 +111,14 @@ class Grid(Domain):
         return 0, sizes[..., axis] - 1
 
     def ticket(self) -> list[int]:
-        return [2, self.prefix, *self.sizes] if self.item_sizes is None else super().ticket()
+        return [2, self.prefix, *self.sizes] if self._value() is not None else super().ticket()
 
     def _value(self) -> Hashable:
-        return (self.sizes, self.prefix) if self.item_sizes is None else None
+        return (self.sizes, self.prefix) if self.item_sizes is None and self.valid is None else None
 
     def __repr__(self) -> str:
         options = f", prefix={self.prefix}" if self.prefix else ""
         if self.item_sizes is None:
+            options += f", valid=<{self.batch_size} rows>" if self.valid is not None else ""
             return f"Grid({', '.join(map(str, self.sizes))}{options})"
         return f"Grid.packed(<{self.num_items} sizes up to {' x '.join(map(str, self.sizes))}>{options})"

@@ -1,0 +1,242 @@
+"""The Vision Transformer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence as SequenceOf
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from .._dropout import Dropout
+from .._pooling import Pool, Pooling
+from .._sublayers import NormLayer, norm_factory
+from ..blocks import Encoder
+from ..domains import Grid
+from ..positions import Learned, Position
+from ._patches import Images, PatchEmbed, Tokenizer
+
+# As in the published models.
+LAYER_NORM: NormLayer = partial(nn.LayerNorm, eps=1e-6)
+
+
+class Features(NamedTuple):
+    """Tokens and where they live.
+
+    Attributes:
+        tokens: (B, prefix + grid, dim), or (N, dim) of a list of images, one behind the other.
+        domain: a ``Grid``, packed for a list of images.
+    """
+
+    tokens: Float[Tensor, "*batch tokens dim"]
+    domain: Grid
+
+    @property
+    def maps(self) -> Float[Tensor, "batch dim *grid"] | list[Float[Tensor, "dim *grid"]]:
+        """The tokens of patches as a map for each image, without those in front."""
+        tokens, domain = self
+        if domain.offsets is None:
+            return tokens[:, domain.prefix :].unflatten(1, domain.sizes).movedim(-1, 1)
+        images = tokens.tensor_split(domain.offsets[1:-1].cpu())
+        return [
+            image[domain.prefix :].unflatten(0, size).movedim(-1, 0)
+            for image, size in zip(images, domain.size_of_items, strict=True)
+        ]
+
+
+class ViT(nn.Module):
+    """Vision Transformer (Dosovitskiy et al. 2020, arXiv:2010.11929), of images of any size and aspect ratio.
+
+        x = [class, registers, patches] + positions;   x = Encoder(x);   logits = W pool(norm(x)) + b
+
+    An image may be of another size at each call: the positions follow. A list of images of different sizes is packed, without padding
+    (NaViT, Dehghani et al. 2023, arXiv:2307.06304), and gives what each image gives alone. Patches that are not ``valid`` do not exist.
+    With other masks this is other models: ``mask=[masks.Windows(14)] * 3 + [None]`` for each four layers is ViTDet (arXiv:2203.16527),
+    ``masks.Local(3) | masks.Global(1)`` neighbourhood attention (arXiv:2204.07143), ``masks.Axial`` axial attention.
+
+    Args:
+        classes: logits; None for a model whose output is the pooled vector.
+        size: of the images, for which learned positions have a place each; of others they are resampled.
+        patch: size of a patch: one number (square), or one for each axis: (16,) for signals, (2, 16, 16) for videos.
+        channels: of an image.
+        dim, depth, heads: channels, blocks, attention heads. The defaults are ViT-S.
+        class_token: put a learned token in front of the patches.
+        distillation: put another one behind it, with a head of its own (DeiT, Touvron et al. 2020, arXiv:2012.12877); see ``logits``.
+        registers: further learned tokens (Darcet et al. 2023, arXiv:2309.16588).
+        pool: what the head sees, as in ``Pooling``; default ``"token"``, or ``"mean"`` without a class token.
+        position: ``"learned"`` (``Learned`` on the grid of ``size``), None, or as in ``Encoder``.
+        embed: makes tokens of images in place of patches, such as ``ConvStem(dim)``.
+        embed_norm: a norm of the tokens before the first block (CLIP).
+        pool_norm: whether the last norm follows the pooling; default: where tokens are averaged.
+        dropout, position_dropout, head_dropout: in blocks, after positions, before the head.
+        mask, norm_layer, **encoder: further arguments of ``Encoder`` and ``Block``: drop_path, layer_scale, hidden, activation="swiglu",
+            qk_norm, norm="parallel", checkpoint, ...
+
+    Shapes:
+        images (B, channels, *sizes), or a list of (channels, *sizes); ``valid`` (B, *grid). Returns (B, classes).
+
+    Example:
+        >>> model = ViT(10, size=32, patch=4, dim=64, depth=2, heads=4)
+        >>> model(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+        >>> model([torch.randn(3, 32, 64), torch.randn(3, 20, 8)]).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        classes: int | None,
+        *,
+        size: int | SequenceOf[int] = 224,
+        patch: int | SequenceOf[int] = 16,
+        channels: int = 3,
+        dim: int = 384,
+        depth: int = 12,
+        heads: int = 6,
+        class_token: bool = True,
+        distillation: bool = False,
+        registers: int = 0,
+        pool: Pool | Pooling | None = None,
+        position: Position | Callable[[], Position] | Literal["learned"] | None = "learned",
+        embed: Tokenizer | None = None,
+        embed_norm: NormLayer | None = None,
+        pool_norm: bool | None = None,
+        norm_layer: NormLayer = LAYER_NORM,
+        final_norm: bool = True,
+        dropout: float = 0.0,
+        position_dropout: float = 0.0,
+        head_dropout: float = 0.0,
+        **encoder: Any,
+    ) -> None:
+        super().__init__()
+        if distillation and not class_token:
+            raise ValueError("distillation adds a token beside the class token; got class_token=False")
+        self.embed = PatchEmbed(dim, patch, channels=channels) if embed is None else embed
+        if self.embed.dim != dim:
+            raise ValueError(f"embed must make tokens of dim={dim} channels; got {self.embed.dim}")
+        self.prefix = class_token + distillation + registers
+        self.prefix_tokens = nn.Parameter(torch.empty(self.prefix, dim)) if self.prefix else None
+        if position == "learned":
+            sizes = (size,) * self.embed.ndim if isinstance(size, int) else tuple(size)
+            position = Learned(dim, self.embed.grid(sizes), prefix=self.prefix)
+        pool = ("token" if class_token else "mean") if pool is None else pool
+        self.pool = pool if isinstance(pool, Pooling) else _pooling(dim, heads, pool, norm_layer)
+        after = self.pool.pool in ("mean", "max", "mean-max") if pool_norm is None else pool_norm
+        self.encoder = Encoder(
+            dim, depth, heads, position=position, norm_layer=norm_layer, dropout=dropout,
+            final_norm=final_norm and not after, **encoder,
+        )  # fmt: skip
+        self.embed_norm = nn.Identity() if embed_norm is None else norm_factory(embed_norm)(dim)
+        self.pool_norm = norm_factory(norm_layer)(dim) if final_norm and after else nn.Identity()
+        self.position_dropout, self.head_dropout = Dropout(position_dropout), Dropout(head_dropout)
+        self.head = nn.Identity() if classes is None else nn.Linear(dim, classes)
+        self.distillation_head = nn.Linear(dim, classes) if distillation and classes is not None else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw tokens and linear maps anew: truncated normal of std 0.02, biases 0."""
+        if self.prefix_tokens is not None:
+            nn.init.normal_(self.prefix_tokens, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(
+        self, images: Images, *, valid: Bool[Tensor, "batch *grid"] | None = None
+    ) -> Float[Tensor, "batch classes"]:
+        """The logits of each image; with distillation, the mean of those of both heads."""
+        logits = self.logits(self.features(images, valid=valid))
+        return logits[0] if len(logits) == 1 else (logits[0] + logits[1]) / 2
+
+    def features(self, images: Images, *, valid: Bool[Tensor, "batch *grid"] | None = None) -> Features:
+        """The tokens after the last block and norm."""
+        x, domain = self.begin(images, valid=valid)
+        for index in range(len(self.encoder.blocks)):
+            x = self.encoder.layer(index, x, domain)
+        return Features(domain.zero_padding(self.encoder.norm(x)), domain)
+
+    def intermediates(
+        self,
+        images: Images,
+        layers: SequenceOf[int] | None = None,
+        *,
+        norm: bool = False,
+        valid: Bool[Tensor, "batch *grid"] | None = None,
+    ) -> list[Features]:
+        """The tokens after each of the blocks ``layers`` (from 0, negative from the end; all if not given), for heads of dense tasks.
+
+        ``norm`` applies the last norm to each. ``maps`` makes a map of the tokens, for each image.
+        """
+        depth = len(self.encoder.blocks)
+        asked = list(range(depth)) if layers is None else [layer + depth * (layer < 0) for layer in layers]
+        if not asked or min(asked) < 0 or max(asked) >= depth:
+            raise ValueError(f"layers must be indices of the {depth} blocks; got {layers}")
+        x, domain = self.begin(images, valid=valid)
+        found = {}
+        for index in range(max(asked) + 1):
+            x = self.encoder.layer(index, x, domain)
+            if index in asked:
+                found[index] = Features(domain.zero_padding(self.encoder.norm(x)) if norm else x, domain)
+        return [found[layer] for layer in asked]
+
+    def logits(self, features: Features) -> tuple[Float[Tensor, "batch classes"], ...]:
+        """The logits of each head: one, or with distillation those of the class token and of the token that learns from a teacher."""
+        pooled = self.head_dropout(self.pooled(features))
+        if self.distillation_head is None:
+            return (self.head(pooled),)
+        return self.head(pooled), self.distillation_head(self.head_dropout(_second(features)))
+
+    def pooled(self, features: Features) -> Float[Tensor, "batch dim"]:
+        """One vector for each image, which the head sees."""
+        return self.pool_norm(self.pool(*features))
+
+    def begin(self, images: Images, *, valid: Bool[Tensor, "batch *grid"] | None = None) -> Features:
+        """What the first block sees: tokens of the patches and in front of them, and positions."""
+        x, domain = self._packed(images, valid) if not isinstance(images, Tensor) else self._batch(images, valid)
+        x = self.position_dropout(self.encoder.embed(x, domain))
+        return Features(self.embed_norm(x), domain)
+
+    def _batch(self, images: Tensor, valid: Tensor | None) -> Features:
+        domain = Grid(*self.embed.grid(images.shape[2:]), prefix=self.prefix, valid=valid)
+        x = self.embed(images if valid is None else _without_holes(images, valid))
+        x = x.flatten(1, -2)
+        if self.prefix_tokens is not None:
+            x = torch.cat([self.prefix_tokens.to(x.dtype).expand(len(x), -1, -1), x], 1)
+        return Features(domain.zero_padding(x), domain)
+
+    def _packed(self, images: SequenceOf[Tensor], valid: Tensor | None) -> Features:
+        if not isinstance(images, (list, tuple)) or not images or not all(isinstance(x, Tensor) for x in images):
+            raise TypeError(f"images must be a tensor, or a list of at least one tensor; got {type(images).__name__}")
+        if valid is not None:
+            raise ValueError("valid is for a batch of images; in a list each image has the size that it has")
+        grids = [self.embed.grid(image.shape[1:]) for image in images]
+        x = self.embed.packed(images)
+        domain = Grid.packed(grids, prefix=self.prefix).to(x.device)
+        if self.prefix_tokens is not None:
+            front = self.prefix_tokens.to(x.dtype)
+            x = torch.cat([part for image in x.split([math.prod(grid) for grid in grids]) for part in (front, image)])
+        return Features(x, domain)
+
+
+def _without_holes(images: Tensor, valid: Tensor) -> Tensor:
+    """Images with 0 in the patches that do not exist, whatever stood there."""
+    for axis, size in enumerate(images.shape[2:], 1):
+        patch = torch.arange(size, device=valid.device) * valid.shape[axis] // size
+        valid = valid.index_select(axis, patch)
+    return images.masked_fill(~valid[:, None], 0)
+
+
+def _second(features: Features) -> Float[Tensor, "batch dim"]:
+    tokens, domain = features
+    if domain.offsets is None:
+        return tokens[..., 1, :]
+    return tokens.index_select(0, domain.offsets[:-1] + 1)
+
+
+def _pooling(dim: int, heads: int, pool: Pool, norm_layer: NormLayer) -> Pooling:
+    return Pooling(dim, pool, heads=heads, norm_layer=norm_layer) if pool == "attention" else Pooling(dim, pool)
