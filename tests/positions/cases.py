@@ -83,7 +83,7 @@ def rotations(on: Domain) -> list[Rotation]:
     options: list[dict[str, object]] = [
         {},
         {"layout": "interleaved"},
-        {"fraction": 0.7},
+        {"fraction": 0.7, "offset": 0.5},
         {"mixed": True, "heads": HEADS},
     ]
     if isinstance(on, Grid):
@@ -95,6 +95,7 @@ def biases(on: Domain) -> list[Bias]:
     """Every bias that is defined on a domain, in the variants that it has there."""
     result: list[Bias] = [
         ContinuousBias(HEADS, hidden=8),
+        ContinuousBias(HEADS, hidden=8, bound=None),
         DistanceDecay(HEADS),
         DistanceDecay(HEADS, learned=True, scale=0.3),
     ]

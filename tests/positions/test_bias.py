@@ -211,6 +211,18 @@ def test_continuous_bias_is_that_of_swin_v2(window: tuple[int, int]) -> None:
     torch.testing.assert_close(scores(ours, Grid(*window)), theirs.get_bias()[0], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [(4, 4), (3, 6)])
+def test_a_bias_without_a_bound_is_that_of_timm(window: tuple[int, int]) -> None:
+    theirs = redrawn(RelPosMlp(window, num_heads=3, hidden_dim=32, prefix_tokens=1, mode="cr")).double().eval()
+    ours = ContinuousBias(3, hidden=32, axes=2, bound=None).double()
+    with torch.no_grad():
+        ours.inner.weight.copy_(theirs.mlp.fc1.weight * math.log(2))  # natural logarithm
+        ours.inner.bias.copy_(theirs.mlp.fc1.bias)
+        ours.outer.weight.copy_(theirs.mlp.fc2.weight)
+        ours.outer.bias.copy_(theirs.mlp.fc2.bias)
+    torch.testing.assert_close(scores(ours, Grid(*window, prefix=1)), theirs.get_bias()[0], rtol=0, atol=1e-5)
+
+
 def test_one_network_serves_domains_of_all_dimensions() -> None:
     bias = redrawn(ContinuousBias(2, hidden=8))
     line = scores(bias, Sequence(5))

@@ -47,6 +47,8 @@ from xformerlib.positions import (
         (lambda: Rotary(8, reference=16), "reference is used by coordinates='resized' only"),
         (lambda: Rotary(8, coordinates="resized", reference=0), "reference must be one size >= 1"),
         (lambda: Rotary(8, heads=4), "needs mixed=True"),
+        (lambda: Rotary(8, offset=float("inf")), "offset must be a finite number; got offset=inf"),
+        (lambda: ContinuousBias(2, bound=0.0), "bound must be a finite number > 0"),
         (lambda: Rotary(8, mixed=True, scaling=NTK(2.0)), "leave out one of the two"),
         (lambda: Interpolation(0.5), "factor must be a finite number >= 1"),
         (lambda: YaRN(4.0, original_length=0), "original_length must be > 0"),

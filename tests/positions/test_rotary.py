@@ -223,6 +223,16 @@ def test_resized_coordinates_are_eva02(size: tuple[int, int], reference: int | t
     torch.testing.assert_close(ours[:, :, :1], x[:, :, :1])
 
 
+@pytest.mark.parametrize("reference", [None, (6, 5)])
+def test_offset_is_that_of_perception_encoders(reference: tuple[int, int] | None) -> None:
+    theirs = RotaryEmbeddingCat(16, in_pixels=False, ref_feat_shape=reference, grid_offset=1.0).get_embed([3, 4])
+    x = torch.randn(2, 3, 2 + 12, 16)
+    how = {"coordinates": "index"} if reference is None else {"coordinates": "resized", "reference": reference}
+    ours = Rotary(16, layout="interleaved", offset=1.0, **how).rotate_one(x, Grid(3, 4, prefix=2))
+    torch.testing.assert_close(ours[:, :, 2:], apply_rot_embed_cat(x[:, :, 2:], theirs), atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours[:, :, :2], x[:, :, :2])
+
+
 @pytest.mark.parametrize("size", [(4, 4), (3, 7)])
 def test_normalized_coordinates_are_dinov3(size: tuple[int, int]) -> None:
     theirs = RotaryEmbeddingDinoV3(16, temperature=100.0).get_embed(list(size))
@@ -296,6 +306,7 @@ def test_angles_are_kept_on_the_domain_and_shared_by_equal_settings() -> None:
         {"theta": 50.0},
         {"fraction": 0.5},
         {"scale": 2.0},
+        {"offset": 1.0},
         {"coordinates": "resized"},
         {"coordinates": "resized", "reference": 8},
         {"coordinates": "normalized"},
@@ -313,3 +324,4 @@ def test_repr_says_what_is_not_usual() -> None:
     assert repr(Rotary(8)) == "Rotary(8, theta=10000, layout='half')"
     assert "scaling=NTK(factor=2.0)" in repr(Rotary(8, scaling=NTK(2.0)))
     assert "channels=4" in repr(Rotary(8, fraction=0.5))
+    assert "offset=-2" in repr(Rotary(8, offset=-2))

@@ -72,11 +72,7 @@ class RelativeBias(Bias):
     ) -> None:
         super().__init__()
         self.heads = check_width("heads", heads)
-        self.size = (
-            None
-            if size is None
-            else tuple(check_width("size", n) for n in ((size,) if isinstance(size, int) else size))
-        )
+        self.size = _checked_size(size)
         if self.size is not None and (buckets, max_distance, bidirectional, scale) != (32, 128, True, 1.0):
             raise ValueError(
                 "buckets, max_distance, bidirectional and scale make buckets; a table with size= has none. Leave them out."
@@ -106,8 +102,7 @@ class RelativeBias(Bias):
     def is_pointwise(self, domain: Domain) -> bool:
         return True
 
-    def pair(self, domain: Domain, key_domain: Domain | None = None, *, dtype: torch.dtype | None = None) -> PairBias:
-        keys = self._check(domain, key_domain)
+    def between(self, domain: Domain, keys: Domain, dtype: torch.dtype | None) -> PairBias:
         table = self.table.to(at_least_fp32(dtype or self.table.dtype))
         if in_steps(domain):
             self._check_size(domain)
@@ -137,10 +132,7 @@ class RelativeBias(Bias):
         """The row of each offset of whole steps."""
         if self.size is None:
             return self.bucket(-self.scale * offsets[:, 0].double())
-        row = offsets.new_zeros(offsets.shape[0])
-        for axis, n in enumerate(self.size):
-            row = row * (2 * n - 1) + (offsets[:, axis] + n - 1).clamp(0, 2 * n - 2)
-        return row
+        return _row_in_table(offsets, self.size)
 
     def bucket(self, ahead: Float64[Tensor, "..."], directed: bool = True) -> Int[Tensor, "..."]:
         """The T5 bucket of keys that are ``ahead`` of (negative: behind) the query, or (not ``directed``) that far from it."""
@@ -176,6 +168,8 @@ class ContinuousBias(Bias):
 
         16 sigmoid(W2 relu(W1 u + b1)),   u_a = sign(d_a) log2(1 + |d_a|)   for the offset d_a = query - key on each axis a
 
+    With ``bound=None`` it is W2 relu(W1 u + b1) + b2, as the paper's text has it; the sigmoid is its code's.
+
     - ``Sequence``, ``Timeline``, ``Grid``, ``Points``: d is the difference of positions, times or coordinates.
     - ``Graph``: u is log2(1 + hops) and 0, or 0 and 1 where there is no path.
 
@@ -188,9 +182,12 @@ class ContinuousBias(Bias):
         axes: columns of W1, the most axes that a domain may have.
         scale: what offsets are multiplied by first, one number or one for each axis. Swin v2 has 8 / (window - 1), and a factor 1/3
             around the logarithm, which is one on W1.
+        size: of the windows in which tokens attend, one number for each axis: farther offsets, whose scores are not used there, share
+            those at its rim, and the network is evaluated at 2 size - 1 offsets on each axis. For Sequence and Grid.
+        bound: scores are between 0 and it. None: they are not bounded, and ``outer`` has a bias.
 
     Weights:
-        ``inner`` (W1, b1) and ``outer`` (W2), weights drawn from a truncated normal distribution of std 0.02, b1 = 0.
+        ``inner`` (W1, b1) and ``outer`` (W2, b2), weights drawn from a truncated normal distribution of std 0.02, biases 0.
 
     Raises:
         ValueError: an option out of range, a domain with more axes.
@@ -201,8 +198,18 @@ class ContinuousBias(Bias):
         torch.Size([4, 2])
     """
 
-    def __init__(self, heads: int, *, hidden: int = 512, axes: int = 3, scale: float | SequenceOf[float] = 1.0) -> None:
+    def __init__(
+        self,
+        heads: int,
+        *,
+        hidden: int = 512,
+        axes: int = 3,
+        scale: float | SequenceOf[float] = 1.0,
+        size: int | SequenceOf[int] | None = None,
+        bound: float | None = 16.0,
+    ) -> None:
         super().__init__()
+        self.size = _checked_size(size)
         self.heads = check_width("heads", heads)
         self.hidden = check_width("hidden", hidden)
         self.axes = check_width("axes", axes)
@@ -210,8 +217,9 @@ class ContinuousBias(Bias):
         self.scale = tuple(check_positive("scale", s) for s in ((scale,) if one else scale))  # type: ignore[union-attr, arg-type]
         if len(self.scale) not in (1, axes):
             raise ValueError(f"scale must be one number or one for each of the {axes} axes; got scale={scale}")
+        self.bound = None if bound is None else check_positive("bound", bound)
         self.inner = nn.Linear(axes, hidden)
-        self.outer = nn.Linear(hidden, heads, bias=False)
+        self.outer = nn.Linear(hidden, heads, bias=bound is None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -219,27 +227,45 @@ class ContinuousBias(Bias):
         nn.init.trunc_normal_(self.inner.weight, std=0.02)
         nn.init.trunc_normal_(self.outer.weight, std=0.02)
         nn.init.zeros_(self.inner.bias)
+        if self.outer.bias is not None:
+            nn.init.zeros_(self.outer.bias)
 
     def is_pointwise(self, domain: Domain) -> bool:
-        return in_steps(domain) or isinstance(domain, Graph)
+        return in_steps(domain.whole) or isinstance(domain.whole, Graph)
 
-    def pair(self, domain: Domain, key_domain: Domain | None = None, *, dtype: torch.dtype | None = None) -> PairBias:
-        keys = self._check(domain, key_domain)
+    def between(self, domain: Domain, keys: Domain, dtype: torch.dtype | None) -> PairBias:
         columns = 2 if isinstance(domain, Graph) else domain.ndim
         if columns > self.axes:
             raise ValueError(f"ContinuousBias has axes={self.axes}, but {domain!r} needs {columns}. Raise axes.")
         dtype = at_least_fp32(dtype or self.inner.weight.dtype)
-        network = (self.inner.weight[:, :columns].to(dtype), self.inner.bias.to(dtype), self.outer.weight.to(dtype))
+        network = tuple(
+            part.to(dtype)
+            for part in (self.inner.weight[:, :columns], self.inner.bias, self.outer.weight, self.outer.bias)
+            if part is not None
+        )
+        device = network[0].device
         if in_steps(domain):
             offsets = Offsets(domain, keys)
-            return StepPair(
-                domain, keys, offsets, _network(self._features(offsets.all(network[0].device).double()), network)
-            )
+            return StepPair(domain, keys, offsets, self._table(domain, offsets, network))
+        if self.size is not None:
+            raise no_meaning(self, domain, "size= counts whole steps; leave it out.")
         if isinstance(domain, Graph):
-            return HopPair(
-                domain, keys, _network(self._hop_features(largest_graph(domain), network[0].device), network), None
-            )
+            features = self._hop_features(largest_graph(domain), device)
+            return HopPair(domain, keys, _network(features, network, self.bound), None)
         return _NetworkPair(self, domain, keys, network)
+
+    def _table(self, domain: Domain, offsets: Offsets, network: tuple[Tensor, ...]) -> Float[Tensor, "offsets heads"]:
+        """The scores of all offsets."""
+        device = network[0].device
+        if self.size is None:
+            return _network(self._features(offsets.all(device).double()), network, self.bound)
+        if len(self.size) != domain.ndim:
+            raise ValueError(f"size must have one number for each axis; got size={self.size} and {domain!r}")
+        axes = [torch.arange(1 - n, n, dtype=torch.float64, device=device) for n in self.size]
+        table = _network(self._features(torch.cartesian_prod(*axes).view(-1, domain.ndim)), network, self.bound)
+        key = ("rows of a window", self.size, offsets.low, offsets.counts, device)
+        rows = domain.fact(key, lambda: _row_in_table(offsets.all(device), self.size or ()))
+        return table.double()[rows].to(table.dtype)  # many share a row: their gradients are added in fp64
 
     def _features(self, offset: Float64[Tensor, "*pairs ndim"]) -> Float64[Tensor, "*pairs ndim"]:
         """Log-spaced offsets."""
@@ -256,32 +282,37 @@ class ContinuousBias(Bias):
 
     def extra_repr(self) -> str:
         scale = self.scale[0] if len(self.scale) == 1 else self.scale
-        return f"{self.heads}, hidden={self.hidden}, axes={self.axes}" + ("" if scale == 1 else f", scale={scale}")
+        options = ("" if scale == 1 else f", scale={scale}") + ("" if self.size is None else f", size={self.size}")
+        options += "" if self.bound == 16 else f", bound={self.bound}"
+        return f"{self.heads}, hidden={self.hidden}, axes={self.axes}{options}"
 
 
 class _NetworkPair(PairBias):
     """A network evaluated at each pair of real places."""
 
-    def __init__(
-        self, bias: ContinuousBias, domain: Domain, keys: Domain, network: tuple[Tensor, Tensor, Tensor]
-    ) -> None:
+    def __init__(self, bias: ContinuousBias, domain: Domain, keys: Domain, network: tuple[Tensor, ...]) -> None:
         super().__init__(domain, keys, network, heads=bias.heads, batch_size=_rows_of_batch(domain, keys))
         self.bias = bias
 
     def scores(self, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
         offsets = [self.domain.offset(axis, self.keys, b, q, k).double() for axis in range(self.domain.ndim)]
         features = self.bias._features(torch.stack(offsets, -1).detach())
-        scores = _network(features, self.tensors).movedim(-1, 0)
+        scores = _network(features, self.tensors, self.bias.bound).movedim(-1, 0)
         prefix = self.domain.touches_prefix(self.keys, b, q, k)
         return scores if prefix is None else scores.masked_fill(prefix, 0)
 
 
-def _network(features: Float64[Tensor, "*pairs columns"], network: tuple[Tensor, ...]) -> Float[Tensor, "*pairs heads"]:
+def _network(
+    features: Float64[Tensor, "*pairs columns"], network: tuple[Tensor, ...], bound: float | None
+) -> Float[Tensor, "*pairs heads"]:
     """The scores, never in less than fp32; many pairs are taken in blocks, whose hidden layer is computed again in the backward."""
 
-    def block(rows: Tensor, inner: Tensor, bias: Tensor, outer: Tensor) -> Tensor:
+    def block(
+        rows: Tensor, inner: Tensor, inner_bias: Tensor, outer: Tensor, outer_bias: Tensor | None = None
+    ) -> Tensor:
         with torch.autocast(rows.device.type, enabled=False):
-            return 16 * torch.sigmoid(F.linear(F.relu(F.linear(rows, inner, bias)), outer))
+            scores = F.linear(F.relu(F.linear(rows, inner, inner_bias)), outer, outer_bias)
+            return scores if bound is None else bound * torch.sigmoid(scores)
 
     rows = features.to(network[0].dtype).flatten(0, -2)
     if rows.shape[0] <= BLOCK_PAIRS:
@@ -290,7 +321,7 @@ def _network(features: Float64[Tensor, "*pairs columns"], network: tuple[Tensor,
         scores = torch.cat([checkpoint(block, part, *network, use_reentrant=False) for part in rows.split(BLOCK_PAIRS)])
     else:
         scores = torch.cat([block(part, *network) for part in rows.split(BLOCK_PAIRS)])
-    return scores.reshape(*features.shape[:-1], network[-1].shape[0])
+    return scores.reshape(*features.shape[:-1], network[2].shape[0])
 
 
 class DistanceDecay(Bias):
@@ -349,8 +380,7 @@ class DistanceDecay(Bias):
     def is_pointwise(self, domain: Domain) -> bool:
         return True
 
-    def pair(self, domain: Domain, key_domain: Domain | None = None, *, dtype: torch.dtype | None = None) -> PairBias:
-        keys = self._check(domain, key_domain)
+    def between(self, domain: Domain, keys: Domain, dtype: torch.dtype | None) -> PairBias:
         default = torch.get_default_dtype() if self.log_slopes is None else self.log_slopes.dtype
         dtype = at_least_fp32(dtype or default)
         slopes = self._published().to(dtype) if self.log_slopes is None else self.log_slopes.to(dtype).exp()
@@ -403,3 +433,15 @@ def _logarithmic(distance: Float64[Tensor, "..."], rows: int, max_distance: floa
     ratio = torch.log(distance.float().clamp(min=1) / exact) / math.log(max_distance / exact)
     far = (exact + (ratio * (rows - exact)).long()).clamp(max=rows - 1)
     return torch.where(distance < exact, distance.long(), far)
+
+
+def _checked_size(size: int | SequenceOf[int] | None) -> tuple[int, ...] | None:
+    return None if size is None else tuple(check_width("size", n) for n in ((size,) if isinstance(size, int) else size))
+
+
+def _row_in_table(offsets: Int[Tensor, "offsets ndim"], size: tuple[int, ...]) -> Int[Tensor, " offsets"]:
+    """The row-major place of each offset among those less than ``size``; farther ones are taken to the rim."""
+    row = offsets.new_zeros(offsets.shape[0])
+    for axis, n in enumerate(size):
+        row = row * (2 * n - 1) + (offsets[:, axis] + n - 1).clamp(0, 2 * n - 2)
+    return row

@@ -49,6 +49,8 @@ class Rotary(Rotation):
         coordinates: on a ``Grid``, ``"index"`` is the place i on each axis, ``"resized"`` is i / size * reference (EVA-02), and
             ``"normalized"`` is 2 pi (2 (i + 1/2) / size - 1) (DINOv3). The last two exist only on a Grid.
         reference: the grid size of training, one number or one for each axis; with ``coordinates="resized"``. Default 16.
+        offset: added to the places first. Among themselves tokens do not notice, but it tells them from prefix tokens, which stay at 0:
+            1 in Perception Encoders (Bolya et al. 2025, arXiv:2504.13181).
         scale: what coordinates are multiplied by: the highest frequency, in radians per unit of time or space. ``2 * math.pi / 24`` turns
             the fastest pair once a day, if times are in hours.
 
@@ -78,6 +80,7 @@ class Rotary(Rotation):
         heads: int = 1,
         coordinates: Literal["index", "resized", "normalized"] = "index",
         reference: int | SequenceOf[int] | None = None,
+        offset: float = 0.0,
         scale: float = 1.0,
     ) -> None:
         super().__init__()
@@ -103,6 +106,9 @@ class Rotary(Rotation):
             )
         self.coordinates = _check_choice("coordinates", coordinates, ("index", "resized", "normalized"))
         self.reference = _check_reference(coordinates, reference)
+        if not math.isfinite(offset):
+            raise ValueError(f"offset must be a finite number; got offset={offset}")
+        self.offset = float(offset)
         self.scale = check_positive("scale", scale)
         self.frequencies = nn.Parameter(torch.empty(heads, 3, self.pairs)) if mixed else None
         self.reset_parameters()
@@ -128,7 +134,7 @@ class Rotary(Rotation):
     def rotate_one(self, x: Float[Tensor, "*batch heads tokens head_dim"], domain: Domain) -> Tensor:
         """Queries or keys ``x`` of any number of heads, turned by their positions on ``domain``."""
         check_tokens(self, x, domain, self.head_dim, "head_dim")
-        cos, sin = self._cos_sin(x, domain)
+        cos, sin = self._cos_sin(x, domain) if domain.whole is domain else self._of_subset(x, domain)
         if self.frequencies is not None and self.heads > 1:
             count = x.shape[-3]
             if count % self.heads:
@@ -141,6 +147,19 @@ class Rotary(Rotation):
         if self.scaling is not None:
             turned = turned * self.scaling.temperature
         return turned.to(x.dtype)
+
+    def _of_subset(self, x: Tensor, domain: Domain) -> tuple[Tensor, Tensor]:
+        """Of the cosines and sines of the whole those of the tokens kept; which may differ by row of the batch."""
+
+        def make() -> tuple[Tensor, Tensor]:
+            whole = self._cos_sin(x, domain.whole)
+            cos, sin = (domain.take(part) for part in whole)
+            # All heads turn alike.
+            return (cos[:, None], sin[:, None]) if whole[0].ndim < cos.ndim == 3 else (cos, sin)
+
+        if self.frequencies is not None:
+            return make()
+        return domain.fact(("rotary", *self._key(), at_least_fp32(x.dtype), x.device), make)
 
     def _cos_sin(self, x: Tensor, domain: Domain) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the angles, ``(tokens, pairs)`` or with axes of batch and heads in front, at least in fp32."""
@@ -159,7 +178,7 @@ class Rotary(Rotation):
         return domain.fact(("rotary", *self._key(), dtype, x.device), make)
 
     def _key(self) -> tuple[Hashable, ...]:
-        return self.theta, self.pairs, self.scaling, self.coordinates, self.reference, self.scale
+        return self.theta, self.pairs, self.scaling, self.coordinates, self.reference, self.offset, self.scale
 
     def _table(self, ndim: int) -> Float[Tensor, "ndim pairs"]:
         """The frequency of each pair on each axis."""
@@ -183,8 +202,15 @@ class Rotary(Rotation):
 
     def _where(self, domain: Domain, device: torch.device) -> Float[Tensor, "*batch tokens ndim"]:
         """The coordinates that angles are proportional to; 0 for prefix tokens."""
-        if self.coordinates == "index":
-            return places(domain, device) * self.scale
+        where = places(domain, device) + self.offset
+        if self.coordinates != "index":
+            where = self._relative_to_size(where, domain)
+        i = torch.arange(domain.num_tokens, device=device)
+        prefix = domain.is_prefix(i.new_zeros(()), i)
+        where = where if prefix is None else where.masked_fill(prefix[:, None], 0)
+        return where * self.scale
+
+    def _relative_to_size(self, where: Tensor, domain: Domain) -> Float[Tensor, "tokens ndim"]:
         if not isinstance(domain, Grid):
             raise ValueError(
                 f"coordinates={self.coordinates!r} need the size of a Grid; got {domain!r}. Use coordinates='index'."
@@ -193,16 +219,10 @@ class Rotary(Rotation):
             raise ValueError(
                 f"reference must be one size or one for each axis; got reference={self.reference} for {domain!r}"
             )
-        sizes = _sizes(domain, device)
+        sizes = _sizes(domain, where.device)
         if self.coordinates == "resized":
-            reference = torch.tensor(self.reference, dtype=torch.float64, device=device)
-            where = places(domain, device) / sizes * reference
-        else:
-            where = 2 * math.pi * (2 * (places(domain, device) + 0.5) / sizes - 1)
-        i = torch.arange(domain.num_tokens, device=device)
-        prefix = domain.is_prefix(i.new_zeros(()), i)
-        where = where if prefix is None else where.masked_fill(prefix[:, None], 0)
-        return where * self.scale
+            return where / sizes * torch.tensor(self.reference, dtype=torch.float64, device=where.device)
+        return 2 * math.pi * (2 * (where + 0.5) / sizes - 1)
 
     def extra_repr(self) -> str:
         options = [f"{self.head_dim}", f"theta={self.theta:g}", f"layout={self.layout!r}"]
@@ -216,6 +236,8 @@ class Rotary(Rotation):
             options.append(f"coordinates={self.coordinates!r}")
         if self.reference is not None:
             options.append(f"reference={self.reference}")
+        if self.offset:
+            options.append(f"offset={self.offset:g}")
         if self.scale != 1:
             options.append(f"scale={self.scale:g}")
         return ", ".join(options)
@@ -237,9 +259,9 @@ def _sizes(domain: Grid, device: torch.device) -> Float[Tensor, "#tokens ndim"]:
     """The size of the grid that each token is in, at least 1."""
     i = torch.arange(domain.num_tokens, device=device)
     zero = i.new_zeros(())
-    last = [
-        torch.as_tensor(domain.extent(axis, zero, i)[1], device=device).expand(i.shape) for axis in range(domain.ndim)
-    ]
+    ends = [domain.extent(axis, zero, i)[1] for axis in range(domain.ndim)]
+    # (torch.as_tensor would make a constant of a symbolic size.)
+    last = [end.expand(i.shape) if isinstance(end, Tensor) else i.new_full(i.shape, end) for end in ends]
     return (torch.stack(last, -1) + 1).clamp(min=1).double()
 
 
