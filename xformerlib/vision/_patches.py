@@ -200,3 +200,11 @@ class ConvStem(Tokenizer):
             x = F.relu(convolution(x))
             x = pool(x, 3, 2, 1) if self.pool else x
         return x.movedim(1, -1)
+
+
+def check_list(images: SequenceOf[Tensor], valid: Tensor | None) -> None:
+    """Raise unless these are images in a list, which need no ``valid``."""
+    if not isinstance(images, (list, tuple)) or not images or not all(isinstance(x, Tensor) for x in images):
+        raise TypeError(f"images must be a tensor, or a list of at least one tensor; got {type(images).__name__}")
+    if valid is not None:
+        raise ValueError("valid is for a batch of images; in a list each image has the size that it has")
