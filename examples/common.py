@@ -8,7 +8,7 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,12 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def what_determines(options: Any, seed: int) -> dict[str, str]:
+    """The options, a dataclass, that the result of a run depends on: the others may differ when it is continued."""
+    free = ("run", "resume", "device", "eval_batch_size", "seeds")
+    return {name: str(value) for name, value in asdict(options).items() if name not in free} | {"seed": str(seed)}
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def milliseconds(model: ts.ForecastModel, windows: ts.Windows, batch_size: int, 
 def examine(name: example.Name, task: example.Task, o: Options) -> Row:
     """Train one model, unless that is done, and find out about it."""
     own = dataclasses.replace(o, model=name, run=o.run / name)
-    run = common.Run(own.run, example.what_determines(own, o.seeds[0]))
+    run = common.Run(own.run, common.what_determines(own, o.seeds[0]))
     common.seed_everything(o.seeds[0])
     model = example.build(own, task.table)
     example.train(model, task, run, dataclasses.replace(own, resume=o.resume and run.state.exists()), o.seeds[0])

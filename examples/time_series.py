@@ -17,7 +17,7 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -78,7 +78,7 @@ HEADS: dict[str, ts.Head] = {
     "quantile": ts.Quantile((0.1, 0.25, 0.5, 0.75, 0.9)),
     "student-t": ts.StudentT(),
 }
-SIZES = ("dim", "depth", "heads", "hidden", "dropout", "patch", "stride")
+CHOICES = ("dim", "depth", "heads", "hidden", "dropout", "patch", "stride", "normalise")
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,8 @@ class Options:
     """Steps in a patch, which is a token."""
     stride: int | None = None
     """Steps from one patch to the next."""
+    normalise: bool | None = None
+    """Whether dlinear sees every look-back off its own level and scale, as the models of attention always do."""
     steps: int = 300
     """Training steps."""
     batch_size: int = 32
@@ -239,10 +241,10 @@ def build(o: Options, table: data.Table) -> ts.ForecastModel:
     """The model that was asked for, with the sizes that were given."""
     kind, sizes = MODELS[o.model]
     known = inspect.signature(kind).parameters
-    given = {name: getattr(o, name) for name in SIZES if getattr(o, name) is not None}
+    given = {name: getattr(o, name) for name in CHOICES if getattr(o, name) is not None}
     for name in given:
         if name not in known:
-            raise ValueError(f"--{name} is no size of {o.model}: leave it out")
+            raise ValueError(f"--{name} is no option of {o.model}: leave it out")
     options = {**sizes, **given} | {name: size for name in ("past", "future") if (size := getattr(table, name))}
     if "head" in kind.takes:
         options["head"] = HEADS[o.head]
@@ -270,7 +272,7 @@ def main(o: Options) -> None:
     theirs = scores.score(naive, task.plain, o.eval_batch_size)
     results = []
     for seed in o.seeds:
-        run = common.Run(o.run if len(o.seeds) == 1 else o.run / f"seed-{seed}", what_determines(o, seed))
+        run = common.Run(o.run if len(o.seeds) == 1 else o.run / f"seed-{seed}", common.what_determines(o, seed))
         common.seed_everything(seed)
         model = build(o, task.table).to(device)
         step, spent = train(model, task, run, o, seed)
@@ -295,12 +297,6 @@ def main(o: Options) -> None:
         for name, values in (("MSE", [s.mse() for s in results]), ("MAE", [s.mae() for s in results])):
             print(f"standardised {name} over {len(values)} seeds: {mean(values):.4f} +- {stdev(values):.4f}")
     print(f"{time.perf_counter() - began:.0f} seconds")
-
-
-def what_determines(o: Options, seed: int) -> dict[str, Any]:
-    """The options that a result depends on: the others may differ when a run is continued."""
-    free = ("run", "resume", "device", "eval_batch_size", "seeds")
-    return {name: str(value) for name, value in asdict(o).items() if name not in free} | {"seed": str(seed)}
 
 
 def train(model: ts.ForecastModel, task: Task, run: common.Run, o: Options, seed: int) -> tuple[int, float]:

@@ -1,0 +1,272 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import common
+import compare_padding as compare
+import confusion_figure as figure
+import labelled_series as data
+import pytest
+import series_classification as example
+import torch
+import tyro
+
+ROOT = Path(__file__).parents[2]
+TINY = example.Options(dim=8, depth=1, heads=2, epochs=3, batch_size=8, noise=0.1, skip=2)
+
+
+def write(folder: Path) -> Path:
+    """Slow and fast waves of 8 to 30 steps, at any height; one value is missing."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for part, count in (("TRAIN", 60), ("TEST", 40)):
+        lines = ["@timeStamps false", "@classLabel true slow fast", "@data"]
+        for i in range(count):
+            steps = torch.arange(int(torch.randint(8, 31, (), generator=generator)))
+            phase, height, noise = torch.rand(3, generator=generator)
+            x = torch.sin(steps * (0.4, 1.4)[i % 2] + 7 * phase) + height + 0.1 * noise
+            cells = [f"{value:.4f}" for value in x.tolist()]
+            if i == 3:
+                cells[5] = "?"
+            lines.append(",".join(cells) + ":" + ("slow", "fast")[i % 2])
+        (folder / f"Waves_{part}.ts").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture
+def waves(tmp_path: Path) -> Path:
+    return write(tmp_path / "Waves")
+
+
+@pytest.fixture
+def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that look at something else: drawing takes longer than training."""
+    monkeypatch.setattr(figure, "draw", lambda *_: None)
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(path: Path) -> list[dict[str, Any]]:
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in records(path)]
+
+
+# -- the whole script --------------------------------------------------------------------------------------------------
+
+
+def test_the_command_without_data(tmp_path: Path) -> None:
+    command = [sys.executable, "examples/series_classification.py", "--epochs", "2", "--run", str(tmp_path / "run")]
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2/2" in done.stderr  # the progress bar
+    for word in ("train 720, validation 179, test 898", "test accuracy", "most frequent", "confusion.png"):
+        assert word in done.stdout
+    run = tmp_path / "run"
+    assert {path.name for path in run.iterdir()} == {"metrics.jsonl", "model.safetensors", "resume.pt", "confusion.png"}
+    assert (run / "confusion.png").read_bytes().startswith(b"\x89PNG")
+    assert [record["epoch"] for record in records(run)] == [1, 2, 2]
+    assert records(run)[-1]["test_accuracy"] > 0.3  # of ten digits, after two epochs
+
+
+def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    for options in (example.Options, compare.Options):
+        with pytest.raises(SystemExit) as stop:
+            tyro.cli(options, args=["--help"])
+        assert stop.value.code == 0
+        text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        for field in dataclasses.fields(options):
+            explained = re.search(rf"--{field.name.replace('_', '-')},? [A-Z{{\[-]\S+(.*?)\(default:", text)
+            assert explained and len(explained[1].split()) >= 2, field.name
+
+
+def test_classes_of_waves_are_learned(waves: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = dataclasses.replace(TINY, data=waves, run=tmp_path / "run", epochs=20, patch=4, lr=1e-2)
+    example.main(options)
+    out = capsys.readouterr().out
+    assert "Waves: 2 classes, 8 to 30 steps of 1 values\n         2 missing values" in out
+    assert "train 48, validation 12, test 40" in out
+    assert "most frequent     50.00%" in out
+    assert records(options.run)[-1]["test_accuracy"] > 0.8
+
+
+def test_the_weights_that_did_best_on_validation_are_scored(waves: Path, tmp_path: Path, no_picture: None) -> None:
+    options = dataclasses.replace(TINY, data=waves, run=tmp_path / "run", epochs=5, lr=3e-2)
+    example.main(options)
+    *course, last = records(options.run)
+    known = data.load(waves)
+    parts = example.parts_of(known, options, 0, torch.device("cpu"))
+    model = example.build(options, parts["train"], 2)
+    common.Run(options.run, {}).load_weights(model)
+    best = max((record["validation_accuracy"], -record["validation_loss"]) for record in course)
+    validation, test = (example.score(model, parts[name], 128) for name in ("validation", "test"))
+    assert (validation.accuracy, -validation.loss) == pytest.approx(best, rel=1e-5)
+    assert test.accuracy == last["test_accuracy"] and test.loss == pytest.approx(last["test_loss"], rel=1e-5)
+    for batch_size in (1, 7):
+        again = example.score(model, parts["test"], batch_size)
+        assert torch.equal(again.confusion, test.confusion) and again.loss == pytest.approx(test.loss, rel=1e-5)
+
+
+def test_without_validation_all_series_train_and_the_last_weights_are_kept(
+    waves: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = dataclasses.replace(TINY, data=waves, run=tmp_path / "run", validation=0.0, epochs=2)
+    example.main(options)
+    assert "train 60, test 40" in capsys.readouterr().out
+    assert "validation_loss" not in records(options.run)[0]
+    state = torch.load(options.run / "resume.pt", weights_only=True)["parts"]["model"]
+    model = example.build(options, example.parts_of(data.load(waves), options, 0, torch.device("cpu"))["train"], 2)
+    common.Run(options.run, {}).load_weights(model)
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("saved", [1, 2, 3])
+def test_a_run_that_was_cut_off_ends_as_if_it_never_was(
+    saved: int, waves: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_picture: None
+) -> None:
+    whole = dataclasses.replace(TINY, data=waves, run=tmp_path / "whole", scale="series", logarithm=True)
+    parted = dataclasses.replace(whole, run=tmp_path / "parted")
+    example.main(whole)
+    save_state, calls = common.Run.save_state, []
+
+    def cut_off(run: common.Run, *args: Any, **values: float) -> None:
+        calls.append(run)
+        if len(calls) == saved:
+            raise KeyboardInterrupt
+        save_state(run, *args, **values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "save_state", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            example.main(parted)
+    torch.rand(5)
+    if saved == 1:  # nothing was saved
+        with pytest.raises(SystemExit, match="error: --resume continues a run, but there is no"):
+            example.main(dataclasses.replace(parted, resume=True))
+        return
+    example.main(dataclasses.replace(parted, resume=True))
+    assert untimed(parted.run) == untimed(whole.run)
+    assert (parted.run / "model.safetensors").read_bytes() == (whole.run / "model.safetensors").read_bytes()
+
+
+def test_several_seeds_split_and_train_anew(
+    waves: Path, tmp_path: Path, no_picture: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = dataclasses.replace(TINY, data=waves, run=tmp_path / "run", epochs=1, seeds=(0, 1))
+    example.main(options)
+    assert "test accuracy over 2 seeds" in capsys.readouterr().out
+    losses = [untimed(options.run / f"seed-{seed}")[0]["train_loss"] for seed in (0, 1)]
+    assert losses[0] != losses[1]
+    again = dataclasses.replace(options, run=tmp_path / "again", seeds=(1,))
+    example.main(again)
+    assert untimed(again.run) == untimed(options.run / "seed-1")
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+
+
+def test_training_leaves_out_first_steps_and_adds_noise() -> None:
+    batch = data.Labelled([torch.arange(float(n))[:, None] for n in (1, 3, 50)], torch.zeros(3), torch.empty(3, 0))
+    for x, own in zip(example.varied(batch, example.Options()).series, batch.series, strict=True):
+        assert torch.equal(x, own)
+    first = set()
+    for _ in range(60):
+        series = example.varied(batch, example.Options(skip=4)).series
+        assert len(series[0]) == 1 and 1 <= len(series[1]) <= 3
+        first.add(int(series[2][0]))
+        assert torch.equal(series[2][:, 0], torch.arange(float(series[2][0]), 50))
+    assert first == {0, 1, 2, 3, 4}
+    noisy = torch.cat([example.varied(batch, example.Options(noise=0.5)).series[2] for _ in range(40)])
+    assert float((noisy - batch.series[2].repeat(40, 1)).std()) == pytest.approx(0.5, rel=0.1)
+
+
+def test_each_series_comes_once_in_an_epoch() -> None:
+    batch = data.Labelled([torch.zeros(2, 1)] * 10, torch.arange(10), torch.arange(10.0)[:, None])
+    for shuffle in (False, True):
+        drawn = list(example.batches(batch, 4, shuffle=shuffle))
+        assert [len(part.series) for part in drawn] == [4, 4, 2]
+        order = torch.cat([part.labels for part in drawn])
+        assert order.sort().values.tolist() == list(range(10)) and (order.tolist() == list(range(10))) == (not shuffle)
+        assert torch.equal(torch.cat([part.static for part in drawn])[:, 0], order.float())
+
+
+def test_the_summary_names_what_was_taken_for_what() -> None:
+    confusion = torch.tensor([[5, 0, 2], [0, 4, 0], [0, 1, 8]])
+    text = example.summary(["a", "b", "c"], example.Score(confusion, 0.0))
+    assert "85.00%: 17 of 20 series" in text and "45.00%: what one gets" in text
+    assert "a for c: 2 times" in text and "c for b: 1 times" in text and "b for" not in text
+
+
+def test_packed_and_padded_give_the_same_at_each_step_of_training(
+    waves: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = compare.Options(data=waves, patch=3, scale="series", dim=8, depth=1, heads=2, hidden=16, batch_size=8)
+    compare.main(options)
+    out = capsys.readouterr().out
+    assert float(re.findall(r"differ by (\S+) at most", out)[0]) < 1e-5
+    rows = [line.split()[-5:] for line in out.splitlines()[-3:]]
+    counts = [int(row[0]) for row in rows]
+    known = data.load(waves)
+    lengths = [-(-len(x) // 3) for x in known.train.series]
+    assert counts[0] == sum(lengths) < counts[1] < counts[2] == 60 * 10
+    assert rows[0][2] == "1.00" and all(math.isfinite(float(row[2])) for row in rows)
+    assert len({row[4] for row in rows}) == 1
+    losses = [float(row[3]) for row in rows]
+    assert losses == pytest.approx([losses[0]] * 3, abs=2e-4)
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": Path("nowhere")}, "nowhere has no NAME_TRAIN.ts"),
+        ({"patch": 0}, "--patch must be >= 1; got 0"),
+        ({"epochs": 0}, "--epochs must be >= 1; got 0"),
+        ({"validation": 1.0}, r"--validation must be in \[0, 1\); got 1.0"),
+        ({"validation": 0.001}, "--validation 0.001 of so few series in each class is none"),
+        ({"smoothing": -0.1}, r"--smoothing must be in \[0, 1\)"),
+        ({"weight_decay": -1.0}, "--weight-decay must be >= 0"),
+        ({"skip": -1}, "--skip must be >= 0; got -1"),
+        ({"lr": 0.0}, "--lr must be > 0"),
+        ({"seeds": (1, 1)}, "--seeds must be one number or several different ones"),
+        ({"heads": 3}, "heads"),
+        ({"device": "abacus"}, "--device must be auto or a device of this machine"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(
+    options: dict[str, Any], message: str, waves: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        example.main(dataclasses.replace(TINY, **{"data": waves, "run": tmp_path / "run", **options}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_comparison_refuses_what_cannot_work(waves: Path) -> None:
+    for options, message in (({"epochs": 0}, "--epochs must be >= 1"), ({"lr": -1.0}, "--lr must be > 0")):
+        with pytest.raises(SystemExit, match=f"^error: {message}"):
+            compare.main(compare.Options(data=waves, **options))  # type: ignore[arg-type]
+
+
+def test_a_run_is_not_continued_with_other_options(waves: Path, tmp_path: Path, no_picture: None) -> None:
+    begun = dataclasses.replace(TINY, data=waves, run=tmp_path / "run", epochs=1)
+    example.main(begun)
+    with pytest.raises(SystemExit, match=r"error: --resume needs the options .* skip='2' then, '3' now"):
+        example.main(dataclasses.replace(begun, resume=True, skip=3))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(waves: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"the training loss is .* in epoch 1; try a smaller --lr"):
+        example.main(dataclasses.replace(TINY, data=waves, run=tmp_path / "run", lr=1e30, warmup=0.0, epochs=1))
