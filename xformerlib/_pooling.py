@@ -14,7 +14,7 @@ from ._inputs import place
 from ._sublayers import Activation, FeedForward, NormLayer, norm_factory
 from .attention import Attention
 from .domains import Domain, Sequence
-from .masks import Prefix
+from .masks import Keys, Mask
 
 Pool = Literal["token", "mean", "sum", "max", "mean-max", "attention"]
 
@@ -111,13 +111,13 @@ class MultiheadPooling(nn.Module):
     ) -> Float[Tensor, "items dim"]:
         """Pool ``x``, ``(B, T, dim)`` or packed ``(N, dim)``."""
         domain = place("x", x, self.latent.numel(), domain)
-        mask = None if self.prefix or not domain.prefix else ~Prefix(domain.prefix)
+        context, keys, mask = (x, domain, None) if self.prefix else _without_prefix(x, domain)
         if x.ndim == 3:
-            queries, latent = Sequence(1), self.latent.expand(len(x), 1, -1)
+            queries, latent = Sequence(1), self.latent.expand(x.shape[0], 1, -1)
         else:
             queries = Sequence.packed(torch.ones(domain.num_items, dtype=torch.long, device=x.device))
             latent = self.latent.expand(domain.num_items, -1)
-        y = self.attention(latent, queries, context=x, context_domain=domain, mask=mask).reshape(-1, x.shape[-1])
+        y = self.attention(latent, queries, context=context, context_domain=keys, mask=mask).reshape(-1, x.shape[-1])
         return y + self.feed_forward(self.norm(y))
 
 
@@ -160,6 +160,17 @@ def ordinary(domain: Domain) -> tuple[Int[Tensor, " ordinary"], Int[Tensor, " it
         return tokens if prefix is None else tokens[~prefix], begin
 
     return domain.fact("ordinary", make)
+
+
+def _without_prefix(x: Tensor, domain: Domain) -> tuple[Tensor, Domain, Mask | None]:
+    """Ordinary tokens as a plain sequence, since a pooling query asks for no places, and what hides padding."""
+    if not domain.prefix:
+        return x, domain, None
+    if domain.offsets is not None:
+        lengths = domain.offsets.diff() - domain.prefix
+        return _unbatched(x, domain).index_select(0, ordinary(domain)[0]), Sequence.packed(lengths), None
+    mask = None if domain.valid is None else Keys(domain.valid[:, domain.prefix :])
+    return x[..., domain.prefix :, :], Sequence(domain.num_tokens - domain.prefix), mask
 
 
 def _unbatched(x: Tensor, domain: Domain) -> Tensor:

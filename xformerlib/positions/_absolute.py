@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..domains import Domain, Graph, Grid, Sequence, Timeline
-from ._base import Embedding, at_least_fp32, check_positive, check_tokens, check_width, no_meaning, places
+from ._base import Embedding, at_least_fp32, check_positive, check_width, no_meaning, places
 from ._graph import on_nodes, random_signs, spectral_axes
 from ._scaling import frequencies
 
@@ -60,14 +60,12 @@ class Sinusoidal(Embedding):
         self.scale = check_positive("scale", scale)
         self.eigenvectors = min(8, dim // 2) if eigenvectors is None else check_width("eigenvectors", eigenvectors)
 
-    def forward(self, x: Float[Tensor, "*batch tokens dim"], domain: Domain) -> Float[Tensor, "*batch tokens dim"]:
-        check_tokens(self, x, domain, self.dim, "dim")
+    def rows(self, domain: Domain, x: Tensor) -> Float[Tensor, "*batch tokens dim"]:
         if isinstance(domain, Graph) and self.training:
-            return x + self._of_graph(domain, random_signs(domain, self.eigenvectors)).to(x.dtype)
+            return self._of_graph(domain, random_signs(domain, self.eigenvectors))
         dtype = at_least_fp32(x.dtype)
         key = ("sinusoidal", self.dim, self.theta, self.scale, self.eigenvectors, dtype, x.device)
-        table = domain.fact(key, lambda: self._table(domain, x).to(dtype))
-        return x + table.to(x.dtype)
+        return domain.fact(key, lambda: self._table(domain, x).to(dtype))
 
     def _table(self, domain: Domain, x: Tensor) -> Float64[Tensor, "*batch tokens dim"]:
         """The embedding of every token."""
@@ -154,15 +152,9 @@ class Learned(Embedding):
         for table in self.parameters():
             nn.init.normal_(table, std=0.02)
 
-    def forward(self, x: Float[Tensor, "*batch tokens dim"], domain: Domain) -> Float[Tensor, "*batch tokens dim"]:
-        check_tokens(self, x, domain, self.dim, "dim")
+    def rows(self, domain: Domain, x: Tensor) -> Float[Tensor, "tokens dim"]:
         if self.prefix and domain.prefix != self.prefix:
             raise ValueError(f"prefix={self.prefix} rows are for domains with that many prefix tokens; got {domain!r}")
-        rows = self._rows(domain).to(x.dtype)
-        return x + rows
-
-    def _rows(self, domain: Domain) -> Float[Tensor, "tokens dim"]:
-        """The embedding of every token."""
         if isinstance(domain, Graph) and isinstance(self.size, int):
             return self._of_graph(domain, self.size)
         if self.out_table is not None:
@@ -253,7 +245,8 @@ def _resample(table: Float[Tensor, "*size dim"], size: tuple[int, ...]) -> Float
     """
     resampled = table
     for axis, (old, new) in enumerate(zip(table.shape[:-1], size, strict=True)):
-        if old != new:
+        # A graph for all sizes must not ask: resampled to its own size a table stays as it is.
+        if isinstance(new, torch.SymInt) or old != new:
             weights = _bicubic(old, new).to(table.device)
             resampled = (resampled.double().movedim(axis, -1) @ weights.T).movedim(-1, axis)
     return resampled.to(table.dtype)
@@ -261,9 +254,10 @@ def _resample(table: Float[Tensor, "*size dim"], size: tuple[int, ...]) -> Float
 
 def _bicubic(old: int, new: int) -> Float64[Tensor, "new old"]:
     """Weights of the old places at the new ones: Keys' cubic kernel with a = -1/2, widened where the new places are fewer."""
-    scale = old / max(new, 1)
-    centres = scale * (torch.arange(new, dtype=torch.float64) + 0.5)
-    x = (torch.arange(old, dtype=torch.float64) + 0.5 - centres[:, None]).abs() / max(scale, 1.0)
+    places = torch.arange(new)
+    scale = old / places.new_full((), new).double().clamp(min=1)  # a tensor, since the size may be symbolic
+    centres = scale * (places + 0.5)
+    x = (torch.arange(old, dtype=torch.float64) + 0.5 - centres[:, None]).abs() / scale.clamp(min=1)
     near, far = (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2
     weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
     return weights / weights.sum(1, keepdim=True)

@@ -17,7 +17,7 @@ from .._sublayers import NormLayer, norm_factory
 from ..blocks import Encoder
 from ..domains import Grid
 from ..positions import Learned, Position
-from ._patches import Images, PatchEmbed, Tokenizer
+from ._patches import Images, PatchEmbed, Tokenizer, check_list
 
 # As in the published models.
 LAYER_NORM: NormLayer = partial(nn.LayerNorm, eps=1e-6)
@@ -206,14 +206,11 @@ class ViT(nn.Module):
         x = self.embed(images if valid is None else _without_holes(images, valid))
         x = x.flatten(1, -2)
         if self.prefix_tokens is not None:
-            x = torch.cat([self.prefix_tokens.to(x.dtype).expand(len(x), -1, -1), x], 1)
+            x = torch.cat([self.prefix_tokens.to(x.dtype).expand(x.shape[0], -1, -1), x], 1)
         return Features(domain.zero_padding(x), domain)
 
     def _packed(self, images: SequenceOf[Tensor], valid: Tensor | None) -> Features:
-        if not isinstance(images, (list, tuple)) or not images or not all(isinstance(x, Tensor) for x in images):
-            raise TypeError(f"images must be a tensor, or a list of at least one tensor; got {type(images).__name__}")
-        if valid is not None:
-            raise ValueError("valid is for a batch of images; in a list each image has the size that it has")
+        check_list(images, valid)
         grids = [self.embed.grid(image.shape[1:]) for image in images]
         x = self.embed.packed(images)
         domain = Grid.packed(grids, prefix=self.prefix).to(x.device)
