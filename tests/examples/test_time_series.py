@@ -266,7 +266,7 @@ def test_a_table_that_cannot_be_used_is_refused(text: str, message: str, tmp_pat
         ({"lookback": 12, "horizon": 6}, "--lookback must hold a season of 24 steps; got --lookback 12"),
         ({"lookback": 24, "horizon": 6, "difference": True}, "--lookback must hold more than the season of 24 steps"),
         ({"patch": 49}, "patch must be <= lookback; got patch=49 and lookback=48"),
-        ({"model": "dlinear"}, "--dim is no size of dlinear: leave it out"),
+        ({"model": "dlinear"}, "--dim is no option of dlinear: leave it out"),
         (
             {"model": "dlinear", "dim": None, "depth": None, "heads": None, "dropout": None, "calendar": ("day",)},
             "DLinear has no use for future",

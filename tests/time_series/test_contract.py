@@ -37,6 +37,7 @@ CASES = [
     Case(ts.SeasonalNaive, {"season": 4}),
     Case(ts.DLinear, {"kernel": 5}),
     Case(ts.DLinear, {"kernel": 5, "individual": True}),
+    Case(ts.DLinear, {"kernel": 5, "normalise": True}),
     Case(ts.PatchTST, {"patch": 6, "stride": 3, "dim": 8, "depth": 2, "heads": 2, "hidden": 16}),
     Case(ts.ITransformer, {"dim": 8, "depth": 2, "heads": 2, "hidden": 16}),
     Case(ts.TimeXer, {"patch": 5, "dim": 8, "depth": 2, "heads": 2, "hidden": 16}),

@@ -46,6 +46,18 @@ def test_dlinear_is_its_formula(individual: bool) -> None:
         torch.testing.assert_close(model(x)[..., c], expected)
 
 
+@given(level=st.floats(-100, 100), scale=st.floats(1, 100), seed=st.integers(0, 1000))
+def test_normalised_dlinear_follows_level_and_scale(level: float, scale: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    model, x = ts.DLinear(2, 9, 4, kernel=3, normalise=True).double(), torch.randn(3, 9, 2, dtype=torch.float64)
+    z = (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True, correction=0)
+    plain = ts.DLinear(2, 9, 4, kernel=3).double()
+    plain.load_state_dict(model.state_dict())
+    expected = plain(z) * x.std(1, keepdim=True, correction=0) + x.mean(1, keepdim=True)
+    torch.testing.assert_close(model(x * scale + level), expected * scale + level, rtol=1e-3, atol=1e-3 * scale)
+    assert not torch.allclose(model(x), plain(x))
+
+
 def test_dlinear_fills_what_is_missing_forward() -> None:
     model, x = ts.DLinear(1, 9, 4, kernel=3), torch.randn(1, 9, 1)
     filled = x.clone()

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ._checks import check_size
 from ._inputs import ForecastModel, Inputs, Series
-from ._parts import fill_forward
+from ._parts import fill_forward, instance_norm
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -61,6 +61,10 @@ class DLinear(ForecastModel):
 
         trend_t = mean of x over a window around t, the ends repeated;   y = W_trend trend + W_rest (x - trend) + b
 
+    With ``normalise``, both see the look-back off its own level and scale, and the forecast is brought back to them (``instance_norm``):
+    RLinear (Li et al. 2023, arXiv:2305.10721), whose one linear map can do what these two can. It is for series whose level drifts away
+    from where it was in training.
+
     Weights begin at random, as in the paper's code. What is missing is filled with the last value before it (the paper has no missing
     values).
 
@@ -68,6 +72,7 @@ class DLinear(ForecastModel):
         channels, lookback, horizon, **inputs: as in ``ForecastModel``.
         kernel: steps of the moving average, an odd number.
         individual: maps of its own for each channel.
+        normalise: take every look-back off its own level and scale.
 
     Example:
         >>> DLinear(7, 336, 96)(torch.randn(2, 336, 7)).shape
@@ -84,26 +89,28 @@ class DLinear(ForecastModel):
         *,
         kernel: int = 25,
         individual: bool = False,
+        normalise: bool = False,
         **inputs: Unpack[Inputs],
     ) -> None:
         super().__init__(channels, lookback, horizon, **inputs)
         if check_size("kernel", kernel) % 2 == 0:
             raise ValueError(f"kernel must be odd, so that the average is around each step; got kernel={kernel}")
-        self.kernel = kernel
+        self.kernel, self.normalise = kernel, normalise
         count, outputs = channels if individual else 1, horizon * self.head.size
         self.trend, self.rest = (nn.ModuleList(nn.Linear(lookback, outputs) for _ in range(count)) for _ in range(2))
 
     def forecast(self, series: Series) -> Any:
         """The sum of both maps."""
-        x = fill_forward(series.values, series.observed).transpose(1, 2)
+        x, inverse = instance_norm(series.values, series.observed) if self.normalise else (series.values, None)
+        x = fill_forward(x, series.observed).transpose(1, 2)
         side = self.kernel // 2
         trend = F.avg_pool1d(F.pad(x, (side, side), mode="replicate"), self.kernel, stride=1)
         parts = zip(self._map(self.trend, trend), self._map(self.rest, x - trend), strict=True)
         y = torch.cat([a + b for a, b in parts], 1)
-        return self.head.forecast(y.unflatten(2, (self.horizon, -1)).transpose(1, 2))
+        return self.head.forecast(y.unflatten(2, (self.horizon, -1)).transpose(1, 2), inverse)
 
     def _map(self, maps: nn.ModuleList, x: Float[Tensor, "batch channels steps"]) -> list[Tensor]:
         return [one(part) for one, part in zip(maps, x.chunk(len(maps), 1), strict=True)]
 
     def extra_repr(self) -> str:
-        return f"kernel={self.kernel}"
+        return f"kernel={self.kernel}, normalise={self.normalise}"
