@@ -235,3 +235,38 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.M
     monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
     with pytest.raises(ImportError, match="pip install"):
         plot.embedding(positions.Sinusoidal(8), xf.Sequence(4), dim=8)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_attention_is_drawn_over_its_image(channels: int) -> None:
+    given, attention = torch.randn(channels, 8, 12), torch.rand(2, 3)
+    ax = plot.attention_on_image(given, attention, strength=0.5)
+    below, above = (torch.as_tensor(drawn.get_array().data) for drawn in ax.images)
+    scaled = (attention - attention.min()) / (attention.max() - attention.min())
+    torch.testing.assert_close(above, scaled)
+    torch.testing.assert_close(torch.as_tensor(ax.images[1].get_alpha()), 0.5 * scaled)
+    grey = ((given - given.min()) / (given.max() - given.min())).mean(0)
+    torch.testing.assert_close(below, grey)
+    assert {tuple(drawn.get_extent()) for drawn in ax.images} == {(0, 12, 8, 0)}
+
+
+def test_an_image_of_bytes_keeps_its_brightness_and_equal_attention_covers_nothing() -> None:
+    ax = plot.attention_on_image(torch.full((3, 4, 4), 51, dtype=torch.uint8), torch.full((2, 2), 0.25), smooth=False)
+    torch.testing.assert_close(torch.as_tensor(ax.images[0].get_array().data), torch.full((4, 4), 0.2))
+    assert not ax.images[1].get_alpha().any()
+
+
+@pytest.mark.parametrize(
+    ("shape", "attention", "strength", "message"),
+    [
+        ((2, 4, 4), (2, 2), 0.5, r"image must be \(1 or 3 channels, height, width\).*got \(2, 4, 4\)"),
+        ((3, 4, 4), (4, 2, 2), 0.5, r"attention a map \(rows, columns\).*\(4, 2, 2\)"),
+        ((3, 4, 4), (2, 2), 1.5, r"strength must be in \[0, 1\]; got strength=1.5"),
+    ],
+)
+@pytest.mark.parametrize("name", ["attention_on_image"])
+def test_attention_without_an_image_is_refused(
+    name: str, shape: tuple[int, ...], attention: tuple[int, ...], strength: float, message: str
+) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        getattr(plot, name)(torch.rand(shape), torch.rand(attention), strength=strength)

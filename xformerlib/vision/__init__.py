@@ -1,4 +1,7 @@
 """Vision Transformers: images, volumes, videos and signals of any size, cut into tokens on a ``Grid``."""
 
+from ._groups import parameter_groups as parameter_groups
+from ._maps import AttentionMap as AttentionMap, attention_maps as attention_maps, rollout as rollout
 from ._patches import ConvStem as ConvStem, PatchEmbed as PatchEmbed, Tokenizer as Tokenizer
+from ._swin import PatchMerging as PatchMerging, Swin as Swin
 from ._vit import Features as Features, ViT as ViT
