@@ -6,7 +6,7 @@ visit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -17,6 +17,8 @@ from torch import Tensor
 from ..domains._base import both
 from ..masks._algebra import Predicate
 from ..positions._base import PairBias
+
+Recall = Callable[[PairBias, Callable[[], Tensor]], tuple[Tensor, bool]]
 
 
 class Pairs(NamedTuple):
@@ -89,12 +91,11 @@ class Scores:
 
     def bias(self, pairs: Pairs) -> Float[Tensor, "..."] | None:
         """The sum of the biases at these pairs, or None."""
-        return self.bias_by(lambda: pairs, lambda _, rows: rows())
+        return self.bias_by(lambda: pairs, lambda _, rows: (rows(), False))
 
-    def bias_by(
-        self, pairs: Callable[[], Pairs], recall: Callable[[Hashable, Callable[[], Tensor]], Tensor]
-    ) -> Float[Tensor, "..."] | None:
-        """``bias`` at pairs that are asked for only if they are needed: ``recall(key, rows)`` may know the rows of a table already."""
+    def bias_by(self, pairs: Callable[[], Pairs], recall: Recall) -> Float[Tensor, "..."] | None:
+        """``bias`` at pairs that are asked for only if they are needed: ``recall(bias, rows)`` may know the rows of a table already, and
+        says whether pairs that do not count have the row behind the last one."""
         total = None
         for bias in self.biases:
             part = _at(bias, pairs()) if isinstance(bias, Tensor) else _scored(bias, pairs, recall)
@@ -110,9 +111,7 @@ class Scores:
         return (h & 0xFFFFFF) >= int(self.dropout_p * (1 << 24))
 
 
-def _scored(
-    bias: PairBias, pairs: Callable[[], Pairs], recall: Callable[[Hashable, Callable[[], Tensor]], Tensor]
-) -> Float[Tensor, "..."]:
+def _scored(bias: PairBias, pairs: Callable[[], Pairs], recall: Recall) -> Float[Tensor, "..."]:
     """A bound bias at these pairs."""
 
     def rows() -> Tensor:
@@ -120,7 +119,11 @@ def _scored(
         return bias.index(b if bias.batch_size is not None else q.new_zeros(()), q, k)
 
     if bias.rows_key is not None:
-        part = bias.from_rows(recall(bias.rows_key, rows))
+        index, hides = recall(bias, rows)
+        if hides:  # by a row behind those of the table
+            (table,) = bias.tensors
+            bias = bias.using((torch.cat([table, table.new_full((1, table.shape[1]), float("-inf"))]),))
+        part = bias.from_rows(index)
     else:
         b, _, q, k = pairs()
         part = bias.at(q, k, None if bias.batch_size is None else b)

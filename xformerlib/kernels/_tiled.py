@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from ..domains._base import both
+from ..positions._base import PairBias
 from . import _flash, _formulas
 from ._merge import Gradients, Merged, Part
 from ._problem import Problem
@@ -62,7 +63,8 @@ class TiledPart(Part):
         extent = problem.mask.extent()
         of_mask = (problem.batch if extent.batch else 1) * (problem.heads if extent.heads else 1)
         kept = min(of_mask * (every if self.keep else size), max(of_mask * size, KEPT_BYTES))
-        added = of_mask if problem.bias is None else 2 * problem.heads * (problem.batch if extent.batch else 1)
+        copies = 1 if self.keep and problem.bias != "dense" else 2  # rows of a table that are kept hide pairs, too
+        added = of_mask if problem.bias is None else copies * problem.heads * (problem.batch if extent.batch else 1)
         if flash and problem.heads > problem.kv_heads and problem.bias is None and not extent.heads:
             added += of_mask * problem.heads // problem.kv_heads  # once more for the query heads that share a key head
         return scores + kept + added * size * width
@@ -145,10 +147,10 @@ class _Tile:
         )
         # In order without a mask: what is missing from a tile stands behind everything else.
         self.in_order = self.flash and part.exact == "causal" and not scores.biases
-        fixed = part.keep and not any(isinstance(bias, Tensor) for bias in scores.biases)
+        self.fixed = part.keep and not any(isinstance(bias, Tensor) for bias in scores.biases)
         self.allowed = None
         if not self.in_order:
-            self.allowed = part.recall(("mask", i), self._allowed) if fixed else self._allowed()
+            self.allowed = part.recall(("mask", i), self._allowed) if self.fixed else self._allowed()
         if self.allowed is not None and not scores.clean:
             whole = self.allowed.expand(*self.allowed.shape[:3], self.tiles.rows, self.tiles.columns)
             self.query, self.key, self.value = without_hidden(self.query, self.key, self.value, whole)
@@ -175,27 +177,48 @@ class _Tile:
             return False
         return not self.scores.reflexive or self.tiles.query_there is not None
 
-    def _bias(self, scores: Scores) -> Float[Tensor, "#batch #n #heads #rows #columns"] | None:
-        def recall(name: Hashable, make: Callable[[], Tensor]) -> Tensor:
-            rows = self.part.recall(("rows", self.i, name), lambda: _once(make()))
+    def _bias(self, scores: Scores) -> tuple[Float[Tensor, "#batch #n #heads #rows #columns"] | None, bool]:
+        """What the biases add, and whether that is minus infinity already where a pair does not count."""
+        hidden = False
+
+        def recall(bias: PairBias, make: Callable[[], Tensor]) -> tuple[Tensor, bool]:
+            nonlocal hidden
+            rows = self.part.recall(
+                ("rows", self.i, bias.rows_key, self.fixed), lambda: self._hiding(bias, _once(make()))
+            )
             assert rows is not None
-            return rows
+            hides = self._hides(rows)
+            hidden = hidden or hides
+            return rows, hides
 
         bias = scores.bias_by(lambda: self.pairs, recall)
-        return None if bias is None else _by_row(bias)
+        return (None if bias is None else _by_row(bias)), hidden
 
-    def _additive(self, bias: Tensor | None) -> Tensor | None:
+    def _hides(self, rows: Tensor) -> bool:
+        """Whether the rows of a table tell which pairs count, too: where that is the same at each call and makes them no more."""
+        if not self.fixed or self.allowed is None or rows.ndim != 5:
+            return False
+        there = self.allowed.transpose(0, 1).shape
+        return all(few in (1, many) for few, many in zip(there, rows.shape, strict=True))
+
+    def _hiding(self, bias: PairBias, rows: Tensor) -> Tensor:
+        """The rows of pairs, and behind the last row of the table those that do not count."""
+        if self.allowed is None or not self._hides(rows):
+            return rows
+        return torch.where(self.allowed.transpose(0, 1), rows, len(bias.tensors[0]))
+
+    def _additive(self, bias: Tensor | None, hidden: bool) -> Tensor | None:
         """Bias and mask as one tensor to add to the scores."""
         wide = torch.promote_types(self.query.dtype, torch.float32)
         bias = None if bias is None else bias.to(wide)
-        if self.allowed is None:
+        if self.allowed is None or hidden:
             return bias
         bias = torch.zeros((), dtype=wide, device=self.allowed.device) if bias is None else bias
         return torch.where(self.allowed, bias, float("-inf"))
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp."""
-        mask = None if self.in_order else self._additive(self._bias(self.scores))
+        mask = None if self.in_order else self._additive(*self._bias(self.scores))
         if not self.flash:
             return _formulas.forward(self.query, self.key, self.value, self._parameters(mask))
         out, lse = _flash.forward(self.query, self.key, self.value, mask, self.in_order, self.scores.scale)
@@ -219,17 +242,17 @@ class _Tile:
         by_flash = self.flash and not trained and (self.in_order or self.tiles.columns > FEW_COLUMNS)
         rows = self._rows(merged, by_flash)
         if not trained:
-            mask = None if self.in_order else self._additive(self._bias(self.scores))
+            mask = None if self.in_order else self._additive(*self._bias(self.scores))
             if by_flash:
                 return _TileGradients(*_flash.backward(*vectors, mask, self.in_order, self.scores.scale, rows))
             return _TileGradients(*_formulas.backward(*vectors, self._parameters(mask), rows, None))
         every = self.scores.tensors
         leaves = {i: every[i].detach().requires_grad_() for i, total in enumerate(biases) if total is not None}
         with torch.enable_grad():
-            bias = self._bias(self.scores.using(tuple(leaves.get(i, t) for i, t in enumerate(every))))
+            bias, hidden = self._bias(self.scores.using(tuple(leaves.get(i, t) for i, t in enumerate(every))))
         assert bias is not None
         bias_grad = torch.zeros_like(bias, dtype=torch.promote_types(bias.dtype, torch.float32))
-        mask = self._additive(bias.detach())
+        mask = self._additive(bias.detach(), hidden)
         grads = _formulas.backward(*vectors, self._parameters(mask), rows, bias_grad)
         found = torch.autograd.grad(bias, list(leaves.values()), bias_grad.to(bias.dtype), allow_unused=True)
         for i, grad in zip(leaves, found, strict=True):
