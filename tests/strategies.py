@@ -52,7 +52,10 @@ def _timeline(rng: Random) -> xf.Domain:
 def _grid(rng: Random) -> xf.Domain:
     ndim, prefix = rng.randint(1, 3), rng.choice([0, 0, 1, 2])
     sizes = [tuple(rng.randint(1 if ndim > 1 else 0, 4 if ndim < 3 else 2) for _ in range(ndim)) for _ in range(2)]
-    return xf.Grid.packed(sizes, prefix=prefix) if rng.random() < 0.4 else xf.Grid(*sizes[0], prefix=prefix)
+    how = rng.choice(["dense", "valid", "packed"])
+    if how == "packed":
+        return xf.Grid.packed(sizes, prefix=prefix)
+    return xf.Grid(*sizes[0], prefix=prefix, valid=_bools(rng, ROWS, *sizes[0]) if how == "valid" else None)
 
 
 def _graph(rng: Random) -> xf.Domain:
@@ -87,14 +90,33 @@ def _points(rng: Random) -> xf.Domain:
     return xf.Points(places[0] if how == "one" else places)
 
 
-DOMAINS: dict[str, Callable[[Random], xf.Domain]] = {
-    "Sequence": _sequence, "Timeline": _timeline, "Grid": _grid, "Graph": _graph, "Points": _points,
-}  # fmt: skip
-
-
 def _bools(rng: Random, *shape: int) -> torch.Tensor:
     count = int(torch.tensor(shape).prod())
     return torch.tensor([rng.random() < 0.6 for _ in range(count)], dtype=torch.bool).reshape(shape)
+
+
+def _subset(rng: Random) -> xf.Domain:
+    whole = rng.choice([_sequence, _timeline, _grid, _graph, _points])(rng)
+    bounds = [0, whole.num_tokens] if whole.offsets is None else whole.offsets.tolist()
+    # Prefix tokens stay in front; of the others some, and on some domains in another order.
+    front, in_order = whole.prefix, rng.random() < 0.5
+
+    def row(count: Callable[[int], int]) -> list[int]:
+        kept = []
+        for first, end in zip(bounds, bounds[1:], strict=False):
+            some = rng.sample(range(first + front, end), count(end - first - front))
+            kept += [*range(first, first + front), *(sorted(some) if in_order else some)]
+        return kept
+
+    if whole.offsets is not None or rng.random() < 0.3:
+        return whole.subset(torch.tensor(row(lambda n: rng.randint(0, n)), dtype=torch.long))
+    count = rng.randint(0, whole.num_tokens - front)
+    return whole.subset(torch.tensor([row(lambda n: count) for _ in range(ROWS)], dtype=torch.long))
+
+
+DOMAINS: dict[str, Callable[[Random], xf.Domain]] = {
+    "Sequence": _sequence, "Timeline": _timeline, "Grid": _grid, "Graph": _graph, "Points": _points, "Subset": _subset,
+}  # fmt: skip
 
 
 def _rows(rng: Random, tokens: int, make: Callable[..., torch.Tensor]) -> torch.Tensor:
@@ -123,13 +145,13 @@ LEAVES: dict[type[Leaf], Callable[[Random, xf.Domain], masks.Mask]] = {
     masks.Edges: lambda rng, domain: masks.Edges(self_loops=rng.random() < 0.5),
     masks.Expander: lambda rng, domain: masks.Expander(rng.randint(1, 4), seed=rng.randint(0, 3)),
     masks.Global: lambda rng, domain: masks.Global(
-        rng.randint(0, 2) if domain.num_tokens == 0 or rng.random() < 0.5 else [rng.randrange(domain.num_tokens)]
+        rng.randint(0, 2) if domain.whole.num_tokens == 0 or rng.random() < 0.5 else [rng.randrange(domain.whole.num_tokens)]
     ),
     masks.Prefix: lambda rng, domain: masks.Prefix(rng.randint(0, 3)),
-    masks.Segments: lambda rng, domain: masks.Segments(_rows(rng, domain.num_tokens, _bools).long()),
-    masks.Keys: lambda rng, domain: masks.Keys(_rows(rng, domain.num_tokens, _bools)),
+    masks.Segments: lambda rng, domain: masks.Segments(_rows(rng, domain.whole.num_tokens, _bools).long()),
+    masks.Keys: lambda rng, domain: masks.Keys(_rows(rng, domain.whole.num_tokens, _bools)),
     masks.Dense: lambda rng, domain: masks.Dense(
-        _bools(rng, *rng.choice([(), (1, 1), (ROWS, 1), (ROWS, HEADS)]), domain.num_tokens, domain.num_tokens)
+        _bools(rng, *rng.choice([(), (1, 1), (ROWS, 1), (ROWS, HEADS)]), domain.whole.num_tokens, domain.whole.num_tokens)
     ),
     masks.Where: lambda rng, domain: masks.Where(
         rng.choice([lambda b, h, q, k: (q + k) % 2 == 0, lambda b, h, q, k: (q + h + b) % 3 != 0])

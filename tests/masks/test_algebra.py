@@ -149,6 +149,7 @@ def test_masks_on_nothing(kind):
     empty = {
         "Sequence": lambda: S(0), "Timeline": lambda: xf.Timeline(torch.zeros(0)), "Grid": lambda: xf.Grid(0, 3),
         "Graph": lambda: xf.Graph(torch.zeros(2, 0, dtype=torch.long), 0), "Points": lambda: xf.Points(torch.zeros(0, 3)),
+        "Subset": lambda: S(3).subset(torch.zeros(0, dtype=torch.long)),
     }[kind]()  # fmt: skip
     for mask in (Full(), Local(1), Global(1) | Prefix(1), ~Local(1)):
         assert mask.dense(empty).shape == (0, 0)

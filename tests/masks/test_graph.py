@@ -112,7 +112,7 @@ FIXED = {
 # -- the mask ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", DOMAINS)
+@pytest.mark.parametrize("kind", [kind for kind in DOMAINS if kind != "Subset"])
 @given(rng=randoms)
 def test_every_item_of_every_domain_has_its_own_pattern(kind, rng):
     domain = DOMAINS[kind](rng)

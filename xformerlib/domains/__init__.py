@@ -5,3 +5,4 @@ from ._graph import Graph as Graph
 from ._grid import Grid as Grid
 from ._points import Points as Points
 from ._sequence import Sequence as Sequence, Timeline as Timeline
+from ._subset import Subset as Subset

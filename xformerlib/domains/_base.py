@@ -21,7 +21,7 @@ import copy
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence as SequenceOf
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -30,6 +30,8 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from ._subset import Subset
 
 Fact = TypeVar("Fact")
 
@@ -53,9 +55,9 @@ class Domain(ABC):
         ndim: number of coordinate axes.
     """
 
-    kind: ClassVar[str]  # the name used in messages
+    kind: str  # the name used in messages
     # Whether coordinates are real numbers (time, space) or whole steps.
-    continuous: ClassVar[bool] = False
+    continuous: bool = False
     _settled = False
 
     def __init__(
@@ -184,6 +186,43 @@ class Domain(ABC):
             return moved
 
         return self.fact(("to", target), move)
+
+    # -- a part of the tokens ----------------------------------------------------------------------------------
+
+    def subset(self, index: Int[Tensor, "*batch kept"]) -> Subset:
+        """The tokens ``index`` alone, each where it is: masks and positions mean what they mean on the whole.
+
+        Args:
+            index: (kept,) tokens, the same in each row of the batch, or (batch, kept), in each row its own. No token comes twice, and
+                prefix tokens stay in front. Of packed items: (kept,), those of an item behind those of the item before.
+
+        Raises:
+            ValueError, TypeError: an index that is no such list of tokens.
+
+        Example:
+            >>> kept = Grid(3, 3, prefix=1).subset(torch.tensor([0, 1, 5, 9]))
+            >>> kept.coordinates.tolist()
+            [[0, 0], [0, 0], [1, 1], [2, 2]]
+        """
+        from ._subset import Subset, checked_index
+
+        index = checked_index(self, index)
+        rows = torch.arange(self.batch_size or 1, device=index.device)[:, None]
+        return Subset(self.whole, self.token(rows, index))
+
+    @property
+    def whole(self) -> Domain:
+        """The domain that this one is a subset of; itself where it is none."""
+        return self
+
+    def token(self, b: Tensor, i: Tensor) -> Tensor:
+        """The token of the whole that token ``i`` of row ``b`` is."""
+        return i
+
+    def take(self, table: Shaped[Tensor, "... tokens dim"]) -> Shaped[Tensor, "... kept dim"]:
+        """Of a table with a row for each token of the whole (and an axis for the rows of the batch in front, if the whole has rows of its
+        own) the rows of the tokens that are here."""
+        return table
 
     # -- where each token is -----------------------------------------------------------------------------------
 
@@ -386,7 +425,7 @@ def offsets_of(sizes: Int[Tensor, " items"]) -> Int[Tensor, " bounds"]:
 
 def _to_device(value: Any, device: torch.device) -> Any:
     """``value`` with every tensor inside it on ``device``."""
-    if isinstance(value, Tensor):
+    if isinstance(value, (Tensor, Domain)):
         return value.to(device)
     if isinstance(value, dict):
         return {k: _to_device(v, device) for k, v in value.items()}

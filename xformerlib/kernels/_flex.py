@@ -247,7 +247,8 @@ def _kind(mask: Mask, problem: Problem) -> tuple[object, ...]:
     """What parts of the same kernel have in common. What tensors are called by, their sizes, may differ."""
     shapes = problem.heads, problem.kv_heads, problem.head_dim, problem.value_dim
     domains = tuple(
-        (where.kind, where.prefix, where.items is None, where.valid is None) for where in (problem.domain, problem.keys)
+        (type(where), where.kind, where.prefix, where.items is None, where.valid is None)
+        for where in (problem.domain, problem.keys)
     )
     return re.sub("<[^>]*>", "<>", repr(mask)), problem.dtype, *shapes, problem.softcap, *domains
 

@@ -243,7 +243,7 @@ class _Listed:
 def _listed(term: Term, problem: Problem) -> Iterator[_Listed]:
     """Every list that covers a term: edges, tokens within some hops or some distance, links of an expander."""
     domain = problem.domain
-    if domain != problem.keys:
+    if domain != problem.keys or domain.whole is not domain:
         return
     for literal in term:
         if isinstance(literal, Expander):

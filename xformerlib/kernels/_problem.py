@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..domains import Domain, Sequence
+from ..domains import Domain, Grid, Sequence
 from ..masks import Causal, Full, Mask
 
 
@@ -72,7 +72,9 @@ class Problem:
         """
         if self.mask != Causal() or self.domain != self.keys or self.domain.items is not None:
             return False
-        return self.domain.kind == "Grid" or (self.domain.kind == "Sequence" and self.domain.offsets is None)
+        if isinstance(self.domain, Grid):
+            return self.domain.valid is None  # holes may be anywhere
+        return isinstance(self.domain, Sequence) and self.domain.offsets is None
 
     @property
     def is_reflexive(self) -> bool:

@@ -60,7 +60,7 @@ def tiled_structures(term: Term, problem: Problem, device: torch.device) -> Iter
                 yield from _grouped(labels, _exactness(term, domain, literal), problem, device)
         if domain.items is not None:
             yield from _grouped(domain.items.to(device), _exactness(term, domain, None), problem, device)
-        elif isinstance(domain, Sequence) and domain.valid is not None:
+        elif domain.valid is not None:
             rows = domain.valid.to(device).long() - 1  # one group for each row of the batch: the tokens that exist
             yield from _grouped(rows, _exactness(term, domain, None), problem, device)
     for literal in term:
@@ -173,6 +173,13 @@ def _cells(domain: Grid, axes: SequenceOf[Int[Tensor, "n _"]]) -> Int[Tensor, "n
 
 def _labels(literal: Mask, domain: Domain, device: torch.device) -> Int[Tensor, "*batch tokens"] | None:
     """For a mask that allows pairs of the same label: each token's label, -1 for prefix tokens, which have none."""
+    if domain.whole is not domain:
+        labels = _labels(literal, domain.whole, device)
+        if labels is None:
+            return None
+        b = torch.arange(len(labels) if labels.ndim == 2 else domain.batch_size or 1, device=device)[:, None]
+        kept = domain.token(b, torch.arange(domain.num_tokens, device=device))
+        return labels[kept] if labels.ndim == 1 else labels[b, kept]
     if isinstance(literal, Segments) and literal.key_ids is None:
         labels = literal.ids.unique(return_inverse=True)[1]
     elif isinstance(literal, (Windows, Axial)) and domain.kind in ("Sequence", "Grid", "Timeline", "Points"):
@@ -304,8 +311,10 @@ def _rectangles(literal: Mask, problem: Problem, device: torch.device, *, column
         return  # a token of each of many items by all tokens of all items is mostly nothing: the items' own tiles are better
     at = torch.arange(where.num_tokens, device=device)
     zero = at.new_zeros(())
-    named = literal.allows(domain, keys)(zero, zero, zero if columns else at, at if columns else zero)
-    some = at[named.expand(at.shape)]
+    # Of a subset, each row of the batch may have others of them: all those that some row names.
+    b = zero if where.whole is where else torch.arange(where.batch_size or 1, device=device)[:, None]
+    named = literal.allows_kept(domain, keys)(b, zero, zero if columns else at, at if columns else zero)
+    some = at[named.expand(-1 if named.ndim == 2 else 1, len(at)).any(0)]
     if some.numel() == 0:
         yield Structure("sdpa", ())
         return

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..domains import Grid, Sequence
 from ..masks import Causal, Full
 from ._merge import Part
 from ._problem import Problem
@@ -22,7 +23,7 @@ def refuse(problem: Problem) -> str | None:
     """Why this kernel cannot compute the problem, or None."""
     if problem.mask not in (Full(), Causal()) or problem.domain.items is None or problem.domain != problem.keys:
         return "only whole items, or causal ones, are computed by varlen"
-    ordered = problem.domain.kind == "Sequence" or (problem.domain.kind == "Grid" and problem.domain.prefix == 0)
+    ordered = isinstance(problem.domain, Sequence) or (isinstance(problem.domain, Grid) and problem.domain.prefix == 0)
     if problem.mask == Causal() and not ordered:
         return "varlen takes causality in the order of the tensors"
     if problem.dtype not in (torch.float16, torch.bfloat16):

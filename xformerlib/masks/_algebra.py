@@ -102,8 +102,8 @@ class Mask:
             if not isinstance(value, Domain):
                 raise TypeError(f"{name} must be a domain such as Sequence(length); got {type(value).__name__}")
         domain.check_pairable(keys)
-        self.check(domain, keys)
-        allows = self.allows(domain, keys)
+        self.check(domain.whole, keys.whole)
+        allows = self.allows_kept(domain, keys)
 
         def mask_mod(b: Tensor, h: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
             allowed = both(allows(b, h, q_index, k_index), domain.together(keys, b, q_index, k_index))
@@ -111,6 +111,13 @@ class Mask:
             return allowed
 
         return mask_mod
+
+    def allows_kept(self, domain: Domain, keys: Domain) -> Predicate:
+        """``allows``, where tokens of a subset are those that they are in the whole."""
+        allows = self.allows(domain.whole, keys.whole)
+        if domain.whole is domain and keys.whole is keys:
+            return allows
+        return lambda b, h, q, k: allows(b, h, domain.token(b, q), keys.token(b, k))
 
     def dense(
         self,

@@ -181,7 +181,10 @@ class Tiling:
         if self.count == 0:
             return self.everywhere()
         together = self.together()
-        return Outline.all_of([together, mask.outline(self.among(together.possible))])
+        tiling = self.among(together.possible)
+        whole = self.domain.whole is self.domain and self.keys.whole is self.keys
+        # Where tokens were left out, blocks say nothing of places.
+        return Outline.all_of([together, mask.outline(tiling) if whole else tiling.unknown()])
 
     def within_reach(self, reaches: SequenceOf[float]) -> Tiling:
         """On a grid, without the blocks that no step of at most so many cells on each axis leads to.

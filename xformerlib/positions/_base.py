@@ -57,11 +57,22 @@ class Position(nn.Module):
 
 
 class Embedding(Position, ABC):
-    """A position that is added to the tokens, once, before the first layer."""
+    """A position that is added to the tokens, once, before the first layer.
 
-    @abstractmethod
+    Attributes:
+        dim: channels of a token.
+    """
+
+    dim: int
+
     def forward(self, x: Float[Tensor, "*batch tokens dim"], domain: Domain) -> Float[Tensor, "*batch tokens dim"]:
         """``x`` plus the embedding of each token's position, in the dtype of ``x``; a prefix token gets 0, or a row of its own."""
+        check_tokens(self, x, domain, self.dim, "dim")
+        return x + domain.take(self.rows(domain.whole, x)).to(x.dtype)
+
+    @abstractmethod
+    def rows(self, domain: Domain, x: Tensor) -> Float[Tensor, "*batch tokens dim"]:
+        """The embedding of every token of a domain (which is no subset), on the device of ``x`` and for its dtype."""
 
 
 class Rotation(Position, ABC):
@@ -81,7 +92,7 @@ class Rotation(Position, ABC):
         """Queries and keys, turned; with grouped queries the keys have fewer heads than the queries."""
         keys = domain if key_domain is None else key_domain
         if keys is not domain:
-            domain.check_related(keys, type(self).__name__)
+            domain.whole.check_related(keys.whole, type(self).__name__)
         return self.rotate_one(q, domain), self.rotate_one(k, keys)
 
 
@@ -168,24 +179,25 @@ class Bias(Position, ABC):
 
     heads: int
 
-    @abstractmethod
     def pair(self, domain: Domain, key_domain: Domain | None = None, *, dtype: torch.dtype | None = None) -> PairBias:
         """The bias between queries on ``domain`` and keys on ``key_domain`` (default: the same).
 
         ``dtype`` is the dtype of the scores, fp32 or fp64; by default the parameters', and at least fp32.
         """
+        keys = domain if key_domain is None else key_domain
+        if keys is not domain:
+            domain.whole.check_related(keys.whole, type(self).__name__)
+            domain.check_pairable(keys)
+        pair = self.between(domain.whole, keys.whole, dtype)
+        return pair if domain.whole is domain and keys.whole is keys else SubsetPair(pair, domain, keys)
+
+    @abstractmethod
+    def between(self, domain: Domain, keys: Domain, dtype: torch.dtype | None) -> PairBias:
+        """``pair`` for domains that are no subsets, and that can be compared."""
 
     def is_pointwise(self, domain: Domain) -> bool:
         """Whether the score of a pair is an entry of a table or a formula there, and ``PairBias.of_head`` computes just that."""
         return False
-
-    def _check(self, domain: Domain, key_domain: Domain | None) -> Domain:
-        """The domain of the keys, or an error where positions on the two cannot be compared."""
-        keys = domain if key_domain is None else key_domain
-        if keys is not domain:
-            domain.check_related(keys, type(self).__name__)
-            domain.check_pairable(keys)
-        return keys
 
 
 class Sum(Position):
@@ -283,6 +295,35 @@ class SumPair(PairBias):
             start = end
         assert total is not None
         return total
+
+
+class SubsetPair(PairBias):
+    """The scores of a bias on a whole domain, between tokens that were kept of it."""
+
+    def __init__(self, whole: PairBias, domain: Domain, keys: Domain) -> None:
+        rows = [n for n in (whole.batch_size, domain.batch_size, keys.batch_size) if n is not None]
+        super().__init__(domain, keys, whole.tensors, heads=whole.heads, batch_size=rows[0] if rows else None)
+        self.whole = whole
+
+    def _kept(self, b: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return b, self.domain.token(b, q), self.keys.token(b, k)
+
+    def scores(self, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return self.whole.using(self.tensors).scores(*self._kept(b, q, k))
+
+    def of_head(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        b, q, k = self._kept(b, q, k)
+        return self.whole.using(self.tensors).of_head(b, h, q, k)
+
+    @property
+    def rows_key(self) -> Hashable:
+        return self.whole.rows_key
+
+    def index(self, b: Tensor, q: Tensor, k: Tensor) -> Int[Tensor, "..."]:
+        return self.whole.index(*self._kept(b, q, k))
+
+    def from_rows(self, index: Int[Tensor, "*pairs"]) -> Float[Tensor, "heads *pairs"]:
+        return self.whole.using(self.tensors).from_rows(index)
 
 
 def no_meaning(position: Position, domain: Domain, instead: str) -> ValueError:

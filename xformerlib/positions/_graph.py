@@ -7,7 +7,7 @@ from jaxtyping import Float, Float64, Shaped
 from torch import Tensor, nn
 
 from ..domains import Domain, Graph
-from ._base import Embedding, check_tokens, check_width, no_meaning
+from ._base import Embedding, check_width, no_meaning
 
 
 class RandomWalk(Embedding):
@@ -44,12 +44,11 @@ class RandomWalk(Embedding):
         """Draw the linear map anew."""
         self.linear.reset_parameters()
 
-    def forward(self, x: Float[Tensor, "*batch tokens dim"], domain: Domain) -> Float[Tensor, "*batch tokens dim"]:
+    def rows(self, domain: Domain, x: Tensor) -> Float[Tensor, "tokens dim"]:
         if not isinstance(domain, Graph):
             raise no_meaning(self, domain, "Walks need edges; use Sinusoidal(dim), which is defined on every domain.")
-        check_tokens(self, x, domain, self.dim, "dim")
         walks = domain.random_walk(self.steps).to(self.linear.weight.dtype)
-        return x + on_nodes(domain, self.linear(walks)).to(x.dtype)
+        return on_nodes(domain, self.linear(walks))
 
     def extra_repr(self) -> str:
         return f"{self.dim}, steps={self.steps}"
