@@ -1,144 +1,101 @@
-"""Swin Transformers of timm, versions 1 and 2, as ours."""
+"""timm's Swin Transformers, versions 1 and 2, as ours."""
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from timm.models.swin_transformer import PatchMerging as TheirPatchMerging
+from timm.models.swin_transformer_v2 import PatchMerging as TheirPatchMergingV2, SwinTransformerV2
+from torch import nn
 
+from .._pooling import Pool, Pooling
+from .._sublayers import Cosine
 from ..blocks import Block
 from ..positions import ContinuousBias, RelativeBias
 from ..vision import PatchMerging, Swin
+from ._timm_blocks import block
+from ._timm_vit import patch_embed
+from ._timm_weights import Weights, parameter
 
-_POOLS = {"avg": "mean", "max": "max", "avgmax": "mean-max"}
+POOLS: dict[str, Pool] = {"avg": "mean", "max": "max", "avgmax": "mean-max"}
 
 
 def swin(model: Any) -> Swin:
-    """Our ``Swin`` with copies of the weights of timm's ``SwinTransformer`` or ``SwinTransformerV2``, which is left as it is.
+    """A ``SwinTransformer`` or ``SwinTransformerV2`` as ours.
 
-    On grids that its windows do not divide ours attends to what exists, theirs to zeros as well. And ours takes no shift where one window
-    covers the grid of this call; theirs, of the grid that it was built for.
-
-    Raises:
-        ValueError: what ours cannot express, by the name that it has there.
+    The logits are the same where windows divide the grids of all stages: elsewhere theirs attends to the zeros that fill the last windows,
+    and ours to what exists. Windows are shifted where theirs are for the size of images that it was built for.
     """
-    stages = list(model.layers)
-    version = 2 if hasattr(stages[0].blocks[0].attn, "cpb_mlp") else 1
-    ours = Swin(model.num_classes or None, version=version, **_options(model, stages, version))  # type: ignore[arg-type]
-    ours.to(model.norm.weight.device, model.norm.weight.dtype)
-    with torch.no_grad():
-        for mine, theirs in _pairs(ours, model, stages):
-            mine.copy_(theirs.reshape(mine.shape))
-            mine.requires_grad_(theirs.requires_grad)
+    weights, stages = Weights(model), list(model.layers)
+    version = 2 if isinstance(model, SwinTransformerV2) else 1
+    windows = [tuple(stage.blocks[0].window_size) for stage in stages]
+    trained = [_trained(stage.blocks[0].attn) for stage in stages] if version == 2 else None
+    width = stages[0].blocks[0].attn.dim
+    with torch.device("meta"):
+        ours = Swin(
+            None, patch=model.patch_embed.patch_size, window=windows, dim=width, depths=[len(stage.blocks) for stage in stages],
+            heads=[1] * len(stages), version=version, pretrained_window=trained,  # type: ignore[arg-type]
+        )  # fmt: skip
+    ours.embed = patch_embed(weights, model.patch_embed)
+    for encoder, stage in zip(ours.stages, stages, strict=True):
+        encoder.blocks = nn.ModuleList(_block(weights, index, theirs) for index, theirs in enumerate(stage.blocks))
+        encoder.checkpoint = stage.grad_checkpointing
+    for merge, stage in zip(ours.merges, stages[1:], strict=True):
+        _merge(weights, merge, stage.downsample)  # type: ignore[arg-type]
+    ours.norm = weights.norm(model.norm)
+    kind = model.head.global_pool.pool_type
+    if kind not in POOLS:
+        raise ValueError(
+            f"global_pool must be one of {', '.join(map(repr, POOLS))}, which are all that ours has; got {kind!r}. Without a head, tokens "
+            "are what features(images) returns."
+        )
+    ours.pool, ours.head_dropout = Pooling(model.num_features, POOLS[kind]), weights.dropout(model.head.drop)
+    ours.head = nn.Identity() if isinstance(model.head.fc, nn.Identity) else weights.linear(model.head.fc)
+    weights.finish()
     return ours.train(model.training)
 
 
-def _options(model: Any, stages: list[Any], version: int) -> dict[str, Any]:
-    first = stages[0].blocks[0]
-    widths = [block.attn.dim for stage in stages for block in stage.blocks[:1]]
-    _require("embed_dim", [width // widths[0] for width in widths], [2**stage for stage in range(len(stages))])
-    ratios = [stage.blocks[0].mlp.fc1.out_features / width for stage, width in zip(stages, widths, strict=True)]
-    _require("mlp_ratio", ratios, ratios[:1] * len(stages))
-    head_dims = [(_projected(stage.blocks[0]) // stage.blocks[0].attn.num_heads) for stage in stages]
-    natural = [width // stage.blocks[0].attn.num_heads for width, stage in zip(widths, stages, strict=True)]
-    if head_dims != natural:
-        _require("head_dim", head_dims, head_dims[:1] * len(stages))
-    for stage in stages:
-        for index, block in enumerate(stage.blocks):
-            _require("always_partition", block.always_partition, False)
-            wanted = [
-                window // 2 * (index % 2) * (size > window)
-                for size, window in zip(block.input_resolution, block.window_size, strict=True)
-            ]
-            _require("shift_size", list(block.shift_size), wanted)
-    if model.head.global_pool.pool_type not in _POOLS:
-        raise ValueError(f"global_pool must be one of {', '.join(_POOLS)}; got {model.head.global_pool.pool_type!r}")
-    if not all(isinstance(norm, nn.LayerNorm) for norm in (model.norm, model.patch_embed.norm, first.norm1)):
-        raise ValueError(f"norm_layer must be nn.LayerNorm, after patches too; got {type(first.norm1).__name__}")
-    options = {
-        "patch": tuple(model.patch_embed.patch_size), "channels": model.patch_embed.proj.in_channels, "dim": widths[0],
-        "window": [tuple(stage.blocks[0].window_size) for stage in stages],
-        "depths": [len(stage.blocks) for stage in stages],
-        "heads": [stage.blocks[0].attn.num_heads for stage in stages],
-        "mlp_ratio": ratios[0],
-        "head_dim": None if head_dims == natural else head_dims[0],
-        "drop_path": [getattr(block.drop_path1, "drop_prob", 0.0) for stage in stages for block in stage.blocks],
-        "dropout": first.mlp.drop1.p,
-        "attention_dropout": first.attn.attn_drop.p,
-        "head_dropout": model.head.drop.p,
-        "pool": _POOLS[model.head.global_pool.pool_type],
-        "norm_layer": partial(nn.LayerNorm, eps=model.norm.eps),
-        "activation": "gelu" if _is_exact_gelu(first.mlp.act) else copy.deepcopy(first.mlp.act),
-        "qkv_bias": (first.attn.qkv.bias if version == 1 else first.attn.q_bias) is not None,
-    }  # fmt: skip
-    if version == 2:
-        trained = [stage.blocks[0].attn.pretrained_window_size for stage in stages]
-        options["pretrained_window"] = [
-            tuple(size) if size[0] > 0 else window for size, window in zip(trained, options["window"], strict=True)
-        ]
-    return options
+def _block(weights: Weights, index: int, theirs: Any) -> Block:
+    """A block with its position."""
+    ours, heads, window = block(weights, theirs, None), theirs.attn.num_heads, tuple(theirs.window_size)
+    sides = tuple(zip(theirs.input_resolution, window, strict=True))
+    if tuple(theirs.shift_size) != tuple(size // 2 * (index % 2) * (side > size) for side, size in sides):
+        weights.refuse(theirs, f"shifts windows of {window} by {tuple(theirs.shift_size)} (always_partition)")
+    with torch.device("meta"):
+        position = _position(weights, theirs.attn, heads, window)
+    ours.attention.position = position
+    if isinstance(position, ContinuousBias):
+        query, key = Cosine(ours.attention.head_dim, heads), Cosine(ours.attention.head_dim, None)
+        query.temperature = parameter(weights.take(theirs.attn.logit_scale).flatten())
+        ours.attention.query_norm, ours.attention.key_norm = query, key
+    return ours
 
 
-def _pairs(ours: Swin, model: Any, stages: list[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Our parameters and their values."""
-    yield from _module(ours.embed.proj, model.patch_embed.proj)
-    yield from _module(ours.embed.norm, model.patch_embed.norm)
-    for encoder, stage in zip(ours.stages, stages, strict=True):
-        for mine, theirs in zip(encoder.blocks, stage.blocks, strict=True):  # type: ignore[arg-type]
-            yield from _block(mine, theirs)
-    for merge, stage in zip(ours.merges, stages[1:], strict=True):
-        assert isinstance(merge, PatchMerging)
-        yield merge.reduction.weight, stage.downsample.reduction.weight
-        norm = merge.norm if isinstance(merge.out_norm, nn.Identity) else merge.out_norm
-        yield from _module(norm, stage.downsample.norm)
-    yield from _module(ours.norm, model.norm)
-    if not isinstance(ours.head, nn.Identity):
-        yield from _module(ours.head, model.head.fc)
+def _position(weights: Weights, attn: Any, heads: int, window: tuple[int, ...]) -> RelativeBias | ContinuousBias:
+    if hasattr(attn, "relative_position_bias_table"):
+        table = RelativeBias(heads, size=window)
+        table.table = parameter(weights.take(attn.relative_position_bias_table))
+        return table
+    inner, _, outer = attn.cpb_mlp
+    scale = tuple(8 / max(size - 1, 1) for size in _trained(attn))
+    network = ContinuousBias(heads, hidden=inner.out_features, axes=2, size=window, scale=scale)
+    network.inner, network.outer = weights.linear(inner), weights.linear(outer)
+    with torch.no_grad():
+        network.inner.weight /= math.log2(8)  # theirs divides the logarithm
+    return network
 
 
-def _block(mine: Block, theirs: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    attention, attn = mine.attention, theirs.attn
-    yield attention.qkv.weight, attn.qkv.weight
-    position = attention.position
-    if isinstance(position, RelativeBias):
-        if attn.qkv.bias is not None:
-            yield attention.qkv.bias, attn.qkv.bias
-        yield position.table, attn.relative_position_bias_table
-    else:
-        assert isinstance(position, ContinuousBias)
-        if attn.q_bias is not None:
-            yield attention.qkv.bias, torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
-        yield attention.query_norm.temperature, attn.logit_scale  # type: ignore[misc]
-        yield position.inner.weight, attn.cpb_mlp[0].weight / math.log2(8)
-        yield position.inner.bias, attn.cpb_mlp[0].bias
-        yield position.outer.weight, attn.cpb_mlp[2].weight
-    yield from _module(attention.out, attn.proj)
-    assert mine.feed_forward_residual is not None
-    for residual, norm in ((mine.attention_residual, theirs.norm1), (mine.feed_forward_residual, theirs.norm2)):
-        yield from _module(residual.norm if residual.branch_norm is None else residual.branch_norm, norm)
-    yield from _module(mine.feed_forward.up, theirs.mlp.fc1)
-    yield from _module(mine.feed_forward.down, theirs.mlp.fc2)
+def _trained(attn: Any) -> tuple[int, ...]:
+    """The window whose offsets are mapped to -8 ... 8."""
+    trained = tuple(attn.pretrained_window_size)
+    return trained if trained[0] > 0 else tuple(attn.window_size)
 
 
-def _module(mine: nn.Module, theirs: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-    values = dict(theirs.named_parameters())
-    for name, parameter in mine.named_parameters():
-        yield parameter, values.pop(name)
-
-
-def _projected(block: Any) -> int:
-    return block.attn.proj.in_features
-
-
-def _is_exact_gelu(activation: nn.Module) -> bool:
-    return isinstance(activation, nn.GELU) and activation.approximate == "none"
-
-
-def _require(name: str, got: object, wanted: object) -> None:
-    if got != wanted:
-        raise ValueError(f"{name} must be {wanted}, which is all that Swin expresses; got {got}")
+def _merge(weights: Weights, ours: PatchMerging, theirs: Any) -> None:
+    if type(theirs) not in (TheirPatchMerging, TheirPatchMergingV2):
+        weights.refuse(theirs, "is no PatchMerging")
+    ours.reduction = weights.linear(theirs.reduction)
+    name = "norm" if type(theirs) is TheirPatchMerging else "out_norm"
+    setattr(ours, name, weights.norm(theirs.norm))

@@ -292,7 +292,8 @@ def _halved(domain: Grid) -> Grid:
     return Grid(*_half(domain.sizes), valid=valid.unflatten(1, (-1, 2)).unflatten(3, (-1, 2)).any(4).any(2)[..., 0])
 
 
-def _completed(x: Shaped[Tensor, "*batch height width dim"]) -> Shaped[Tensor, "*batch even even dim"]:
+def _completed(x: Shaped[Tensor, "*batch height width dim"]) -> Shaped[Tensor, "*batch even_height even_width dim"]:
+    """With a row or column of zeros where a side is odd."""
     height, width = x.shape[-3:-1]
     return F.pad(x, (0, 0, 0, width % 2, 0, height % 2)) if height % 2 or width % 2 else x
 
