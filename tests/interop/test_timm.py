@@ -1,0 +1,147 @@
+"""Models of timm, taken over, compute the same: at their size and at others, whatever their blocks, positions and heads are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm import layers
+from torch import Tensor, nn
+
+from xformerlib import vision
+from xformerlib.interop.timm import from_timm
+
+NARROW = {"embed_dim": 192, "num_heads": 3}
+MODELS: dict[str, dict[str, Any]] = {
+    # class token, means, registers, attention pooling; norms and places of embeddings
+    "vit_tiny_patch16_224": {"num_classes": 1000},
+    "test_vit": {},
+    "vit_base_patch32_224": NARROW,
+    "deit_tiny_patch16_224": {},
+    "deit_tiny_distilled_patch16_224": {},
+    "deit3_small_patch16_224": {},
+    "flexivit_small": {},
+    "vit_base_patch16_gap_224": NARROW,
+    "vit_medium_patch16_gap_240": {},
+    "test_vit2": {},
+    "vit_little_patch16_reg4_gap_256": {},
+    "vit_betwixt_patch16_reg1_gap_256": NARROW,
+    "test_vit3": {},
+    "vit_base_patch16_siglip_224": NARROW,
+    "vit_so150m_patch16_reg4_map_256": {"embed_dim": 128, "num_heads": 2},
+    "test_vit4": {},
+    "vit_small_patch14_reg4_dinov2": {"img_size": 224},
+    "vit_giant_patch14_reg4_dinov2": {"img_size": 224, **NARROW},
+    "vit_base_patch16_clip_224": NARROW,
+    "vit_base_patch16_clip_quickgelu_224": {},
+    "beit3_base_patch16_224": NARROW,
+    "aimv2_large_patch14_224": NARROW,
+    "vit_intern300m_patch14_448": {"img_size": 224, **NARROW},
+    # other blocks
+    "vit_base_patch16_xp_224": NARROW,
+    "vit_pwee_patch16_reg1_gap_256": {},
+    "vit_small_patch16_18x2_224": {},
+    "vit_base_patch16_rpn_224": NARROW,
+    "eva02_enormous_patch14_clip_224": NARROW,
+    # rotary positions
+    "eva02_tiny_patch14_224": {},
+    "eva02_base_patch14_224": NARROW,
+    "eva02_base_patch16_clip_224": NARROW,
+    "eva_giant_patch14_224": NARROW,
+    "vit_medium_patch16_rope_reg1_gap_256": NARROW,
+    "vit_small_patch16_rope_224": {},
+    "vit_small_patch16_rope_ape_224": {},
+    "vit_small_patch16_rope_mixed_224": {},
+    "vit_small_patch16_rope_mixed_ape_224": {},
+    "vit_small_patch16_dinov3": {},
+    "vit_small_patch16_dinov3_qkvb": {},
+    "vit_small_plus_patch16_dinov3": {},
+    "vit_7b_patch16_dinov3": {**NARROW, "img_size": 224},
+    "vit_pe_core_tiny_patch16_384": {"img_size": 224},
+    "vit_pe_spatial_tiny_patch16_512": {"img_size": 224},
+    "vit_base_patch16_sapiens2": {**NARROW, "num_kv_heads": (3, 1), "img_size": 224},
+    # relative positions
+    "beit_base_patch16_224": NARROW,
+    "beitv2_base_patch16_224": NARROW,
+    "test_vit_relpos": {},
+    "vit_relpos_small_patch16_224": {},
+    "vit_relpos_small_patch16_rpn_224": {},
+    "vit_relpos_medium_patch16_cls_224": NARROW,
+    "vit_relpos_base_patch16_clsgap_224": NARROW,
+    "vit_srelpos_small_patch16_224": {},
+}
+# Made with options that no named model has at once.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "test_vit": {
+        "qk_norm": True, "init_values": 0.1, "global_pool": "avgmax", "qkv_bias": False, "proj_bias": False, "no_embed_class": True,
+        "norm_layer": layers.RmsNorm, "act_layer": layers.GELUTanh,
+    },
+    "test_vit2": {"global_pool": "max", "class_token": True, "pre_norm": True, "embed_norm_layer": layers.LayerNorm, "fc_norm": False},
+    "test_vit3": {"pool_include_prefix": True, "class_token": True, "mlp_layer": layers.GluMlp, "act_layer": nn.SiLU},
+    "vit_small_patch16_rope_224": {
+        "attn_type": "rope", "qkv_fused": False, "num_kv_heads": 2, "qk_norm": True, "global_pool": "map",
+        "swiglu_mlp": True, "scale_mlp": True, "scale_attn_inner": True,
+    },
+    "vit_small_patch16_rope_mixed_224": {"class_token": False, "num_reg_tokens": 2, "global_pool": "avg", "qk_norm": True},
+    "beit_base_patch16_224": {"use_shared_rel_pos_bias": True, "use_abs_pos_emb": True, "global_pool": "token", **NARROW},
+    "test_vit_relpos": {"rel_pos_type": "mlp_swin", "class_token": True, "global_pool": "token", "qk_norm": True},
+    "vit_pwee_patch16_reg1_gap_256": {"qk_norm": True, "qkv_bias": False, "init_values": 0.1},
+}  # fmt: skip
+TABLES = ("beit", "vit_srelpos")  # relative tables, which timm resamples to another size by a rule of its own
+
+
+def made(name: str, **options: Any) -> nn.Module:
+    """A model of timm with two blocks, every parameter drawn anew."""
+    model = timm.create_model(name, pretrained=False, **{"depth": 2, "num_classes": 10, **options}).eval()
+    generator = torch.Generator().manual_seed(0)
+    for path, parameter in model.named_parameters():
+        owner, _, leaf = path.rpartition(".")
+        draw = torch.randn(parameter.shape, generator=generator)
+        is_norm = "norm" in type(model.get_submodule(owner)).__name__.lower()
+        if leaf.startswith("gamma") or (is_norm and leaf == "weight"):
+            draw = 1 + 0.3 * draw
+        elif leaf.endswith("bias"):
+            draw = 0.3 * draw
+        else:
+            draw = draw / parameter[0].numel() ** 0.5 if leaf == "weight" else 0.5 * draw
+        parameter.data.copy_(draw)
+    return model
+
+
+def image_of(model: Any) -> Tensor:
+    return torch.randn(1, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(1))
+
+
+def assert_same(ours: vision.ViT, theirs: nn.Module, image: Tensor) -> None:
+    with torch.no_grad():
+        got, wanted = ours(image), theirs(image)
+    assert got.shape == wanted.shape
+    assert 0.1 < float(wanted.std()) < 10
+    assert float((got - wanted).abs().max()) <= 2e-6 * max(1.0, float(wanted.std()))
+
+
+CASES = [pytest.param(name, options, id=name) for name, options in MODELS.items()] + [
+    pytest.param(name, options, id=f"{name} with options") for name, options in OPTIONS.items()
+]
+
+
+@pytest.mark.filterwarnings("ignore:torch.searchsorted", "ignore:Using a non-tuple sequence")  # theirs, in resampling
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_logits_are_the_same(name: str, options: dict[str, Any]) -> None:
+    theirs: Any = made(name, **options)
+    before = {key: value.clone() for key, value in theirs.state_dict().items()}
+    ours = from_timm(theirs)
+    assert_same(ours, theirs, image_of(theirs))
+
+    pointers = {parameter.data_ptr() for parameter in theirs.parameters()}
+    assert all(parameter.data_ptr() not in pointers for parameter in ours.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in theirs.state_dict().items())
+
+    theirs.set_input_size(
+        tuple(patch * count for patch, count in zip(theirs.patch_embed.patch_size, (5, 7), strict=True))
+    )
+    if name.startswith(TABLES) or options.get("rel_pos_type") == "mlp_swin":
+        ours = from_timm(theirs)
+    assert_same(ours, theirs, image_of(theirs))
