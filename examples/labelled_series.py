@@ -103,7 +103,8 @@ def read_ts(path: Path) -> tuple[list[str], Labelled]:
     with path.open(encoding="utf-8-sig", errors="replace") as file:  # some heads hold bytes of other encodings
         lines = [line.strip() for line in file]
     classes, first = _head(path, lines)
-    series, labels = [], []
+    series: list[Tensor] = []
+    labels: list[int] = []
     for number, line in enumerate(lines[first:], first + 1):
         if not line or line.startswith("#"):
             continue

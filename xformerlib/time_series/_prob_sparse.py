@@ -31,8 +31,7 @@ def prob_sparse_attention(
         o_i = attention(q_i, K, V)                                      for the u = c ln T tokens of the largest M_i
         o_i = mean_j v_j, over the tokens that i may see                for the others
 
-    Each row and head by itself, in O(T ln T) time and memory. If u >= T, this is ``attention``. Up to about a thousand tokens, full
-    attention by a fused kernel is faster all the same.
+    Each row and head by itself, in O(T ln T) time and memory. If u >= T, this is ``attention``.
 
     With ``causal``, a token attends if its M is among the u largest *so far*: in the paper all tokens of a row compete, so that whether one
     attends hangs on later ones. These are u (1 + ln(T / u)) tokens where the order of the M is random, and all at worst. Different from
