@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -145,3 +146,119 @@ def test_logits_are_the_same(name: str, options: dict[str, Any]) -> None:
     if name.startswith(TABLES) or options.get("rel_pos_type") == "mlp_swin":
         ours = from_timm(theirs)
     assert_same(ours, theirs, image_of(theirs))
+
+
+@pytest.mark.parametrize("name", ["test_vit", "eva02_tiny_patch14_224"])
+def test_images_of_any_size_as_timm_takes_them(name: str) -> None:
+    theirs = made(name, dynamic_img_size=True)
+    image = torch.randn(2, 3, 4 * theirs.patch_embed.patch_size[0], 6 * theirs.patch_embed.patch_size[1])
+    assert_same(from_timm(theirs), theirs, image)
+
+
+@pytest.mark.parametrize(
+    "name", ["test_vit3", "vit_pwee_patch16_reg1_gap_256", "vit_small_patch16_rope_mixed_ape_224", "test_vit_relpos"]
+)
+def test_gradients_reach_every_parameter(name: str) -> None:
+    ours = from_timm(made(name))
+    ours(image_of(timm.create_model(name, pretrained=False, depth=1))).square().sum().backward()
+    blind = {path for path, parameter in ours.named_parameters() if parameter.grad is None or not parameter.grad.any()}
+    assert not blind
+
+
+def test_gradients_are_those_of_timm() -> None:
+    theirs = made("test_vit").double()
+    ours, image = from_timm(theirs), image_of(theirs).double()
+    for model in (ours, theirs):
+        model(image).square().sum().backward()
+    for mine, wanted in (
+        (ours.encoder.position.table, theirs.pos_embed.grad[0, 1:]),
+        (ours.embed.proj.weight, theirs.patch_embed.proj.weight.grad.flatten(1)),
+        (ours.encoder.blocks[0].attention.qkv.weight, theirs.blocks[0].attn.qkv.weight.grad),
+    ):
+        torch.testing.assert_close(mine.grad, wanted)
+
+
+def test_what_weights_do_not_hold_carries_over() -> None:
+    options = {
+        "proj_drop_rate": 0.1,
+        "attn_drop_rate": 0.2,
+        "drop_path_rate": 0.3,
+        "drop_rate": 0.4,
+        "pos_drop_rate": 0.5,
+    }
+    theirs = made("vit_tiny_patch16_224", depth=3, **options).bfloat16().train()
+    theirs.set_grad_checkpointing()
+    theirs.patch_embed.requires_grad_(False)
+    theirs.blocks[1].attn.qkv.weight.requires_grad_(False)
+    ours = from_timm(theirs)
+    block = ours.encoder.blocks[1]
+    assert ours.training and ours.encoder.checkpoint and ours.head.weight.dtype == torch.bfloat16
+    assert ours.head_dropout.p == 0.4 and ours.position_dropout.p == 0.5
+    assert block.attention.dropout == 0.2
+    assert (
+        block.attention_residual.dropout.p
+        == block.feed_forward.dropout.p
+        == block.feed_forward_residual.dropout.p
+        == 0.1
+    )
+    assert [one.attention_residual.drop_path.p for one in ours.encoder.blocks] == pytest.approx([0.0, 0.15, 0.3])
+    assert not any(p.requires_grad for p in ours.embed.parameters())
+    assert not block.attention.qkv.weight.requires_grad and block.attention.qkv.bias.requires_grad
+    assert not from_timm(made("test_vit")).training
+
+
+def test_a_distilled_model_has_both_heads() -> None:
+    theirs = made("deit_tiny_distilled_patch16_224").train()
+    theirs.set_distilled_training()
+    ours, image = from_timm(theirs), image_of(theirs)
+    for got, wanted in zip(ours.logits(ours.features(image)), theirs(image), strict=True):
+        torch.testing.assert_close(got, wanted, atol=5e-6, rtol=0)
+
+
+def test_no_head() -> None:
+    theirs = made("test_vit", num_classes=0)
+    assert_same(from_timm(theirs), theirs, image_of(theirs))
+
+
+class Grafted(nn.Linear):
+    """A layer that computes something else."""
+
+
+def grafted(change: Callable[[Any], object]) -> nn.Module:
+    model = made("test_vit")
+    change(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: made("vit_dpwee_patch16_reg1_gap_256"), ValueError, r"blocks\.0 cannot be taken over: DiffParallelScalingBlock"),
+        (lambda: made("vit_dwee_patch16_reg1_gap_256"), ValueError, r"blocks\.0\.attn cannot be taken over: DiffAttention"),
+        (lambda: made("test_vit", global_pool="prr"), ValueError, "global_pool must be one of .* got 'prr'"),
+        (lambda: made("test_vit", global_pool=""), ValueError, r"what features\(images\) returns"),
+        (lambda: made("test_vit", global_pool="avg", pool_include_prefix=True), ValueError, "pool_include_prefix=True"),
+        (lambda: made("test_vit", patch_drop_rate=0.2), ValueError, "patch_drop_rate must be 0 .* got 0.2"),
+        (lambda: made("test_vit", norm_layer=layers.SimpleNorm), ValueError, "SimpleNorm is no norm that torch has"),
+        (lambda: made("test_vit", mlp_layer=layers.GatedMlp), ValueError, r"blocks\.0\.mlp .* GatedMlp"),
+        (lambda: made("test_vit", mlp_layer=layers.GluMlp, act_layer=nn.Sigmoid), ValueError, "a gate of Sigmoid"),
+        (lambda: made("vit_base_patch16_rpn_224", **NARROW, proj_drop_rate=0.1), ValueError, "proj_drop_rate"),
+        (lambda: made("vit_small_patch16_18x2_224", drop_path_rate=0.1), ValueError, "drops each of its branches apart"),
+        (lambda: made("vit_small_patch16_18x2_224", qk_norm=True), ValueError, r"norms in its branches \(qk_norm"),
+        (lambda: made("eva02_tiny_patch14_224", rope_type="mrope"), ValueError, "rope cannot be taken over: RotaryEmbeddingMRope"),
+        (lambda: made("vit_tiny_r_s16_p8_224"), ValueError, "patch_embed cannot be taken over: HybridEmbed"),
+        (lambda: made("test_vit").blocks, TypeError, r"model must be one of timm's VisionTransformer, .* got Sequential"),
+        (lambda: timm.create_model("test_resnet", pretrained=False), TypeError, "got ResNet"),
+        (lambda: grafted(lambda m: m.blocks[1].attn.register_parameter("adapter", nn.Parameter(torch.ones(3)))), ValueError,
+         r"has no place for: blocks\.1\.attn\.adapter"),
+        (lambda: grafted(lambda m: setattr(m.blocks[1].attn, "proj", Grafted(64, 64))), ValueError,
+         r"blocks\.1\.attn\.proj cannot be taken over: Grafted is no nn\.Linear"),
+        (lambda: grafted(lambda m: setattr(m.blocks[0].mlp, "forward", lambda x: x)), ValueError,
+         r"blocks\.0\.mlp cannot be taken over: Mlp has a forward of its own"),
+        (lambda: grafted(lambda m: nn.utils.parametrizations.weight_norm(m.blocks[0].mlp.fc1)), (TypeError, ValueError),
+         "Parametrized|parametrizations"),
+    ],
+)  # fmt: skip
+def test_what_ours_cannot_express_is_refused_by_name(make: Callable[[], nn.Module], error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        from_timm(make())

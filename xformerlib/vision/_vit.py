@@ -117,7 +117,7 @@ class ViT(nn.Module):
         self.embed = PatchEmbed(dim, patch, channels=channels) if embed is None else embed
         if self.embed.dim != dim:
             raise ValueError(f"embed must make tokens of dim={dim} channels; got {self.embed.dim}")
-        self.prefix = class_token + distillation + registers
+        self.class_token, self.prefix = class_token, class_token + distillation + registers
         self.prefix_tokens = nn.Parameter(torch.empty(self.prefix, dim)) if self.prefix else None
         if position == "learned":
             sizes = (size,) * self.embed.ndim if isinstance(size, int) else tuple(size)
