@@ -219,9 +219,8 @@ class Domain(ABC):
         """The token of the whole that token ``i`` of row ``b`` is."""
         return i
 
-    def take(self, table: Shaped[Tensor, "... tokens dim"]) -> Shaped[Tensor, "... kept dim"]:
-        """Of a table with a row for each token of the whole (and an axis for the rows of the batch in front, if the whole has rows of its
-        own) the rows of the tokens that are here."""
+    def take(self, table: Shaped[Tensor, "... tokens dim"], *, by_row: bool) -> Shaped[Tensor, "... kept dim"]:
+        """Of a table of the tokens of the whole, those that are here; ``by_row`` says whether its first axis is the rows of the batch."""
         return table
 
     # -- where each token is -----------------------------------------------------------------------------------

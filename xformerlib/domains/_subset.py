@@ -48,10 +48,10 @@ class Subset(Domain):
     def token(self, b: Tensor, i: Tensor) -> Tensor:
         return self.index[i] if self.index.ndim == 1 else self.index[b, i]
 
-    def take(self, table: Shaped[Tensor, "... tokens dim"]) -> Shaped[Tensor, "... kept dim"]:
+    def take(self, table: Shaped[Tensor, "... tokens dim"], *, by_row: bool) -> Shaped[Tensor, "... kept dim"]:
         if self.index.ndim == 1:
             return table.index_select(-2, self.index)
-        if self.whole.batch_size is None:
+        if not by_row:
             return table.index_select(-2, self.index.flatten()).unflatten(-2, self.index.shape).movedim(-3, 0)
         index = self.index.reshape(len(self.index), *(1,) * (table.ndim - 3), -1, 1)
         return table.gather(-2, index.expand(*table.shape[:-2], -1, table.shape[-1]))

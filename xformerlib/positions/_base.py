@@ -68,7 +68,8 @@ class Embedding(Position, ABC):
     def forward(self, x: Float[Tensor, "*batch tokens dim"], domain: Domain) -> Float[Tensor, "*batch tokens dim"]:
         """``x`` plus the embedding of each token's position, in the dtype of ``x``; a prefix token gets 0, or a row of its own."""
         check_tokens(self, x, domain, self.dim, "dim")
-        return x + domain.take(self.rows(domain.whole, x)).to(x.dtype)
+        rows = self.rows(domain.whole, x)
+        return x + domain.take(rows, by_row=rows.ndim == 3).to(x.dtype)
 
     @abstractmethod
     def rows(self, domain: Domain, x: Tensor) -> Float[Tensor, "*batch tokens dim"]:

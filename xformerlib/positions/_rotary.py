@@ -153,7 +153,7 @@ class Rotary(Rotation):
 
         def make() -> tuple[Tensor, Tensor]:
             whole = self._cos_sin(x, domain.whole)
-            cos, sin = (domain.take(part) for part in whole)
+            cos, sin = (domain.take(part, by_row=part.ndim == 4) for part in whole)
             # All heads turn alike.
             return (cos[:, None], sin[:, None]) if whole[0].ndim < cos.ndim == 3 else (cos, sin)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence as SequenceOf
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,34 +17,11 @@ from .._sublayers import NormLayer, norm_factory
 from ..blocks import Encoder
 from ..domains import Grid
 from ..positions import Learned, Position
+from ._kept import Features as Features, PatchDropout
 from ._patches import Images, PatchEmbed, Tokenizer, check_list
 
 # As in the published models.
 LAYER_NORM: NormLayer = partial(nn.LayerNorm, eps=1e-6)
-
-
-class Features(NamedTuple):
-    """Tokens and where they live.
-
-    Attributes:
-        tokens: (B, prefix + grid, dim), or (N, dim) of a list of images, one behind the other.
-        domain: a ``Grid``, packed for a list of images.
-    """
-
-    tokens: Float[Tensor, "*batch tokens dim"]
-    domain: Grid
-
-    @property
-    def maps(self) -> Float[Tensor, "batch dim *grid"] | list[Float[Tensor, "dim *grid"]]:
-        """The tokens of patches as a map for each image, without those in front."""
-        tokens, domain = self
-        if domain.offsets is None:
-            return tokens[:, domain.prefix :].unflatten(1, domain.sizes).movedim(-1, 1)
-        images = tokens.tensor_split(domain.offsets[1:-1].cpu())
-        return [
-            image[domain.prefix :].unflatten(0, size).movedim(-1, 0)
-            for image, size in zip(images, domain.size_of_items, strict=True)
-        ]
 
 
 class ViT(nn.Module):
@@ -72,6 +49,7 @@ class ViT(nn.Module):
         embed_norm: a norm of the tokens before the first block (CLIP).
         pool_norm: whether the last norm follows the pooling; default: where tokens are averaged.
         dropout, position_dropout, head_dropout: in blocks, after positions, before the head.
+        patch_dropout: share of the patches that is left out in training, see ``PatchDropout``.
         mask, norm_layer, **encoder: further arguments of ``Encoder`` and ``Block``: drop_path, layer_scale, hidden, activation="swiglu",
             qk_norm, norm="parallel", checkpoint, ...
 
@@ -109,6 +87,7 @@ class ViT(nn.Module):
         dropout: float = 0.0,
         position_dropout: float = 0.0,
         head_dropout: float = 0.0,
+        patch_dropout: float = 0.0,
         **encoder: Any,
     ) -> None:
         super().__init__()
@@ -132,6 +111,7 @@ class ViT(nn.Module):
         self.embed_norm = nn.Identity() if embed_norm is None else norm_factory(embed_norm)(dim)
         self.pool_norm = norm_factory(norm_layer)(dim) if final_norm and after else nn.Identity()
         self.position_dropout, self.head_dropout = Dropout(position_dropout), Dropout(head_dropout)
+        self.patch_dropout = PatchDropout(patch_dropout)
         self.head = nn.Identity() if classes is None else nn.Linear(dim, classes)
         self.distillation_head = nn.Linear(dim, classes) if distillation and classes is not None else None
         self.reset_parameters()
@@ -155,7 +135,11 @@ class ViT(nn.Module):
 
     def features(self, images: Images, *, valid: Bool[Tensor, "batch *grid"] | None = None) -> Features:
         """The tokens after the last block and norm."""
-        x, domain = self.begin(images, valid=valid)
+        return self.encode(self.patch_dropout(self.tokens(images, valid=valid)))
+
+    def encode(self, tokens: Features) -> Features:
+        """``features`` of ``tokens``, or of those that are kept of them."""
+        x, domain = self._placed(tokens)
         for index in range(len(self.encoder.blocks)):
             x = self.encoder.layer(index, x, domain)
         return Features(domain.zero_padding(self.encoder.norm(x)), domain)
@@ -197,9 +181,16 @@ class ViT(nn.Module):
 
     def begin(self, images: Images, *, valid: Bool[Tensor, "batch *grid"] | None = None) -> Features:
         """What the first block sees: tokens of the patches and in front of them, and positions."""
-        x, domain = self._packed(images, valid) if not isinstance(images, Tensor) else self._batch(images, valid)
+        return self._placed(self.patch_dropout(self.tokens(images, valid=valid)))
+
+    def _placed(self, tokens: Features) -> Features:
+        x, domain = tokens
         x = self.position_dropout(self.encoder.embed(x, domain))
         return Features(self.embed_norm(x), domain)
+
+    def tokens(self, images: Images, *, valid: Bool[Tensor, "batch *grid"] | None = None) -> Features:
+        """The tokens of the patches, and in front of them the learned ones; without positions."""
+        return self._batch(images, valid) if isinstance(images, Tensor) else self._packed(images, valid)
 
     def _batch(self, images: Tensor, valid: Tensor | None) -> Features:
         domain = Grid(*self.embed.grid(images.shape[2:]), prefix=self.prefix, valid=valid)
