@@ -109,9 +109,9 @@ def edge_attention(
     value: Float[Tensor, "batch kv_heads keys value_dim"],
     pattern: Pattern,
     scores: Scores,
-    edge_query: Float[Tensor, "batch heads queries features"],
-    edge_attr: Float[Tensor, "entries features"],
-) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries features"]]:
+    edge_query: Float[Tensor, "batch heads queries features"] | None = None,
+    edge_attr: Float[Tensor, "entries features"] | None = None,
+) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries features"] | None]:
     """Attention along edges that have features: ``p = softmax(scale * (q . k + u . e) + bias)``, and the two sums ``p v`` and ``p e``.
 
     For features e and projections W and W' of them that a head adds to its keys and values, ``q . (k + W e) = q . k + (W^T q) . e`` and
@@ -122,7 +122,7 @@ def edge_attention(
         pattern: the edges; parallel ones count apart.
         scores: how they score, besides; it has no predicate.
         edge_query: u, for each query and head.
-        edge_attr: e, for each entry of the pattern, in its order.
+        edge_attr: e, for each entry of the pattern, in its order. Without features the second sum is None.
     """
     return _EdgeAttention.apply(pattern, scores, query, key, value, edge_query, edge_attr, *scores.tensors)
 

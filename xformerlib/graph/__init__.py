@@ -1,0 +1,3 @@
+"""Graph Transformers on PyTorch Geometric's interface, with attention that costs what the graph costs."""
+
+from ._edge_attention import EdgeAttention as EdgeAttention

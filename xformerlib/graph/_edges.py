@@ -1,0 +1,74 @@
+"""Edges as layers are given them, and what is made of them once for all layers and calls: they are sorted by target."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..domains import Graph
+from ..kernels._pattern import Pattern
+
+# As in PyTorch Geometric: (2, edges) with sources above targets, an EdgeIndex, a sparse tensor of (targets, sources); or a Graph.
+Adjacency = Tensor | Graph
+
+
+class SortedEdges(NamedTuple):
+    """Edges by target.
+
+    Attributes:
+        pattern: queries are targets, keys are sources; parallel edges count apart.
+        order: for each of its entries the edge, as they were given.
+    """
+
+    pattern: Pattern
+    order: Int[Tensor, " edges"]
+
+
+# What was made of an edge_index lives as long as the tensor, and is made anew where the tensor was changed in place.
+_MADE: Any = WeakTensorKeyDictionary()
+
+
+def sorted_edges(edge_index: Adjacency, sources: int, targets: int) -> SortedEdges:
+    """The edges sorted by target, made at the first call with an ``edge_index`` and kept beside it."""
+    if isinstance(edge_index, Graph):
+        return edge_index.fact(("sorted_edges",), lambda: _sorted(edge_index.edge_index, sources, targets))
+    version, key = edge_index._version, (sources, targets)
+    made = _MADE.get(edge_index)
+    if made is None or made[0] != version:
+        made = _MADE[edge_index] = (version, {})
+    if key not in made[1]:
+        made[1][key] = _sorted(as_pairs(edge_index), sources, targets)
+    return made[1][key]
+
+
+def as_pairs(edge_index: Adjacency) -> Int[Tensor, "2 edges"]:
+    """Sources above targets, of any way to give edges."""
+    if isinstance(edge_index, Graph):
+        return edge_index.edge_index
+    if not isinstance(edge_index, Tensor):
+        raise TypeError(
+            f"edge_index must be a tensor (2, edges), a sparse tensor or a Graph; got {type(edge_index).__name__}"
+        )
+    if edge_index.layout != torch.strided:
+        target, source = edge_index.detach().to_sparse_coo().coalesce().indices()
+        return torch.stack([source, target])
+    if edge_index.ndim != 2 or edge_index.shape[0] != 2 or edge_index.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"edge_index must be integers (2, edges), sources above targets; got {edge_index.dtype} {tuple(edge_index.shape)}"
+        )
+    return edge_index.as_subclass(Tensor)
+
+
+def _sorted(edge_index: Tensor, sources: int, targets: int) -> SortedEdges:
+    source, target = edge_index.long()
+    for name, index, count in (("sources", source, sources), ("targets", target, targets)):
+        if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < count):
+            raise ValueError(
+                f"edge_index must index the {count} {name}; got indices from {int(index.min())} to {int(index.max())}"
+            )
+    order = torch.argsort(target * max(sources, 1) + source, stable=True)
+    return SortedEdges(Pattern(target[order], source[order], targets, sources), order)

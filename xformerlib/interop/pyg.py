@@ -1,0 +1,56 @@
+"""Layers of PyTorch Geometric as ours: the same weights, the same nodes.
+
+>>> from torch_geometric.nn import TransformerConv
+>>> from xformerlib.interop.pyg import from_pyg
+>>> theirs = TransformerConv(16, 8, heads=4, edge_dim=3)
+>>> ours, nodes = from_pyg(theirs), torch.randn(3, 16)
+>>> edges = torch.tensor([[0, 1, 2], [1, 2, 0]]), torch.randn(3, 3)
+>>> torch.allclose(ours(nodes, *edges), theirs(nodes, *edges), atol=1e-6)
+True
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch_geometric.nn import TransformerConv
+from torch_geometric.nn.dense import Linear as TheirLinear
+
+from ..graph import EdgeAttention
+
+
+def from_pyg(conv: nn.Module) -> EdgeAttention:
+    """Our layer with copies of the weights of one of PyTorch Geometric's, which is left as it is.
+
+    Raises:
+        TypeError: a layer other than ``TransformerConv``.
+        ValueError: what ours cannot express, by name; a layer whose sizes are not known before its first call.
+    """
+    if type(conv) is not TransformerConv:
+        raise TypeError(f"conv must be a TransformerConv; got {type(conv).__name__}")
+    if conv.aggr != "add" or conv.flow != "source_to_target":
+        raise ValueError(
+            f"aggr must be 'add' and flow 'source_to_target', as everywhere here; got aggr={conv.aggr!r}, flow={conv.flow!r}"
+        )
+    linear = [layer for layer in conv.modules() if isinstance(layer, TheirLinear)]
+    if any(layer.in_channels < 1 for layer in linear):
+        raise ValueError("in_channels must be known; got -1. Call conv once, then take it over")
+    ours = EdgeAttention(
+        (conv.lin_key.in_channels, conv.lin_query.in_channels), conv.out_channels, conv.heads, concat=conv.concat,
+        beta=conv.lin_beta is not None, dropout=conv.dropout, edge_dim=conv.edge_dim, bias=conv.lin_key.bias is not None,
+        root_weight=conv.root_weight,
+    ).to(conv.lin_key.weight)  # fmt: skip
+    _copy(ours.query, conv.lin_query)
+    _copy(ours.key_value, conv.lin_key, conv.lin_value)
+    for own, theirs in ((ours.edge, conv.lin_edge), (ours.root, conv.lin_skip), (ours.gate, conv.lin_beta)):
+        if own is not None:
+            _copy(own, theirs)
+    return ours.train(conv.training)
+
+
+def _copy(own: nn.Linear, *theirs: TheirLinear) -> None:
+    """The rows of one linear map, or of several one below the other."""
+    with torch.no_grad():
+        own.weight.copy_(torch.cat([layer.weight for layer in theirs]))
+        if own.bias is not None:
+            own.bias.copy_(torch.cat([layer.bias for layer in theirs]))
