@@ -215,7 +215,8 @@ class Swin(nn.Module):
         if not asked or min(asked) < 0 or max(asked) >= depth:
             raise ValueError(f"stages must be indices of the {depth} stages; got {stages}")
         if isinstance(images, Tensor):
-            found = self._run(*self._batch(images, valid), asked)
+            batch = self._batch(images, valid)
+            found = self._run(batch.tokens, batch.grid, asked)
         else:
             check_list(images, valid)
             found = self._run_list(images, asked)
@@ -308,8 +309,8 @@ def _in_order(runs: SequenceOf[Features], order: SequenceOf[int]) -> Features:
     """One pack of items in the order that they were asked for."""
     if len(runs) == 1:
         return runs[0]
-    sizes = [size for _, domain in runs for size in domain.size_of_items]
-    tokens = [item for x, domain in runs for item in x.split([math.prod(size) for size in domain.size_of_items])]
+    sizes = [size for run in runs for size in run.grid.size_of_items]
+    tokens = [item for run in runs for item in run.tokens.split([math.prod(n) for n in run.grid.size_of_items])]
     back = sorted(range(len(order)), key=order.__getitem__)
     domain = Grid.packed([sizes[index] for index in back]).to(tokens[0].device)
     return Features(torch.cat([tokens[index] for index in back]), domain)
