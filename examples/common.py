@@ -107,7 +107,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 def what_determines(options: Any, seed: int) -> dict[str, str]:
     """The options, a dataclass, that the result of a run depends on: the others may differ when it is continued."""
-    free = ("run", "resume", "device", "eval_batch_size", "seeds")
+    free = ("run", "resume", "device", "eval_batch_size", "seeds", "workers")
     return {name: str(value) for name, value in asdict(options).items() if name not in free} | {"seed": str(seed)}
 
 

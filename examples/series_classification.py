@@ -22,14 +22,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import common
 import confusion_figure as figure
 import labelled_series as data
 import torch
 import tyro
-from torch import Tensor, nn
+from class_scores import Score, score_of, summary
+from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -163,42 +164,12 @@ def varied(batch: data.Labelled, o: Options) -> data.Labelled:
 # -- scores ------------------------------------------------------------------------------------------------------------
 
 
-class Score(NamedTuple):
-    """How many series of each class (row) were taken for each (column), and the mean cross-entropy."""
-
-    confusion: Tensor
-    loss: float
-
-    @property
-    def accuracy(self) -> float:
-        """Share of the series whose class was found."""
-        return int(self.confusion.diagonal().sum()) / int(self.confusion.sum())
-
-
 @torch.inference_mode()
 def score(model: ts.SeriesClassifier, part: data.Labelled, batch_size: int) -> Score:
     """Classify every series; ``batch_size`` makes no difference."""
     model.eval()
     logits = torch.cat([model(**batch.inputs) for batch in batches(part, batch_size, shuffle=False)])
-    pairs = part.labels * model.classes + logits.argmax(1)
-    confusion = torch.bincount(pairs, minlength=model.classes**2).view(model.classes, -1)
-    return Score(confusion.cpu(), float(F.cross_entropy(logits, part.labels)))
-
-
-def summary(classes: list[str], ours: Score) -> str:
-    """Accuracy, and the classes that were taken for others most often."""
-    confusion = ours.confusion
-    total, right = int(confusion.sum()), int(confusion.diagonal().sum())
-    lines = [
-        f"test accuracy     {ours.accuracy:.2%}: {right:,} of {total:,} series",
-        f"most frequent     {float(confusion.sum(1).max() / total):.2%}: what one gets by always saying the same class",
-    ]
-    wrong = confusion - confusion.diagonal().diag()
-    for pair in wrong.flatten().argsort(descending=True, stable=True)[:3].tolist():
-        true, taken = divmod(pair, len(classes))
-        if wrong[true, taken]:
-            lines.append(f"taken for another {classes[true]} for {classes[taken]}: {int(wrong[true, taken])} times")
-    return "\n".join(lines)
+    return score_of(logits, part.labels)
 
 
 # -- the run -----------------------------------------------------------------------------------------------------------
@@ -231,7 +202,7 @@ def main(o: Options) -> None:
         title = f"{known.name}: {ours.accuracy:.1%} of test right"
         figure.draw(run.directory / "confusion.png", title, known.classes, ours.confusion.numpy(), course)
         written = ", ".join(path.name for path in sorted(run.directory.iterdir()))
-        print(f"\n{summary(known.classes, ours)}\n\nseed {seed}; in {run.directory}: {written}")
+        print(f"\n{summary(known.classes, ours, 'series')}\n\nseed {seed}; in {run.directory}: {written}")
     if len(results) > 1:
         print(f"test accuracy over {len(results)} seeds: {mean(results):.2%} +- {stdev(results):.2%}")
     print(f"{time.perf_counter() - began:.0f} seconds")

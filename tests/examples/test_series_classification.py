@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import class_scores
 import common
 import compare_padding as compare
 import confusion_figure as figure
@@ -203,7 +204,7 @@ def test_each_series_comes_once_in_an_epoch() -> None:
 
 def test_the_summary_names_what_was_taken_for_what() -> None:
     confusion = torch.tensor([[5, 0, 2], [0, 4, 0], [0, 1, 8]])
-    text = example.summary(["a", "b", "c"], example.Score(confusion, 0.0))
+    text = class_scores.summary(["a", "b", "c"], class_scores.Score(confusion, 0.0), "series")
     assert "85.00%: 17 of 20 series" in text and "45.00%: what one gets" in text
     assert "a for c: 2 times" in text and "c for b: 1 times" in text and "b for" not in text
 
