@@ -1,0 +1,80 @@
+"""Models of graphs: what else is in a batch, and in which order nodes come, changes nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch_geometric.data import Batch, Data
+
+import xformerlib as xf
+from xformerlib import masks, positions
+from xformerlib.graph import GraphTransformer
+
+EDGES = masks.Edges() | masks.Local(0)
+MODELS: dict[str, Any] = {
+    "nodes": lambda: GraphTransformer(7, 16, 3, 2, 4),
+    "edges, mean": lambda: GraphTransformer(7, 16, 3, 2, 4, mask=EDGES, pool="mean", position=positions.Learned(16, 5)),
+    "virtual node": lambda: GraphTransformer(
+        7, 16, None, 1, 4, mask=EDGES | masks.Global(1), pool="token", virtual_nodes=1
+    ),
+    "hops, attention": lambda: GraphTransformer(
+        7, 16, 3, 2, 4, pool="attention", position=positions.RandomWalk(16, 4) + positions.RelativeBias(4)
+    ),
+}
+
+
+def made(name: str) -> Any:
+    torch.manual_seed(0)
+    model = MODELS[name]().double().eval()
+    for parameter in model.parameters():
+        nn.init.uniform_(parameter, -0.5, 0.5)
+    return model
+
+
+def drawn(nodes: int, edges: int) -> Data:
+    return Data(x=torch.randn(nodes, 7, dtype=torch.float64), edge_index=torch.randint(max(nodes, 1), (2, edges)))
+
+
+def largest(a: Tensor, b: Tensor) -> float:
+    assert a.shape == b.shape
+    return float((a - b).detach().abs().max())
+
+
+GRAPHS = [drawn(5, 12), drawn(1, 0), drawn(9, 20), drawn(3, 2)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_graph_gives_what_it_gives_alone_and_permuted(name: str) -> None:
+    model, batch = made(name), Batch.from_data_list(GRAPHS)
+    together = model(batch)
+    assert largest(together, torch.cat([model(graph) for graph in GRAPHS])) < 1e-11
+    order = torch.randperm(batch.num_nodes)
+    permuted = model(batch.x[order], order.argsort()[batch.edge_index], batch=batch.batch[order])
+    assert largest(permuted, together if model.pool else together[order]) < 1e-11
+    graph = xf.Graph.from_pyg(batch, virtual_nodes=0 if model.virtual is None else 1)
+    assert largest(model(batch.x, graph), together) == 0
+
+
+def test_an_edge_index_that_changes_in_place_is_placed_anew() -> None:
+    model, graph = made("edges, mean"), drawn(6, 9)
+    first = model(graph)
+    graph.edge_index[0] = (graph.edge_index[0] + 1) % 6
+    assert largest(model(graph), model(graph.clone())) == 0
+    assert largest(model(graph), first) > 1e-6
+    batch = torch.tensor([0, 0, 0, 1, 1, 1])
+    inside = graph.edge_index[:, batch[graph.edge_index[0]] == batch[graph.edge_index[1]]]
+    assert model(graph.x, inside).shape == (1, 3)
+    assert model(graph.x, inside, batch=batch).shape == (2, 3)
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ValueError, match="row of a virtual node"):
+        GraphTransformer(7, 16, 3, 2, 4, pool="token")
+    graph = drawn(3, 2)
+    with pytest.raises(ValueError, match="edge_attr has no use in GraphTransformer"):
+        made("nodes")(graph.x, graph.edge_index, torch.randn(2, 4))
+    with pytest.raises(ValueError, match="a Graph says itself which nodes"):
+        made("nodes")(graph.x, xf.Graph(graph.edge_index, 3), batch=torch.zeros(3).long())

@@ -1,0 +1,74 @@
+"""What models are given, PyTorch Geometric's way, as nodes that live on a ``Graph``."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+from weakref import ref
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..domains import Graph
+from ._edges import Adjacency, as_pairs
+
+
+class Placed(NamedTuple):
+    """A batch of graphs whose nodes stand graph by graph.
+
+    Attributes:
+        graph: where the nodes live; built once for a batch, and kept beside its ``edge_index``.
+        order: the nodes in that order, as they were given; None where they came so.
+    """
+
+    graph: Graph
+    order: Int[Tensor, " nodes"] | None
+
+    def sorted(self, x: Tensor) -> Tensor:
+        """Features of nodes, graph by graph."""
+        return x if self.order is None else x.index_select(0, self.order)
+
+    def restored(self, x: Tensor) -> Tensor:
+        """Results for nodes in the order in which these were given."""
+        return x if self.order is None else x.index_select(0, self.order.argsort())
+
+
+# The graph that was made of an edge_index lives as long as the tensor.
+_MADE: Any = WeakTensorKeyDictionary()
+
+
+def place_nodes(
+    edge_index: Adjacency,
+    num_nodes: int,
+    batch: Int[Tensor, " nodes"] | None = None,
+    *,
+    virtual_nodes: int = 0,
+    num_graphs: int | None = None,
+) -> Placed:
+    """Where nodes live, made at the first call with an ``edge_index`` and ``batch`` and kept while they are not changed in place."""
+    if isinstance(edge_index, Graph):
+        if batch is not None or edge_index.prefix != virtual_nodes:
+            raise ValueError(
+                f"a Graph says itself which nodes are in which graph, with virtual_nodes={virtual_nodes} here; "
+                f"got {edge_index!r}" + ("" if batch is None else " and batch")
+            )
+        return Placed(edge_index, None)
+    key = (edge_index._version, None if batch is None else batch._version, num_nodes, virtual_nodes, num_graphs)
+    kept = _MADE.get(edge_index)
+    if kept is None or kept[0]() is not batch or kept[1] != key:
+        whose = (lambda: None) if batch is None else ref(batch)
+        made = _placed(as_pairs(edge_index), num_nodes, batch, virtual_nodes, num_graphs)
+        kept = _MADE[edge_index] = (whose, key, made)
+    return kept[2]
+
+
+def _placed(
+    edge_index: Tensor, num_nodes: int, batch: Tensor | None, virtual_nodes: int, num_graphs: int | None
+) -> Placed:
+    order = None
+    if batch is not None and batch.numel() == num_nodes and bool((batch.diff() < 0).any()):
+        order = torch.argsort(batch, stable=True)
+        batch, edge_index = batch[order], order.argsort()[edge_index]
+    graph = Graph(edge_index, num_nodes, batch=batch, virtual_nodes=virtual_nodes, num_graphs=num_graphs)
+    return Placed(graph, order)
