@@ -185,6 +185,7 @@ def test_what_weights_do_not_hold_carries_over() -> None:
         "drop_path_rate": 0.3,
         "drop_rate": 0.4,
         "pos_drop_rate": 0.5,
+        "patch_drop_rate": 0.6,
     }
     theirs = made("vit_tiny_patch16_224", depth=3, **options).bfloat16().train()
     theirs.set_grad_checkpointing()
@@ -193,7 +194,7 @@ def test_what_weights_do_not_hold_carries_over() -> None:
     ours = from_timm(theirs)
     block = ours.encoder.blocks[1]
     assert ours.training and ours.encoder.checkpoint and ours.head.weight.dtype == torch.bfloat16
-    assert ours.head_dropout.p == 0.4 and ours.position_dropout.p == 0.5
+    assert ours.head_dropout.p == 0.4 and ours.position_dropout.p == 0.5 and ours.patch_dropout.share == 0.6
     assert block.attention.dropout == 0.2
     assert (
         block.attention_residual.dropout.p
@@ -238,7 +239,6 @@ def grafted(change: Callable[[Any], object]) -> nn.Module:
         (lambda: made("test_vit", global_pool="prr"), ValueError, "global_pool must be one of .* got 'prr'"),
         (lambda: made("test_vit", global_pool=""), ValueError, r"what features\(images\) returns"),
         (lambda: made("test_vit", global_pool="avg", pool_include_prefix=True), ValueError, "pool_include_prefix=True"),
-        (lambda: made("test_vit", patch_drop_rate=0.2), ValueError, "patch_drop_rate must be 0 .* got 0.2"),
         (lambda: made("test_vit", norm_layer=layers.SimpleNorm), ValueError, "SimpleNorm is no norm that torch has"),
         (lambda: made("test_vit", mlp_layer=layers.GatedMlp), ValueError, r"blocks\.0\.mlp .* GatedMlp"),
         (lambda: made("test_vit", mlp_layer=layers.GluMlp, act_layer=nn.Sigmoid), ValueError, "a gate of Sigmoid"),

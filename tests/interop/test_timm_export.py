@@ -74,7 +74,9 @@ def test_there_and_back(name: str) -> None:
 )
 def test_a_model_of_timm_comes_back_as_it_was(name: str) -> None:
     size = {} if name.startswith("test") else {"embed_dim": 48, "num_heads": 3, "img_size": 56}
-    theirs = timm.create_model(name, pretrained=False, depth=2, drop_path_rate=0.2, proj_drop_rate=0.1, **size)
+    theirs = timm.create_model(
+        name, pretrained=False, depth=2, drop_path_rate=0.2, proj_drop_rate=0.1, patch_drop_rate=0.3, **size
+    )
     theirs.blocks[1].requires_grad_(False)
     back = to_timm(from_timm(theirs))
     before, after = theirs.state_dict(), back.state_dict()
@@ -83,6 +85,7 @@ def test_a_model_of_timm_comes_back_as_it_was(name: str) -> None:
     for one, other in zip(theirs.parameters(), back.parameters(), strict=True):
         assert one.requires_grad == other.requires_grad
     assert str(back.blocks) == str(theirs.blocks)
+    assert back.patch_drop.prob == 0.3
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm import layers
+from timm.layers.attention import Attention as TheirAttention, AttentionRope
+from timm.layers.mlp import GluMlp, Mlp, SwiGLU
 from timm.models import beit, eva, swin_transformer, swin_transformer_v2, vision_transformer, vision_transformer_relpos
 from torch import Tensor, nn
 
@@ -19,9 +20,9 @@ from ._timm_weights import Weights, joined, linear, parameter
 Order = Tensor | None
 
 ATTENTIONS = (
-    vision_transformer.Attention,
+    TheirAttention,
+    AttentionRope,
     eva.EvaAttention,
-    eva.AttentionRope,
     beit.Attention,
     vision_transformer_relpos.RelPosAttention,
     swin_transformer.WindowAttention,
@@ -136,8 +137,8 @@ def attention_of(weights: Weights, theirs: Any, order: Order) -> tuple[Attention
     if gate is not None and not isinstance(norm, nn.Identity):
         weights.refuse(theirs, "puts its gate behind the norm of the heads, ours before it")
     if order is not None:
-        weight, bias = (None if part is None else _reordered(part, heads + kv_heads, order) for part in (weight, bias))
-        assert weight is not None
+        weight = _reordered(weight, heads + kv_heads, order)
+        bias = None if bias is None else _reordered(bias, heads + kv_heads, order)
     with torch.device("meta"):
         ours = Attention(
             weight.shape[1], heads, kv_heads=kv_heads, head_dim=head_dim, dropout=weights.rate(theirs.attn_drop)
@@ -153,16 +154,15 @@ def attention_of(weights: Weights, theirs: Any, order: Order) -> tuple[Attention
 
 def feed_forward_of(weights: Weights, theirs: Any) -> tuple[FeedForward, float]:
     """A feed-forward layer, and the rate of the dropout behind it."""
-    if type(theirs) is layers.Mlp:
+    if type(theirs) is Mlp:
         up, activation = weights.affine(theirs.fc1), weights.activation(theirs.act)
-    elif type(theirs) is layers.SwiGLU:
+    elif type(theirs) is SwiGLU:
         up = joined([weights.affine(theirs.fc1_g), weights.affine(theirs.fc1_x)])
         activation = _gate(weights, theirs)
-    elif type(theirs) is layers.GluMlp:
+    elif type(theirs) is GluMlp:
         weight, bias = weights.affine(theirs.fc1)
         if theirs.gate_last:
-            weight, bias = (None if part is None else part.roll(len(part) // 2, 0) for part in (weight, bias))
-        assert weight is not None
+            weight, bias = weight.roll(len(weight) // 2, 0), None if bias is None else bias.roll(len(bias) // 2, 0)
         up, activation = (weight, bias), _gate(weights, theirs)
     else:
         weights.refuse(theirs, "is no feed-forward layer that ours can express")
@@ -240,7 +240,8 @@ def _gate(weights: Weights, theirs: Any) -> str:
 
 def _fed(weights: Weights, norm: Any, after: nn.Linear) -> tuple[Tensor, Tensor | None]:
     """A linear map that has taken over what is affine in the norm before it."""
-    weight, bias = after.weight.double(), after.bias
+    weight = after.weight.double()
+    bias: Tensor | None = after.bias
     if getattr(norm, "bias", None) is not None:
         shift = weight @ weights.take(norm.bias).double()
         bias = (shift if bias is None else bias + shift).to(after.weight.dtype)

@@ -8,7 +8,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from timm import layers
+from timm.layers.drop import DropPath
+from timm.layers.mlp import Mlp, SwiGLUPacked
+from timm.layers.norm import LayerNorm, RmsNorm
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -122,10 +124,11 @@ def _options(model: ViT, parts: _Parts) -> dict[str, Any]:
         "no_embed_class": parts.position.prefix_table is None,
         "pre_norm": _is_there(model.embed_norm), "final_norm": final or pooled, "fc_norm": pooled,
         "pool_include_prefix": pool is not None and pool.prefix, "dynamic_img_size": True,
+        "patch_drop_rate": model.patch_dropout.share,
         "drop_rate": model.head_dropout.p, "pos_drop_rate": model.position_dropout.p,
         "embed_norm_layer": _norm_layer([parts.embed.norm]) if _is_there(parts.embed.norm) else None,
         "norm_layer": _norm_layer(norm for norm in _norms(model, parts) if _is_there(norm)),
-        "act_layer": _act_layer(layer), "mlp_layer": layers.SwiGLUPacked if layer.gated else layers.Mlp,
+        "act_layer": _act_layer(layer), "mlp_layer": SwiGLUPacked if layer.gated else Mlp,
     }  # fmt: skip
 
 
@@ -198,14 +201,15 @@ def _pool_state(pool: MultiheadPooling) -> Iterator[tuple[str, Tensor]]:
 
 def _set_rates(theirs: VisionTransformer, parts: _Parts) -> None:
     """Dropout and stochastic depth, which each block has its own of."""
-    for block, ours in zip(theirs.blocks, parts.blocks, strict=True):
+    blocks: Iterable[Any] = theirs.blocks
+    for block, ours in zip(blocks, parts.blocks, strict=True):
         assert ours.feed_forward_residual is not None
         block.attn.attn_drop.p = ours.attention.dropout
         block.attn.proj_drop.p = ours.attention_residual.dropout.p
         block.mlp.drop1.p, block.mlp.drop2.p = ours.feed_forward.dropout.p, ours.feed_forward_residual.dropout.p
         for number, residual in enumerate((ours.attention_residual, ours.feed_forward_residual), 1):
             if residual.drop_path.p:
-                setattr(block, f"drop_path{number}", layers.DropPath(residual.drop_path.p))
+                setattr(block, f"drop_path{number}", DropPath(residual.drop_path.p))
 
 
 def _norms(model: ViT, parts: _Parts) -> Iterator[nn.Module]:
@@ -230,13 +234,13 @@ def _norm_layer(norms: Iterable[nn.Module]) -> Callable[..., nn.Module]:
         kinds = ", ".join(sorted(f"{kind.__name__}(eps={eps})" for kind, eps in found))
         raise ValueError(f"norm_layer must be one for all: nn.LayerNorm or nn.RMSNorm with one eps; got {kinds}")
     kind, eps = found.pop()
-    return partial(layers.LayerNorm if kind is nn.LayerNorm else layers.RmsNorm, eps=eps)
+    return partial(LayerNorm if kind is nn.LayerNorm else RmsNorm, eps=eps)
 
 
-def _eps(norm: nn.Module) -> float | None:
+def _eps(norm: nn.Module) -> float:
     """The eps of a norm; torch's RMS norm without one takes that of the dtype."""
     eps, weight = getattr(norm, "eps", None), getattr(norm, "weight", None)
-    return torch.finfo(weight.dtype).eps if eps is None and weight is not None else eps
+    return float(torch.finfo(torch.float32 if weight is None else weight.dtype).eps if eps is None else eps)
 
 
 def _act_layer(layer: FeedForward) -> Callable[..., nn.Module]:

@@ -6,7 +6,7 @@ import math
 from typing import Any, Literal
 
 import torch
-from timm.layers import RelPosBias, RelPosMlp
+from timm.layers.pos_embed_rel import RelPosBias, RelPosMlp
 from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, RotaryEmbeddingDinoV3, RotaryEmbeddingMixed
 from timm.models.beit import RelativePositionBias
 from torch import Tensor, nn

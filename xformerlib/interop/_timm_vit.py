@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.layers import AttentionPoolLatent, PatchEmbed as TheirPatchEmbed
+from timm.layers.attention_pool import AttentionPoolLatent
+from timm.layers.patch_embed import PatchEmbed as TheirPatchEmbed
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -14,12 +15,13 @@ from .._pooling import MultiheadPooling, Pool, Pooling
 from ..attention import Attention
 from ..blocks import Block
 from ..positions import Position, Sum
-from ..vision import PatchEmbed, ViT
+from ..vision import PatchDropout, PatchEmbed, ViT
 from . import _timm_positions as positions
 from ._timm_blocks import block, feed_forward_of
 from ._timm_weights import Weights, joined, linear, parameter
 
 POOLS: dict[str, Pool] = {"token": "token", "avg": "mean", "max": "max", "avgmax": "mean-max", "map": "attention"}
+ATTENTION_POOLS = (AttentionPoolLatent,)
 
 
 def vit(model: Any) -> ViT:
@@ -105,8 +107,7 @@ def _dropouts(weights: Weights, ours: ViT, model: Any) -> None:
     drops = not isinstance(model, VisionTransformer) or model.pos_embed is not None
     ours.position_dropout = weights.dropout(getattr(model, "pos_drop", None) if drops else None)
     ours.head_dropout = weights.dropout(model.head_drop)
-    if getattr(getattr(model, "patch_drop", None), "prob", 0.0):
-        raise ValueError(f"patch_drop_rate must be 0 for a model that is taken over; got {model.patch_drop.prob}")
+    ours.patch_dropout = PatchDropout(getattr(getattr(model, "patch_drop", None), "prob", 0.0))
 
 
 def _pool(weights: Weights, model: Any, prefix: int) -> Pooling:
@@ -130,7 +131,7 @@ def _pool(weights: Weights, model: Any, prefix: int) -> Pooling:
 
 
 def _attention_pool(weights: Weights, theirs: Any, dim: int, with_prefix: bool) -> Pooling:
-    if type(theirs) is not AttentionPoolLatent:
+    if type(theirs) not in ATTENTION_POOLS:
         weights.refuse(theirs, "is no pooling that ours can express")
     if theirs.latent.shape != (1, 1, dim) or theirs.pos_embed is not None or theirs.mlp is None:
         weights.refuse(theirs, "has several queries, places of its own, or no feed-forward layer")

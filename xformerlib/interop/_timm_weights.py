@@ -5,17 +5,23 @@ from __future__ import annotations
 import copy
 from typing import NoReturn
 
+import timm
 import torch
-from timm import layers
-from timm.layers import activations
+from timm.layers.activations import GELU
+from timm.layers.drop import DropPath
+from timm.layers.norm import LayerNorm, LayerNormFp32, RmsNorm, RmsNormFp32
 from torch import Tensor, nn
 
 from .._dropout import Dropout
 from .._sublayers import Activation
 
-LAYER_NORMS = tuple({nn.LayerNorm, layers.LayerNorm, getattr(layers, "LayerNormFp32", nn.LayerNorm)})
-RMS_NORMS = tuple({nn.RMSNorm, layers.RmsNorm, getattr(layers, "RmsNormFp32", nn.RMSNorm)})
-EXACT_GELUS = (layers.GELU, activations.GELU)
+# Earlier versions compute other things under the same names, such as the norms of queries and keys in parallel blocks.
+LEAST = (1, 0, 31)
+if tuple(int(part) for part in timm.__version__.split(".")[:3] if part.isdigit()) < LEAST:
+    raise ImportError(f"timm must be at least {'.'.join(map(str, LEAST))}; got {timm.__version__}. Upgrade it.")
+
+LAYER_NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)
+RMS_NORMS = (nn.RMSNorm, RmsNorm, RmsNormFp32)
 
 
 class Weights:
@@ -72,7 +78,7 @@ class Weights:
             return nn.Identity()
         if type(module) not in LAYER_NORMS + RMS_NORMS:
             self.refuse(module, "is no norm that torch has")
-        shape, eps, affine = tuple(module.normalized_shape), module.eps, module.weight is not None  # type: ignore[arg-type, union-attr]
+        shape, eps, affine = tuple(module.normalized_shape), module.eps, module.weight is not None  # type: ignore[arg-type]
         ours: nn.Module
         if type(module) in RMS_NORMS:
             ours = nn.RMSNorm(shape, eps, affine, device="meta")  # type: ignore[arg-type]
@@ -85,7 +91,7 @@ class Weights:
 
     def activation(self, module: nn.Module) -> Activation:
         """A nonlinearity."""
-        if type(module) in EXACT_GELUS or (type(module) is nn.GELU and module.approximate == "none"):
+        if type(module) is GELU or (type(module) is nn.GELU and module.approximate == "none"):
             return "gelu"
         if type(module) is nn.ReLU:
             return "relu"
@@ -99,11 +105,11 @@ class Weights:
             return 0.0
         if isinstance(module, nn.Dropout):
             return float(module.p)
-        if type(module) is layers.DropPath and module.scale_by_keep:
+        if type(module) is DropPath and module.scale_by_keep:
             return float(module.drop_prob or 0.0)
         self.refuse(module, "is no dropout that we have")
 
-    def dropout(self, module: nn.Module | None) -> nn.Dropout:
+    def dropout(self, module: nn.Module | None) -> Dropout:
         """Dropout as ours."""
         return Dropout(self.rate(module))
 
