@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from timm import layers
 from torch import Tensor, nn
 
 from xformerlib import vision
+from xformerlib.interop import _timm_weights
 from xformerlib.interop.timm import from_timm
 
 NARROW = {"embed_dim": 192, "num_heads": 3}
@@ -214,6 +216,30 @@ def test_a_distilled_model_has_both_heads() -> None:
     ours, image = from_timm(theirs), image_of(theirs)
     for got, wanted in zip(ours.logits(ours.features(image)), theirs(image), strict=True):
         torch.testing.assert_close(got, wanted, atol=5e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_small_patch16_rope_mixed_ape_224",
+        "vit_pe_spatial_tiny_patch16_512",
+        "beit_base_patch16_224",
+        "test_vit_relpos",
+    ],
+)
+def test_images_in_a_list_give_what_each_gives_alone(name: str) -> None:
+    ours = from_timm(made(name, **{"img_size": 128, **MODELS[name]}))
+    patch = ours.embed.patch[0]
+    images = [torch.randn(3, patch * height, patch * width) for height, width in ((3, 5), (4, 2))]
+    with torch.no_grad():
+        alone = torch.cat([ours(image[None]) for image in images])
+        torch.testing.assert_close(ours(images), alone, atol=1e-5, rtol=0)
+
+
+def test_an_earlier_timm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timm, "__version__", "1.0.30")
+    with pytest.raises(ImportError, match=r"timm must be at least 1\.0\.31; got 1\.0\.30"):
+        importlib.reload(_timm_weights)
 
 
 def test_no_head() -> None:
