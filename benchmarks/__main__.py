@@ -20,12 +20,13 @@ from typing import Any
 
 import torch
 
-from . import classification, decoding, dense, graphs, images, ragged, windows
+from . import classification, decoding, dense, graphs, images, ragged, vision, windows
 from ._measure import Line, Setting, hot_spots, measure, roofline
 
 LINES: tuple[Line, ...] = (
     *windows.LINES,
     *images.LINES,
+    *vision.LINES,
     *graphs.LINES,
     *ragged.LINES,
     *classification.LINES,
