@@ -113,6 +113,15 @@ def test_patches_are_a_convolution() -> None:
     assert_close(packed[12:], wanted[1, :, :2].flatten(1).T, 1e-5)
 
 
+def test_a_tokenizer_that_is_given_keeps_its_weights() -> None:
+    embed = vision.PatchEmbed(32, 4)
+    nn.init.constant_(embed.proj.weight, 3.0)
+    model = vision.ViT(5, embed=embed, pool=xf.Pooling(32, "attention", heads=2), **SMALL)
+    assert bool((model.embed.proj.weight == 3).all())
+    assert 0.01 < float(model.head.weight.detach().std()) < 0.03
+    assert 0.015 < float(vision.PatchEmbed(64, 8).proj.weight.detach().std()) < 0.025
+
+
 def test_intermediates_are_what_lies_between_the_blocks() -> None:
     model, x = made("class token"), torch.randn(2, 3, 16, 12, dtype=torch.float64)
     first, last = model.intermediates(x, [0, -1], norm=True)

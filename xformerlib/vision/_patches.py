@@ -101,6 +101,11 @@ class PatchEmbed(Tokenizer):
         self.dim, self.channels, self.ndim = dim, channels, len(self.patch)
         self.proj = nn.Linear(channels * math.prod(self.patch), dim, bias=bias)
         self.norm = nn.Identity() if norm is None else norm_factory(norm)(dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew."""
+        draw_linear(self.proj)
 
     def grid(self, sizes: SequenceOf[int]) -> tuple[int, ...]:
         if len(sizes) != self.ndim or any(size % patch for size, patch in zip(sizes, self.patch, strict=True)):
@@ -208,3 +213,11 @@ def check_list(images: SequenceOf[Tensor], valid: Tensor | None) -> None:
         raise TypeError(f"images must be a tensor, or a list of at least one tensor; got {type(images).__name__}")
     if valid is not None:
         raise ValueError("valid is for a batch of images; in a list each image has the size that it has")
+
+
+def draw_linear(module: nn.Module) -> None:
+    """Draw a linear map anew as Vision Transformers do: truncated normal of std 0.02, bias 0. Other modules stay as they are."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

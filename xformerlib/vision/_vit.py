@@ -18,7 +18,7 @@ from ..blocks import Encoder
 from ..domains import Grid
 from ..positions import Learned, Position
 from ._kept import Features as Features, PatchDropout
-from ._patches import Images, PatchEmbed, Tokenizer, check_list
+from ._patches import Images, PatchEmbed, Tokenizer, check_list, draw_linear
 
 # As in the published models.
 LAYER_NORM: NormLayer = partial(nn.LayerNorm, eps=1e-6)
@@ -117,14 +117,12 @@ class ViT(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw tokens and linear maps anew: truncated normal of std 0.02, biases 0."""
+        """Draw learned tokens, blocks and heads anew: truncated normal of std 0.02, biases 0. Tokenizer and pooling draw their own."""
         if self.prefix_tokens is not None:
             nn.init.normal_(self.prefix_tokens, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        for part in (self.encoder, self.head, self.distillation_head):
+            if part is not None:
+                part.apply(draw_linear)
 
     def forward(
         self, images: Images, *, valid: Bool[Tensor, "batch *grid"] | None = None
