@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from xformerlib import Domain, Graph, Grid, Points, Sequence, Timeline
+from xformerlib.graph import GaussianBias, RandomWalkBias, SignNet
 from xformerlib.positions import (
     Bias,
     ContinuousBias,
@@ -74,7 +75,7 @@ def embeddings(on: Domain) -> list[Embedding]:
     if isinstance(on, Grid):
         result += [Learned(DIM, (3,) * on.ndim), Learned(DIM, (2,) * on.ndim, prefix=on.prefix)]
     if isinstance(on, Graph):
-        result += [Learned(DIM, 2, directed=True), RandomWalk(DIM, 4)]
+        result += [Learned(DIM, 2, directed=True), RandomWalk(DIM, 4), SignNet(DIM, 3, hidden=4, num_layers=2)]
     return [redrawn(position) for position in result]
 
 
@@ -99,6 +100,10 @@ def biases(on: Domain) -> list[Bias]:
         DistanceDecay(HEADS),
         DistanceDecay(HEADS, learned=True, scale=0.3),
     ]
+    if isinstance(on, Graph):
+        result.append(RandomWalkBias(HEADS, 4, hidden=8))
+    if isinstance(on, Points):
+        result.append(GaussianBias(HEADS, 5))
     if isinstance(on, (Sequence, Grid)):
         result.append(RelativeBias(HEADS, size=(3,) * on.ndim, prefix=on.prefix > 0))
     if not isinstance(on, Grid):

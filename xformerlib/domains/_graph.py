@@ -12,9 +12,23 @@ from torch import Tensor
 from . import _graph_facts as facts
 from ._base import Domain, Fact, as_lengths, check_count, offsets_of
 from ._neighbours import Neighbours, neighbours_of
-from ._random_walk import return_probabilities
+from ._random_walk import arrival_probabilities, return_probabilities
 from ._spectral import laplacian_eigenvectors
 from ._tickets import domain_fact
+
+
+class PairPlaces(NamedTuple):
+    """Where the pairs within each graph stand in a table of all of them: query q and key k at ``row[q] + place[k]``.
+
+    Attributes:
+        row: for each token where its row begins.
+        place: for each token its node's number within its graph.
+        size: for each token the number of nodes of its graph.
+    """
+
+    row: Int[Tensor, " tokens"]
+    place: Int[Tensor, " tokens"]
+    size: Int[Tensor, " tokens"]
 
 
 class HopTable(NamedTuple):
@@ -199,11 +213,18 @@ class Graph(Domain):
         return self._found("hops", self._make_hops)
 
     def _make_hops(self) -> HopTable:
-        table, begin = facts.hop_table(self._topology)
+        return HopTable(facts.hop_table(self._topology), *self.pair_places)
+
+    @property
+    def pair_places(self) -> PairPlaces:
+        """Where the pairs within each graph stand in tables of all of them."""
+        return self._found("pair_places", self._make_pair_places)
+
+    def _make_pair_places(self) -> PairPlaces:
         size = self.sizes[self.batch]
         place = torch.arange(self.num_nodes, device=self.device) - self._topology.first[self.batch]
-        rows = begin[self.batch] + place * size
-        return HopTable(table, self._by_token(rows), self._by_token(place), self._by_token(size, 1))
+        rows = facts.first_pairs(self._topology)[self.batch] + place * size
+        return PairPlaces(self._by_token(rows), self._by_token(place), self._by_token(size, 1))
 
     def hop_distance(self, q: Tensor, k: Tensor) -> Int[Tensor, "*pairs"]:
         """The fewest edges on a directed path from node k to node q, both given as tokens: elementwise in broadcastable indices.
@@ -296,6 +317,24 @@ class Graph(Domain):
             size = [self.num_nodes, steps]
             return domain_fact(self.ticket(), "random_walk", steps, size, torch.float64, self.edge_index)
         return self.fact(("random_walk", steps), lambda: return_probabilities(self._topology, steps))
+
+    def walks(self, steps: int) -> Float64[Tensor, "pairs steps"]:
+        """The probability that a random walk from query to key arrives after 0, 1, ..., ``steps`` - 1 steps.
+
+        ``(P^s)_qk`` with P = D^-1 A, for all pairs within each graph, as in ``pair_places``; walks as in ``random_walk``.
+
+        Raises:
+            ValueError: more than 2^28 entries.
+
+        Literature: RRWP, Ma et al. 2023 (GRIT, arXiv:2305.17589).
+
+        Example:
+            >>> edges = torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]])  # 0 - 1 - 2
+            >>> Graph(edges, 3).walks(3)[1]  # from node 0 to node 1
+            tensor([0., 1., 0.], dtype=torch.float64)
+        """
+        steps = check_count("steps", steps)
+        return self._found(("walks", steps), lambda: arrival_probabilities(self._topology, steps))
 
     # -- the vocabulary of domains -----------------------------------------------------------------------------------
 

@@ -88,14 +88,17 @@ def stacks(topology: Topology, largest: int, entries: int = BLOCK) -> Iterator[S
 # -- hop distances -----------------------------------------------------------------------------------------------
 
 
-def hop_table(topology: Topology) -> tuple[Integer[Tensor, " pairs"], Int[Tensor, " graphs"]]:
-    """Fewest edges on a directed path from j to i, for all pairs within each graph, and where each graph's table begins.
+def first_pairs(topology: Topology) -> Int[Tensor, " graphs"]:
+    """Where the pairs of each graph begin among those within all graphs."""
+    return offsets_of(topology.size.square())[:-1]
+
+
+def hop_table(topology: Topology) -> Integer[Tensor, " pairs"]:
+    """Fewest edges on a directed path from j to i, for all pairs within each graph.
 
     The table of a graph of n nodes is ``(n, n)``, row i and column j, laid flat; n where there is no path.
     """
-    squares = topology.size.square()
-    begin = offsets_of(squares)
-    pairs = int(begin[-1])
+    pairs, begin = int(topology.size.square().sum()), first_pairs(topology)
     if pairs > MOST_ENTRIES:
         raise ValueError(
             f"hop distances of all pairs need num_nodes^2 entries per graph, at most {MOST_ENTRIES:,}; got {pairs:,} for "
@@ -112,7 +115,7 @@ def hop_table(topology: Topology) -> tuple[Integer[Tensor, " pairs"], Int[Tensor
         else:
             place = begin[stack.graphs][:, None] + torch.arange(cells, device=table.device)
             table[place] = _floyd_warshall(stack).flatten(1).to(table.dtype)
-    return table, begin[:-1]
+    return table
 
 
 def _floyd_warshall(stack: Stack) -> Int16[Tensor, "graphs n n"]:

@@ -1,4 +1,4 @@
-"""Return probabilities of random walks on a batch of graphs. Pure functions of tensors, in float64."""
+"""Where random walks on a batch of graphs are after some steps. Pure functions of tensors, in float64."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float64, Int
 from torch import Tensor
 
-from ._graph_facts import BLOCK, Stack, Topology, stacks
+from ._graph_facts import BLOCK, MOST_ENTRIES, Stack, Topology, first_pairs, stacks
 from ._neighbours import Neighbours, neighbours_of
 
 # Powers of dense matrices up to this many nodes, blocks of walks beyond.
@@ -27,6 +27,34 @@ def return_probabilities(topology: Topology, steps: int) -> Float64[Tensor, "nod
             result[stack.nodes[0]] = _of_large(stack, steps)
         else:
             result[stack.nodes] = _of_small(stack, steps)
+    return result
+
+
+def arrival_probabilities(topology: Topology, steps: int) -> Float64[Tensor, "pairs steps"]:
+    """``(D^-1 A)^s`` for s = 0, ..., steps - 1 and all pairs within each graph: row where a walk begins, column where it is."""
+    pairs, begin = int(topology.size.square().sum()), first_pairs(topology)
+    if pairs * steps > MOST_ENTRIES:
+        raise ValueError(
+            f"walks of all pairs need num_nodes^2 * steps entries per graph, at most {MOST_ENTRIES:,}; got {pairs:,} pairs and "
+            f"steps={steps}. On large graphs use RandomWalk(dim, steps), which needs nodes * steps."
+        )
+    result = torch.zeros(pairs, steps, dtype=torch.float64, device=topology.graph.device)
+    for stack in stacks(topology, LARGEST_DENSE_WALK):
+        cells = torch.arange(stack.n * stack.n, device=result.device)
+        power = torch.eye(stack.n, dtype=torch.float64, device=result.device).repeat(stack.graphs.numel(), 1, 1)
+        powers = [power]
+        if stack.n > LARGEST_DENSE_WALK:
+            weight = 1 / torch.bincount(stack.source, minlength=stack.n).double()[stack.source]
+            back = _Step.make(stack.source, stack.target, weight, stack.n).matrix
+            for _ in range(steps - 1):
+                powers.append(torch.sparse.mm(back, powers[-1][0].mT).mT[None])
+        else:
+            adjacency = stack.adjacency(torch.float64)
+            walk = adjacency / adjacency.sum(-1, keepdim=True).clamp(min=1)
+            for _ in range(steps - 1):
+                powers.append(powers[-1] @ walk)
+        if steps:
+            result[begin[stack.graphs][:, None] + cells] = torch.stack(powers, -1).flatten(1, 2)
     return result
 
 

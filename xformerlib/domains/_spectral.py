@@ -30,7 +30,7 @@ def laplacian_eigenvectors(
     device = topology.graph.device
     values = torch.zeros(topology.size.numel(), k, dtype=torch.float64, device=device)
     vectors = torch.zeros(topology.num_nodes, k, dtype=torch.float64, device=device)
-    simple = _undirected(topology)
+    simple = undirected(topology)
     component = components(simple.source, simple.target, simple.num_nodes)
     is_root = component == torch.arange(component.numel(), device=device)
     trivial = torch.bincount(topology.graph[is_root], minlength=topology.size.numel())
@@ -43,7 +43,7 @@ def laplacian_eigenvectors(
     return values, vectors
 
 
-def _undirected(topology: Topology) -> Topology:
+def undirected(topology: Topology) -> Topology:
     """The simple undirected graphs underneath: each pair of neighbours once in each direction, no self-loops."""
     n = max(1, topology.num_nodes)
     both = torch.cat([topology.source * n + topology.target, topology.target * n + topology.source])

@@ -1,4 +1,11 @@
 """Graph Transformers on PyTorch Geometric's interface, with attention that costs what the graph costs."""
 
 from ._edge_attention import EdgeAttention as EdgeAttention
+from ._encodings import (
+    AtomEncoder as AtomEncoder,
+    BondEncoder as BondEncoder,
+    GaussianBias as GaussianBias,
+    RandomWalkBias as RandomWalkBias,
+)
 from ._model import GraphModel as GraphModel, GraphTransformer as GraphTransformer
+from ._signnet import SignNet as SignNet

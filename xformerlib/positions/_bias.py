@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Callable, Sequence as SequenceOf
 
 import torch
 from jaxtyping import Float, Float64, Int
@@ -153,7 +153,7 @@ class _BucketPair(TablePair):
     """A row for each bucket of real gaps or distances."""
 
     def __init__(self, bias: RelativeBias, domain: Domain, keys: Domain, table: Tensor) -> None:
-        super().__init__(domain, keys, table, bias.prefix_table, batch_size=_rows_of_batch(domain, keys))
+        super().__init__(domain, keys, table, bias.prefix_table, batch_size=rows_of_batch(domain, keys))
         self.bias = bias
 
     def row(self, b: Tensor, q: Tensor, k: Tensor) -> Int[Tensor, "..."]:
@@ -251,18 +251,18 @@ class ContinuousBias(Bias):
             raise no_meaning(self, domain, "size= counts whole steps; leave it out.")
         if isinstance(domain, Graph):
             features = self._hop_features(largest_graph(domain), device)
-            return HopPair(domain, keys, _network(features, network, self.bound), None)
+            return HopPair(domain, keys, small_network(features, network, self.bound), None)
         return _NetworkPair(self, domain, keys, network)
 
     def _table(self, domain: Domain, offsets: Offsets, network: tuple[Tensor, ...]) -> Float[Tensor, "offsets heads"]:
         """The scores of all offsets."""
         device = network[0].device
         if self.size is None:
-            return _network(self._features(offsets.all(device).double()), network, self.bound)
+            return small_network(self._features(offsets.all(device).double()), network, self.bound)
         if len(self.size) != domain.ndim:
             raise ValueError(f"size must have one number for each axis; got size={self.size} and {domain!r}")
         axes = [torch.arange(1 - n, n, dtype=torch.float64, device=device) for n in self.size]
-        table = _network(self._features(torch.cartesian_prod(*axes).view(-1, domain.ndim)), network, self.bound)
+        table = small_network(self._features(torch.cartesian_prod(*axes).view(-1, domain.ndim)), network, self.bound)
         key = ("rows of a window", self.size, offsets.low, offsets.counts, device)
         rows = domain.fact(key, lambda: _row_in_table(offsets.all(device), self.size or ()))
         return table.double()[rows].to(table.dtype)  # many share a row: their gradients are added in fp64
@@ -291,19 +291,19 @@ class _NetworkPair(PairBias):
     """A network evaluated at each pair of real places."""
 
     def __init__(self, bias: ContinuousBias, domain: Domain, keys: Domain, network: tuple[Tensor, ...]) -> None:
-        super().__init__(domain, keys, network, heads=bias.heads, batch_size=_rows_of_batch(domain, keys))
+        super().__init__(domain, keys, network, heads=bias.heads, batch_size=rows_of_batch(domain, keys))
         self.bias = bias
 
     def scores(self, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
         offsets = [self.domain.offset(axis, self.keys, b, q, k).double() for axis in range(self.domain.ndim)]
         features = self.bias._features(torch.stack(offsets, -1).detach())
-        scores = _network(features, self.tensors, self.bias.bound).movedim(-1, 0)
+        scores = small_network(features, self.tensors, self.bias.bound).movedim(-1, 0)
         prefix = self.domain.touches_prefix(self.keys, b, q, k)
         return scores if prefix is None else scores.masked_fill(prefix, 0)
 
 
-def _network(
-    features: Float64[Tensor, "*pairs columns"], network: tuple[Tensor, ...], bound: float | None
+def small_network(
+    features: Float[Tensor, "*pairs columns"], network: tuple[Tensor, ...], bound: float | None
 ) -> Float[Tensor, "*pairs heads"]:
     """The scores, never in less than fp32; many pairs are taken in blocks, whose hidden layer is computed again in the backward."""
 
@@ -314,14 +314,19 @@ def _network(
             scores = F.linear(F.relu(F.linear(rows, inner, inner_bias)), outer, outer_bias)
             return scores if bound is None else bound * torch.sigmoid(scores)
 
-    rows = features.to(network[0].dtype).flatten(0, -2)
-    if rows.shape[0] <= BLOCK_PAIRS:
-        scores = block(rows, *network)
-    elif torch.is_grad_enabled():
-        scores = torch.cat([checkpoint(block, part, *network, use_reentrant=False) for part in rows.split(BLOCK_PAIRS)])
-    else:
-        scores = torch.cat([block(part, *network) for part in rows.split(BLOCK_PAIRS)])
+    scores = in_blocks(block, features.to(network[0].dtype).flatten(0, -2), network)
     return scores.reshape(*features.shape[:-1], network[2].shape[0])
+
+
+def in_blocks(
+    block: Callable[..., Tensor], rows: Float[Tensor, "rows columns"], network: tuple[Tensor, ...]
+) -> Float[Tensor, "rows heads"]:
+    """``block(rows, *network)``, of many rows some at a time, what it holds being computed again in the backward."""
+    if rows.shape[0] <= BLOCK_PAIRS:
+        return block(rows, *network)
+    if torch.is_grad_enabled():
+        return torch.cat([checkpoint(block, part, *network, use_reentrant=False) for part in rows.split(BLOCK_PAIRS)])
+    return torch.cat([block(part, *network) for part in rows.split(BLOCK_PAIRS)])
 
 
 class DistanceDecay(Bias):
@@ -396,7 +401,7 @@ class _DecayPair(PairBias):
     """A slope for each head."""
 
     def __init__(self, domain: Domain, keys: Domain, slopes: Float[Tensor, " heads"]) -> None:
-        rows = None if in_steps(domain) else _rows_of_batch(domain, keys)
+        rows = None if in_steps(domain) else rows_of_batch(domain, keys)
         super().__init__(domain, keys, (slopes,), heads=slopes.numel(), batch_size=rows)
 
     def scores(self, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -421,7 +426,7 @@ class _DecayPair(PairBias):
         return squares.to(dtype).sqrt()
 
 
-def _rows_of_batch(domain: Domain, keys: Domain) -> int | None:
+def rows_of_batch(domain: Domain, keys: Domain) -> int | None:
     """How many rows of the batch have places of their own."""
     return keys.batch_size if domain.batch_size is None else domain.batch_size
 
