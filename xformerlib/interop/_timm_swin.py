@@ -30,7 +30,7 @@ def swin(model: Any) -> Swin:
     """
     weights, stages = Weights(model), list(model.layers)
     version = 2 if isinstance(model, SwinTransformerV2) else 1
-    windows = [tuple(stage.blocks[0].window_size) for stage in stages]
+    windows: list[Any] = [tuple(stage.blocks[0].window_size) for stage in stages]
     trained = [_trained(stage.blocks[0].attn) for stage in stages] if version == 2 else None
     width = stages[0].blocks[0].attn.dim
     with torch.device("meta"):

@@ -24,7 +24,7 @@ from ..positions import ContinuousBias, Position, RelativeBias
 from ._patches import Images, PatchEmbed, check_list
 from ._vit import Features, _without_holes
 
-Window = int | SequenceOf[int]
+Window = int | tuple[int, int]
 
 
 class PatchMerging(nn.Module):
@@ -121,13 +121,13 @@ class Swin(nn.Module):
         classes: int | None,
         *,
         patch: int | SequenceOf[int] = 4,
-        window: Window | SequenceOf[Window] = 7,
+        window: Window | list[Window] = 7,
         channels: int = 3,
         dim: int = 96,
         depths: SequenceOf[int] = (2, 2, 6, 2),
         heads: SequenceOf[int] = (3, 6, 12, 24),
         version: Literal[1, 2] = 1,
-        pretrained_window: Window | SequenceOf[Window] | None = None,
+        pretrained_window: Window | list[Window] | None = None,
         mlp_ratio: float = 4.0,
         drop_path: float | SequenceOf[float] = 0.0,
         dropout: float = 0.0,
@@ -269,11 +269,10 @@ def _position(version: int, heads: int, window: tuple[int, ...], trained: tuple[
     return partial(ContinuousBias, heads, axes=len(window), size=window, scale=scale)
 
 
-def _of_stages(name: str, given: Window | SequenceOf[Window], stages: int) -> tuple[tuple[int, ...], ...]:
+def _of_stages(name: str, given: Window | list[Window], stages: int) -> tuple[tuple[int, int], ...]:
     """(height, width) for each stage, of one number, a pair, or a list of these."""
-    pair = isinstance(given, tuple) and len(given) == 2 and all(isinstance(size, int) for size in given)
-    each = [given] * stages if isinstance(given, int) or pair else list(given)  # type: ignore[arg-type]
-    sizes = tuple((size, size) if isinstance(size, int) else tuple(size) for size in each)  # type: ignore[arg-type]
+    each = given if isinstance(given, list) else [given] * stages
+    sizes = tuple((size, size) if isinstance(size, int) else size for size in each)
     if len(sizes) != stages or any(len(size) != 2 or min(size) < 1 for size in sizes):
         raise ValueError(
             f"{name} must be a size >= 1, a tuple (height, width), or a list of these for each of {stages} stages; got {given}"
