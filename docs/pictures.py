@@ -220,6 +220,37 @@ def tasks() -> Figure:
     )
 
 
+def looked_at() -> Figure:
+    """Digits, and what a small Vision Transformer looks at that was trained on others like them."""
+    from sklearn.datasets import load_digits
+
+    from xformerlib import vision
+
+    found = load_digits()
+    images, labels = torch.tensor(found.images[:, None] / 8 - 1).float(), torch.tensor(found.target)
+    torch.manual_seed(0)
+    model = vision.ViT(10, size=8, embed=vision.ConvStem(32, channels=1, pool=False), dim=32, depth=2, heads=4)
+    optimizer = torch.optim.AdamW(vision.parameter_groups(model, weight_decay=0.05, lr=4e-3))
+    for _ in range(120):
+        index = torch.randint(1500, (32,))
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(images[index]), labels[index]).backward()
+        optimizer.step()
+    model.eval()
+
+    shown = images[1500:1506]
+    maps = vision.attention_maps(model, shown)
+    lines = [("image", 0 * maps[-1].of(0).mean(1)), ("last layer", maps[-1].of(0).mean(1))]
+    lines.append(("all layers", vision.rollout(maps).of(0).mean(1)))
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(3, len(shown), figsize=(8, 4.2), layout="constrained")
+        for (name, attention), line in zip(lines, axes, strict=True):
+            for image, seen, ax in zip(shown, attention, line, strict=True):
+                plot.attention_on_image(image, seen, ax=ax)
+            line[0].text(-0.08, 0.5, name, transform=line[0].transAxes, rotation=90, ha="right", va="center")
+    return figure
+
+
 PICTURES: dict[str, Callable[[], Figure]] = {
     "causal": lambda: row(matrix(Causal(), SEQUENCE), seen(Causal(), GRID, 24), seen(Causal(), DAG, 5)),
     "local": lambda: row(
@@ -254,6 +285,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {
     "decay": decay,
     "forecast": forecast,
     "tasks": tasks,
+    "looked-at": looked_at,
 }
 
 

@@ -82,8 +82,8 @@ class Options:
     """Where random numbers start, one run for each. The same seed, options and machine give the same result."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, ... On CUDA the model computes in bfloat16."""
-    threads: int = 2
-    """CPU threads."""
+    threads: int = 1
+    """CPU threads. One is enough for a model as small as the default."""
     workers: int = 2
     """Processes that read images, with --augment timm."""
     run: Path = Path("runs/vision")

@@ -208,7 +208,7 @@ def test_train_and_test_of_a_folder_are_kept(folder: Path, tmp_path: Path) -> No
     assert {name: len(part.labels) for name, part in parts.items()} == {"train": 16, "validation": 4, "test": 2}
     assert data.in_memory(parts["test"], 4).images.shape == (2, 3, 4, 4)
     (tmp_path / "set" / "val" / "red").rename(tmp_path / "set" / "val" / "green")
-    with pytest.raises(ValueError, match="has classes that .* has not: green"):
+    with pytest.raises(ValueError, match=r"has classes that .* has not: green"):
         data.load(tmp_path / "set")
 
 
