@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from . import classification, decoding, dense, graphs, images, ragged, vision, windows
+from . import classification, decoding, dense, graph_encodings, graph_layers, graphs, images, ragged, vision, windows
 from ._measure import Line, Setting, hot_spots, measure, roofline
 
 LINES: tuple[Line, ...] = (
@@ -28,6 +28,8 @@ LINES: tuple[Line, ...] = (
     *images.LINES,
     *vision.LINES,
     *graphs.LINES,
+    *graph_layers.LINES,
+    *graph_encodings.LINES,
     *ragged.LINES,
     *classification.LINES,
     *decoding.LINES,

@@ -11,7 +11,7 @@ from torch_geometric.data import Batch, Data
 
 import xformerlib as xf
 from xformerlib import masks, positions
-from xformerlib.graph import GraphTransformer
+from xformerlib.graph import GPS, GraphTransformer
 
 EDGES = masks.Edges() | masks.Local(0)
 MODELS: dict[str, Any] = {
@@ -23,7 +23,10 @@ MODELS: dict[str, Any] = {
     "hops, attention": lambda: GraphTransformer(
         7, 16, 3, 2, 4, pool="attention", position=positions.RandomWalk(16, 4) + positions.RelativeBias(4)
     ),
+    "GPS": lambda: GPS(7, 16, 3, 2, 4, edge_dim=2, position=positions.RandomWalk(16, 4)),
+    "GPS, virtual node": lambda: GPS(7, 16, 3, 2, 4, edge_dim=2, pool="token", virtual_nodes=1, norm="layer"),
 }
+WITH_EDGES = {"GPS", "GPS, virtual node"}
 
 
 def made(name: str) -> Any:
@@ -35,7 +38,9 @@ def made(name: str) -> Any:
 
 
 def drawn(nodes: int, edges: int) -> Data:
-    return Data(x=torch.randn(nodes, 7, dtype=torch.float64), edge_index=torch.randint(max(nodes, 1), (2, edges)))
+    edge_attr = torch.randn(edges, 2, dtype=torch.float64)
+    edge_index = torch.randint(max(nodes, 1), (2, edges))
+    return Data(x=torch.randn(nodes, 7, dtype=torch.float64), edge_index=edge_index, edge_attr=edge_attr)
 
 
 def largest(a: Tensor, b: Tensor) -> float:
@@ -48,18 +53,23 @@ GRAPHS = [drawn(5, 12), drawn(1, 0), drawn(9, 20), drawn(3, 2)]
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_graph_gives_what_it_gives_alone_and_permuted(name: str) -> None:
-    model, batch = made(name), Batch.from_data_list(GRAPHS)
+    model, graphs = made(name), [graph.clone() for graph in GRAPHS]
+    if name not in WITH_EDGES:
+        for graph in graphs:
+            del graph.edge_attr
+    batch = Batch.from_data_list(graphs)
     together = model(batch)
-    assert largest(together, torch.cat([model(graph) for graph in GRAPHS])) < 1e-11
+    assert largest(together, torch.cat([model(graph) for graph in graphs])) < 1e-11
     order = torch.randperm(batch.num_nodes)
-    permuted = model(batch.x[order], order.argsort()[batch.edge_index], batch=batch.batch[order])
+    permuted = model(batch.x[order], order.argsort()[batch.edge_index], batch.edge_attr, batch.batch[order])
     assert largest(permuted, together if model.pool else together[order]) < 1e-11
     graph = xf.Graph.from_pyg(batch, virtual_nodes=0 if model.virtual is None else 1)
-    assert largest(model(batch.x, graph), together) == 0
+    assert largest(model(batch.x, graph, batch.edge_attr), together) == 0
 
 
 def test_an_edge_index_that_changes_in_place_is_placed_anew() -> None:
     model, graph = made("edges, mean"), drawn(6, 9)
+    del graph.edge_attr
     first = model(graph)
     graph.edge_index[0] = (graph.edge_index[0] + 1) % 6
     assert largest(model(graph), model(graph.clone())) == 0

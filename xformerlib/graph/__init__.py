@@ -7,5 +7,12 @@ from ._encodings import (
     GaussianBias as GaussianBias,
     RandomWalkBias as RandomWalkBias,
 )
+from ._gps import GPS as GPS, GPSLayer as GPSLayer
 from ._model import GraphModel as GraphModel, GraphTransformer as GraphTransformer
 from ._signnet import SignNet as SignNet
+from ._transforms import (
+    AddDegree as AddDegree,
+    AddLaplacian as AddLaplacian,
+    AddRandomWalk as AddRandomWalk,
+    FlipSigns as FlipSigns,
+)

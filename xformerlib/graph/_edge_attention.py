@@ -140,8 +140,10 @@ class EdgeAttention(nn.Module):
         root = self.root(x)
         if self.gate is None:
             return y + root
-        b = torch.sigmoid(self.gate(torch.cat([y, root, y - root], -1)))
-        return b * root + (1 - b) * y
+        # w . [y, r, y - r] = (w_1 + w_3) . y + (w_2 - w_3) . r, without a tensor of three times the width.
+        own, other, difference = self.gate.weight.unflatten(1, (3, -1)).unbind(1)
+        b = torch.sigmoid(y @ (own + difference).mT + root @ (other - difference).mT)
+        return torch.lerp(y, root, b)
 
     def _weights(
         self, q: Tensor, key: Tensor, edge_index: Adjacency, edge_attr: Tensor | None

@@ -11,23 +11,44 @@ True
 
 from __future__ import annotations
 
+import copy
+from typing import overload
+
 import torch
 from torch import nn
-from torch_geometric.nn import TransformerConv
+from torch_geometric.nn import GPSConv, TransformerConv
 from torch_geometric.nn.dense import Linear as TheirLinear
 
-from ..graph import EdgeAttention
+from ..graph import EdgeAttention, GPSLayer
+from .torch_nn import from_torch
 
 
-def from_pyg(conv: nn.Module) -> EdgeAttention:
+@overload
+def from_pyg(conv: TransformerConv) -> EdgeAttention: ...
+
+
+@overload
+def from_pyg(conv: GPSConv) -> GPSLayer: ...
+
+
+def from_pyg(conv: nn.Module) -> EdgeAttention | GPSLayer:
     """Our layer with copies of the weights of one of PyTorch Geometric's, which is left as it is.
 
+    ``TransformerConv`` becomes an ``EdgeAttention``, ``GPSConv`` a ``GPSLayer``; what passes messages in it is taken over if it is a
+    ``TransformerConv``, and copied otherwise, like the norms.
+
     Raises:
-        TypeError: a layer other than ``TransformerConv``.
+        TypeError: another layer.
         ValueError: what ours cannot express, by name; a layer whose sizes are not known before its first call.
     """
-    if type(conv) is not TransformerConv:
-        raise TypeError(f"conv must be a TransformerConv; got {type(conv).__name__}")
+    if type(conv) is TransformerConv:
+        return _edge_attention(conv)
+    if type(conv) is GPSConv:
+        return _gps_layer(conv)
+    raise TypeError(f"conv must be a TransformerConv or a GPSConv; got {type(conv).__name__}")
+
+
+def _edge_attention(conv: TransformerConv) -> EdgeAttention:
     if conv.aggr != "add" or conv.flow != "source_to_target":
         raise ValueError(
             f"aggr must be 'add' and flow 'source_to_target', as everywhere here; got aggr={conv.aggr!r}, flow={conv.flow!r}"
@@ -48,7 +69,23 @@ def from_pyg(conv: nn.Module) -> EdgeAttention:
     return ours.train(conv.training)
 
 
-def _copy(own: nn.Linear, *theirs: TheirLinear) -> None:
+def _gps_layer(conv: GPSConv) -> GPSLayer:
+    if conv.attn_type != "multihead":
+        raise ValueError(f"attn_type must be 'multihead'; got attn_type={conv.attn_type!r}")
+    up, activation, _, down, _ = conv.mlp
+    passing = _edge_attention(conv.conv) if type(conv.conv) is TransformerConv else copy.deepcopy(conv.conv)
+    norms = [norm for norm in (conv.norm2, conv.norm3, conv.norm1) if norm is not None]
+    waiting = iter(copy.deepcopy(norms))
+    ours = GPSLayer(
+        conv.channels, passing, dropout=conv.dropout, activation=copy.deepcopy(activation),
+        norm=(lambda _: next(waiting)) if norms else None, attention=from_torch(conv.attn),
+    ).to(up.weight)  # fmt: skip
+    _copy(ours.feed_forward.up, up)
+    _copy(ours.feed_forward.down, down)
+    return ours.train(conv.training)
+
+
+def _copy(own: nn.Linear, *theirs: nn.Module) -> None:
     """The rows of one linear map, or of several one below the other."""
     with torch.no_grad():
         own.weight.copy_(torch.cat([layer.weight for layer in theirs]))

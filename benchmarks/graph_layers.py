@@ -1,0 +1,104 @@
+"""Whole layers on graphs beside PyTorch Geometric's, with the same weights: gradients of nodes and of all weights."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import xformerlib as xf
+
+from ._measure import Line, Setting, Target, Work, attention_flops
+from .graphs import molecules, protein_sizes, unique_edges, zinc_sizes
+from .vision import Training, drawn
+
+CHANNELS, HEADS = 64, 4
+# Weights whose rows and columns mean the same on both sides: their gradients are compared.
+GPS_NAMES = (
+    ("x", "qkv.weight", "attention.out.weight", "up.weight", "down.weight"),
+    ("x", "in_proj_weight", "attn.out_proj.weight", "mlp.0.weight", "mlp.3.weight"),
+)
+CONV_NAMES = (
+    ("x", "query.weight", "edge.weight", "root.weight"),
+    (
+        "x",
+        "lin_query.weight",
+        "lin_edge.weight",
+        "lin_skip.weight",
+    ),
+)
+
+
+class Fed(nn.Module):
+    """A layer on nodes that are trained with it."""
+
+    def __init__(self, layer: nn.Module, x: Tensor, *edges: Tensor, **more: Any) -> None:
+        super().__init__()
+        self.x, self.layer, self.edges, self.more = nn.Parameter(x.clone()), layer, edges, more
+
+    def forward(self) -> Tensor:
+        return self.layer(self.x, *self.edges, **self.more)
+
+
+def beside(
+    setting: Setting, theirs: nn.Module, fed: tuple[Fed, Fed], names: Any, kernel: str, pairs: int, heads: int, dim: int
+) -> Work:
+    """Steps of both layers; operations are those of the weights and of the pairs."""
+    ours, peer = (model.to(setting.device, setting.dtype) for model in fed)
+    grad = torch.randn_like(ours().detach())
+    flops = 6.0 * len(ours.x) * sum(p.numel() for p in theirs.parameters() if p.ndim == 2)
+    sides = [Training(model, model, grad, own) for model, own in zip((ours, peer), names, strict=True)]
+    return Work(sides[0], sides[1], kernel, flops + attention_flops(pairs, heads, dim), 0.0)
+
+
+def gps(setting: Setting, sizes: Any, count: int) -> Work:
+    """Both sides pass messages by the same module, PyTorch Geometric's GINE."""
+    from torch_geometric.nn import GINEConv, GPSConv
+
+    from xformerlib.interop.pyg import from_pyg
+
+    sizes = sizes(count).clamp(max=60)[-16:] if setting.quick else sizes(count)
+    graph = molecules(sizes).to(setting.device)
+    x, e = setting.random(graph.num_nodes, CHANNELS), setting.random(graph.num_edges, CHANNELS, seed=1)
+    mlp = nn.Sequential(nn.Linear(CHANNELS, CHANNELS), nn.ReLU(), nn.Linear(CHANNELS, CHANNELS))
+    theirs = drawn(GPSConv(CHANNELS, GINEConv(mlp), heads=HEADS)).train().to(setting.device, setting.dtype)
+    ours = Fed(from_pyg(theirs), x, graph.edge_index, e, graph.batch)
+    peer = Fed(theirs, x, graph.edge_index, graph.batch, edge_attr=e)
+    plan = xf.plan(
+        None, graph, heads=HEADS, head_dim=CHANNELS // HEADS, dtype=setting.dtype, device=setting.device
+    ).kernel
+    return beside(setting, theirs, (ours, peer), GPS_NAMES, plan, int((sizes**2).sum()), HEADS, CHANNELS // HEADS)
+
+
+def transformer_conv(setting: Setting) -> Work:
+    from torch_geometric.nn import TransformerConv
+
+    from xformerlib.interop.pyg import from_pyg
+
+    nodes, count, features = setting.size(20_000, 200), setting.size(200_000, 2000), 4
+    heads, dim = 8, 32
+    edge_index = unique_edges(nodes, count).to(setting.device)
+    x, e = setting.random(nodes, CHANNELS), setting.random(count, features, seed=1)
+    theirs = drawn(TransformerConv(CHANNELS, dim, heads=heads, edge_dim=features))
+    theirs = theirs.to(setting.device, setting.dtype)
+    ours, peer = Fed(from_pyg(theirs), x, edge_index, e), Fed(theirs, x, edge_index, e)
+    return beside(setting, theirs, (ours, peer), CONV_NAMES, "sparse", count, heads, dim)
+
+
+GPS_WORK = "GPS layer (GINE, batch norm, {} channels, {} heads): 128 {}".format(CHANNELS, HEADS, "{}")
+LINES = (
+    Line(
+        "gps-molecules", GPS_WORK.format("molecules (sizes as in ZINC)"), "PyG GPSConv", partial(gps, sizes=zinc_sizes, count=128),
+        Target(faster=1.5),
+    ),
+    Line(
+        "gps-proteins", GPS_WORK.format("protein graphs (sizes as in PROTEINS)"), "PyG GPSConv",
+        partial(gps, sizes=protein_sizes, count=128), Target(faster=4),
+    ),
+    Line(
+        "transformer-conv", "whole layer, 20,000 nodes of 64 channels, 200,000 random edges with 4 features, 8 heads x 32, gated skip",
+        "PyG TransformerConv", transformer_conv, Target(faster=6),
+    ),
+)  # fmt: skip

@@ -1,0 +1,233 @@
+"""GPS: a message-passing layer and global attention beside each other."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from .._pooling import Pool
+from .._sublayers import Activation, FeedForward, NormLayer, Residual, TokenNorm, norm_factory
+from ..attention import Attention
+from ..domains import Graph
+from ..masks import Mask
+from ..positions import Position
+from ..positions._graph import on_nodes
+from ._edge_attention import EdgeAttention
+from ._edges import Adjacency
+from ._inputs import place_nodes
+from ._model import GraphModel
+
+# As in blocks, or "batch", or a module that makes one of PyTorch Geometric's norms, which is told the graph of each node.
+GraphNorm = NormLayer | str | None
+
+
+class GPSLayer(nn.Module):
+    """Message passing along edges and attention among all nodes of a graph, added (GPS, Rampášek et al. 2022, arXiv:2205.12454).
+
+        h_M = norm(x + dropout(conv(x, edges)));   h_A = norm(x + dropout(attention(x)))
+        y = norm(h + mlp(h)),   h = h_M + h_A,   mlp of width 2 * channels
+
+    The function of PyTorch Geometric's ``GPSConv``. Attention is computed within each graph and nowhere padded, and takes a mask and
+    positions besides. Nodes are packed, so that norms over nodes, such as batch norm, see nodes that exist and no others. On a
+    ``Graph`` with virtual nodes messages pass between nodes, and attention sees all tokens.
+
+    Args:
+        channels: of a node.
+        conv: a module called as ``conv(x, edge_index)``, or ``conv(x, edge_index, edge_attr=...)`` where edges have features, which
+            returns ``channels`` for each node: an ``EdgeAttention``, any of PyTorch Geometric's; None for attention alone.
+        heads: of global attention.
+        dropout: of both branches and in the MLP.
+        activation: of the MLP.
+        norm: ``"batch"``, ``"layer"``, ``"rms"``, None, or what makes a norm from ``channels``: PyTorch Geometric's ``GraphNorm``, say,
+            which is told which nodes are of a graph.
+        drop_path: stochastic depth of each branch, for whole graphs.
+        attention: a module called as ``attention(x, graph)`` to use instead: a linear one, say.
+        mask, position, **options: of global attention, as in ``Attention``; its ``dropout`` is here ``attention_dropout``.
+
+    Shapes:
+        x (nodes, channels), ``edge_index`` (2, edges) or a ``Graph``, ``edge_attr`` (edges, features), ``batch`` (nodes,) in any order.
+        Returns (nodes, channels); on a ``Graph`` x and y have a row for each token.
+
+    Example:
+        >>> layer = GPSLayer(16, EdgeAttention(16, 4, heads=4, edge_dim=3), heads=4, position=positions.RelativeBias(4))
+        >>> edge_index, batch = torch.tensor([[0, 1, 2, 3], [1, 0, 3, 2]]), torch.tensor([0, 0, 1, 1])
+        >>> layer(torch.randn(4, 16), edge_index, torch.randn(4, 3), batch).shape
+        torch.Size([4, 16])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        conv: nn.Module | None,
+        heads: int = 1,
+        *,
+        dropout: float = 0.0,
+        activation: Activation = "relu",
+        norm: GraphNorm = "batch",
+        drop_path: float = 0.0,
+        attention: nn.Module | None = None,
+        attention_dropout: float = 0.0,
+        mask: Mask | None = None,
+        position: Position | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if attention is not None and (mask is not None or position is not None or attention_dropout or options):
+            raise ValueError("mask, position and options make the attention; an attention that is given has its own")
+        self.channels = channels
+        self.conv = conv
+        self.attention = attention or Attention(
+            channels, heads, mask=mask, position=position, dropout=attention_dropout, **options
+        )
+        make = _norm_factory(norm)
+        count = 2 if conv is None else 3
+        residuals = [Residual(channels, "post", make, None, dropout, drop_path) for _ in range(count)]
+        self.attention_residual, self.feed_forward_residual = residuals[:2]
+        self.conv_residual = None if conv is None else residuals[2]
+        self.feed_forward = FeedForward(channels, hidden=2 * channels, activation=activation, dropout=dropout)
+
+    def forward(
+        self,
+        x: Float[Tensor, "tokens channels"],
+        edge_index: Adjacency,
+        edge_attr: Float[Tensor, "edges features"] | None = None,
+        batch: Int[Tensor, " nodes"] | None = None,
+        **attend: Any,
+    ) -> Float[Tensor, "tokens channels"]:
+        """Nodes to nodes. Further arguments are those of the attention: a position that layers share."""
+        virtual = edge_index.prefix if isinstance(edge_index, Graph) else 0
+        placed = place_nodes(edge_index, len(x), batch, virtual_nodes=virtual)
+        return placed.restored(self.run(placed.sorted(x), placed.graph, edge_attr, **attend))
+
+    def run(
+        self, x: Float[Tensor, "tokens channels"], graph: Graph, edge_attr: Tensor | None = None, **attend: Any
+    ) -> Float[Tensor, "tokens channels"]:
+        """Tokens of ``graph`` to tokens."""
+        h = self.attention_residual(x, lambda y: self.attention(y, graph, **attend), graph)
+        if self.conv is not None:
+            h = h + self._passed(x, graph, edge_attr)
+        return self.feed_forward_residual(h, self.feed_forward, graph)
+
+    def _passed(self, x: Tensor, graph: Graph, edge_attr: Tensor | None) -> Tensor:
+        """The branch of messages; 0 at virtual nodes."""
+        assert self.conv is not None and self.conv_residual is not None
+        conv, features = self.conv, {} if edge_attr is None else {"edge_attr": edge_attr}
+        if not graph.prefix:
+            return self.conv_residual(x, lambda y: conv(y, graph.edge_index, **features), graph)
+        nodes = graph.fact("without virtual nodes", lambda: _without_virtual_nodes(graph))
+        y = x.index_select(0, graph.node_tokens)
+        return on_nodes(graph, self.conv_residual(y, lambda y: conv(y, nodes.edge_index, **features), nodes))
+
+
+class GPS(GraphModel):
+    """A stack of GPS layers (Rampášek et al. 2022, arXiv:2205.12454).
+
+    The paper's recipe is three choices: encodings of places and structure (``position``: its best for molecules is
+    ``positions.RandomWalk(hidden_channels, 20)``, for others ``positions.Sinusoidal``, from Laplacian eigenvectors), a message-passing
+    layer (``conv``), and global attention. Its code joins encodings to a node's features side by side; here they are added.
+
+    Args:
+        in_channels, hidden_channels, out_channels, pool, virtual_nodes: as in ``GraphModel``.
+        num_layers, heads: layers, heads of global attention.
+        conv: makes the message-passing layer of each layer, which maps ``hidden_channels`` to as many; None for ``EdgeAttention`` with
+            ``heads``. The paper's for molecules is ``lambda: GINEConv(MLP(...))``, of PyTorch Geometric.
+        edge_dim: features of an edge, or a module that makes ``hidden_channels`` of what ``edge_attr`` holds, such as an embedding of
+            bonds. Layers are given these ``hidden_channels`` as ``edge_attr``.
+        position: embeddings are added to the nodes; rotations and biases serve the attention of all layers.
+        **layer: further arguments of ``GPSLayer``: dropout, attention_dropout, norm, mask, drop_path, ...
+
+    Example:
+        >>> model = GPS(7, 32, 1, num_layers=2, heads=4, edge_dim=3, position=positions.RandomWalk(32, 8), pool="sum")
+        >>> edge_index, batch = torch.tensor([[0, 1, 2, 3], [1, 0, 3, 2]]), torch.tensor([0, 0, 1, 1])
+        >>> model(torch.randn(4, 7), edge_index, torch.randn(4, 3), batch).shape
+        torch.Size([2, 1])
+    """
+
+    def __init__(
+        self,
+        in_channels: int | nn.Module,
+        hidden_channels: int,
+        out_channels: int | None,
+        num_layers: int,
+        heads: int,
+        *,
+        conv: Callable[[], nn.Module] | None = None,
+        edge_dim: int | nn.Module | None = None,
+        position: Position | None = None,
+        pool: Pool | None = None,
+        virtual_nodes: int = 0,
+        **layer: Any,
+    ) -> None:
+        super().__init__(
+            in_channels, hidden_channels, out_channels, pool=pool, virtual_nodes=virtual_nodes, heads=heads
+        )
+        if num_layers < 1:
+            raise ValueError(f"num_layers must be >= 1; got num_layers={num_layers}")
+        self.embed_edges = nn.Linear(edge_dim, hidden_channels) if isinstance(edge_dim, int) else edge_dim
+        self.position = position
+        if conv is None:
+            head_dim, rest = divmod(hidden_channels, heads)
+            if rest:
+                raise ValueError(f"heads must divide hidden_channels={hidden_channels}; got heads={heads}")
+            features = None if edge_dim is None else hidden_channels
+
+            def conv() -> nn.Module:
+                return EdgeAttention(hidden_channels, head_dim, heads, edge_dim=features)
+
+        self.layers = nn.ModuleList(GPSLayer(hidden_channels, conv(), heads, **layer) for _ in range(num_layers))
+
+    def run(
+        self, x: Float[Tensor, "tokens channels"], graph: Graph, edge_attr: Float[Tensor, "edges features"] | None
+    ) -> Float[Tensor, "tokens channels"]:
+        if (edge_attr is None) != (self.embed_edges is None):
+            raise ValueError(
+                f"edge_attr must be given if and only if the model has an edge_dim; got {'none' if edge_attr is None else 'some'}"
+            )
+        edges = None if self.embed_edges is None else self.embed_edges(edge_attr)
+        shared: dict[str, Any] = {}
+        if self.position is not None:
+            for embedding in self.position.embeddings:
+                x = embedding(x, graph)
+            if self.position.rotations or self.position.biases:
+                shared = {"position": self.position}
+        for layer in self.layers:
+            x = layer.run(x, graph, edges, **shared)
+        return x
+
+
+class _WithinGraphs(TokenNorm):
+    """A norm of PyTorch Geometric's, told the graph of each token."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Float[Tensor, "tokens dim"], domain: Graph | None = None) -> Float[Tensor, "tokens dim"]:
+        return self.norm(x, batch=None if domain is None else domain.items)
+
+
+def _norm_factory(norm: GraphNorm) -> Callable[[int], nn.Module]:
+    if norm is None:
+        return lambda _: nn.Identity()
+    if norm == "batch":
+        return nn.BatchNorm1d
+    if isinstance(norm, str) and norm not in ("layer", "rms"):
+        raise ValueError(
+            f"norm must be 'batch', 'layer', 'rms', None or a callable that makes a module; got norm={norm!r}"
+        )
+    make = norm_factory(norm)  # type: ignore[arg-type]
+
+    def made(channels: int) -> nn.Module:
+        module = make(channels)
+        own = "batch" in inspect.signature(module.forward).parameters
+        return _WithinGraphs(module) if own else module
+
+    return made
+
+
+def _without_virtual_nodes(graph: Graph) -> Graph:
+    return Graph(graph.edge_index, graph.num_nodes, batch=graph.batch, num_graphs=graph.num_graphs)
