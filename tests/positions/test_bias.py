@@ -223,6 +223,25 @@ def test_a_bias_without_a_bound_is_that_of_timm(window: tuple[int, int]) -> None
     torch.testing.assert_close(scores(ours, Grid(*window, prefix=1)), theirs.get_bias()[0], rtol=0, atol=1e-5)
 
 
+def test_the_size_of_windows_changes_no_score_within_them() -> None:
+    whole, windows = (
+        ContinuousBias(2, hidden=8, axes=2).double(),
+        ContinuousBias(2, hidden=8, axes=2, size=(3, 4)).double(),
+    )
+    redrawn(whole)
+    windows.load_state_dict(whole.state_dict())
+    domain, i = Grid(5, 7), torch.arange(35)
+    a, b = (bias.pair(domain).at(i[:, None], i[None, :]) for bias in (whole, windows))
+    down, along = ((i[:, None] // 7 - i[None, :] // 7), (i[:, None] % 7 - i[None, :] % 7))
+    near = (down.abs() < 3) & (along.abs() < 4)
+    torch.testing.assert_close(a[:, near], b[:, near], rtol=0, atol=1e-12)
+    rim = b[:, 0, 14 + 3]  # the offset (-2, -3)
+    torch.testing.assert_close(b[:, 0, 34], rim, rtol=0, atol=1e-12)
+    assert float((a[:, 0, 34] - rim).detach().abs().max()) > 1e-3
+    with pytest.raises(ValueError, match="one number for each axis"):
+        windows.pair(Sequence(3))
+
+
 def test_one_network_serves_domains_of_all_dimensions() -> None:
     bias = redrawn(ContinuousBias(2, hidden=8))
     line = scores(bias, Sequence(5))
