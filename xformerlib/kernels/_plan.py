@@ -30,11 +30,12 @@ from ._varlen import VarlenPart
 # From the one that is fastest where it fits to the one that always fits; the oracle only on request.
 KERNELS = ("sdpa", "blocks", "packed", "windowed", "sparse", "chunked", "reference")
 
-# What a call of a kernel costs, and what a listed pair does, in pairs of a dense one.
-CALL_COST = 2**15
-LISTED_PAIR_COST = 8
+# What a call of a kernel costs, in pairs of a dense one, all rows of the batch and heads together: the more of these, the less it weighs.
+CALL_COST = 2**17
 # The same for a call of one of torch's fused kernels on a GPU.
-FUSED_CALL_COST = 2**19
+FUSED_CALL_COST = 2**24
+# What a listed pair costs, in pairs of a dense one.
+LISTED_PAIR_COST = 8
 
 _STRICT: ContextVar[str | None] = ContextVar("strict", default=None)
 
@@ -150,7 +151,7 @@ def choose(problem: Problem, kernel: str, device: torch.device) -> Plan:
         reasons["windowed, blocks, packed, sparse"] = found
         return _dense("sdpa", problem, reasons) if dense is None else _chunks(problem, reasons, device)
     whole = problem.num_queries * problem.num_keys * (0.5 if problem.is_causal else 1)
-    if kernel == "auto" and dense is None and sum(_cost(part) for part, _ in found) >= whole:
+    if kernel == "auto" and dense is None and sum(_cost(part, problem) for part, _ in found) >= whole:
         return _dense("sdpa", problem, {"windowed, blocks, packed, sparse": "so few pairs are done sooner at once"})
     return _plan(problem, found, reasons)
 
@@ -185,7 +186,7 @@ def _structured(problem: Problem, kernel: str, device: torch.device) -> list[tup
             return f"nothing in {own!r} on {problem.domain!r} says where its pairs are" + (
                 "" if kernel == "auto" else f" in a way that {kernel} uses"
             )
-        chosen.append((min(named or candidates, key=_cost), own))
+        chosen.append((min(named or candidates, key=partial(_cost, problem=problem)), own))
     if kernel != "auto" and not any(structure.kernel == kernel for structure, _ in chosen):
         return f"no part of {problem.mask!r} on {problem.domain!r} has the structure that {kernel} uses"
     parts: list[tuple[Part, Mask]] = []
@@ -196,7 +197,7 @@ def _structured(problem: Problem, kernel: str, device: torch.device) -> list[tup
     parts += [(_part(structure, own, len(terms) == 1, problem), own) for structure, own in chosen]
     parts = [(part, own) for part, own in parts if part.pairs]
     small = problem.num_queries * problem.num_keys
-    if kernel == "auto" and problem.device == "cpu" and sum(_cost(part) for part, _ in parts) >= small:
+    if kernel == "auto" and problem.device == "cpu" and sum(_cost(part, problem) for part, _ in parts) >= small:
         return "its structure leaves out too few pairs"
     return parts if parts else "no pair is allowed"
 
@@ -284,15 +285,16 @@ def _is_fixed(mask: Mask) -> bool:
     return not isinstance(mask, Where) and all(_is_fixed(part) for part in parts)
 
 
-def _cost(work: Structure | _Listed | Part) -> float:
-    """In pairs of a dense kernel."""
+def _cost(work: Structure | _Listed | Part, problem: Problem) -> float:
+    """In pairs of a dense kernel, for one row of the batch and one head."""
+    call = CALL_COST / max(problem.batch * problem.heads, 1)
     if isinstance(work, _Listed):
-        return CALL_COST + LISTED_PAIR_COST * work.neighbours.col.numel() / (work.rows or 1)
+        return call + LISTED_PAIR_COST * work.neighbours.col.numel() / (work.rows or 1)
     if isinstance(work, SparsePart):
-        return CALL_COST + LISTED_PAIR_COST * work.pairs
+        return call + LISTED_PAIR_COST * work.pairs
     if isinstance(work, (Structure, TiledPart)):
-        return CALL_COST * len(work.calls) + work.pairs
-    return FUSED_CALL_COST + work.pairs
+        return call * len(work.calls) + work.pairs
+    return FUSED_CALL_COST / max(problem.batch * problem.heads, 1) + work.pairs
 
 
 def _chunks(problem: Problem, reasons: Mapping[str, str], device: torch.device) -> Plan:
