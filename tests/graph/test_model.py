@@ -11,7 +11,7 @@ from torch_geometric.data import Batch, Data
 
 import xformerlib as xf
 from xformerlib import masks, positions
-from xformerlib.graph import GPS, GraphTransformer
+from xformerlib.graph import GPS, GraphTransformer, SGFormer
 
 EDGES = masks.Edges() | masks.Local(0)
 MODELS: dict[str, Any] = {
@@ -25,6 +25,7 @@ MODELS: dict[str, Any] = {
     ),
     "GPS": lambda: GPS(7, 16, 3, 2, 4, edge_dim=2, position=positions.RandomWalk(16, 4)),
     "GPS, virtual node": lambda: GPS(7, 16, 3, 2, 4, edge_dim=2, pool="token", virtual_nodes=1, norm="layer"),
+    "SGFormer": lambda: SGFormer(7, 16, 3, pool="mean"),
 }
 WITH_EDGES = {"GPS", "GPS, virtual node"}
 

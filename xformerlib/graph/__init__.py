@@ -8,7 +8,13 @@ from ._encodings import (
     RandomWalkBias as RandomWalkBias,
 )
 from ._gps import GPS as GPS, GPSLayer as GPSLayer
+from ._linear import (
+    PerformerAttention as PerformerAttention,
+    PolynormerAttention as PolynormerAttention,
+    SGFormerAttention as SGFormerAttention,
+)
 from ._model import GraphModel as GraphModel, GraphTransformer as GraphTransformer
+from ._sgformer import SGFormer as SGFormer
 from ._signnet import SignNet as SignNet
 from ._transforms import (
     AddDegree as AddDegree,
