@@ -14,6 +14,7 @@ from ._linear import (
     SGFormerAttention as SGFormerAttention,
 )
 from ._model import GraphModel as GraphModel, GraphTransformer as GraphTransformer
+from ._sampler import NeighborSampler as NeighborSampler
 from ._sgformer import SGFormer as SGFormer
 from ._signnet import SignNet as SignNet
 from ._transforms import (
