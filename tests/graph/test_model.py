@@ -11,7 +11,7 @@ from torch_geometric.data import Batch, Data
 
 import xformerlib as xf
 from xformerlib import masks, positions
-from xformerlib.graph import GPS, GraphTransformer, SGFormer
+from xformerlib.graph import GPS, Exphormer, Graphormer, GraphTransformer, SGFormer
 
 EDGES = masks.Edges() | masks.Local(0)
 MODELS: dict[str, Any] = {
@@ -26,8 +26,12 @@ MODELS: dict[str, Any] = {
     "GPS": lambda: GPS(7, 16, 3, 2, 4, edge_dim=2, position=positions.RandomWalk(16, 4)),
     "GPS, virtual node": lambda: GPS(7, 16, 3, 2, 4, edge_dim=2, pool="token", virtual_nodes=1, norm="layer"),
     "SGFormer": lambda: SGFormer(7, 16, 3, pool="mean"),
+    "Graphormer": lambda: Graphormer(7, 16, 3, 2, 4, edge_dim=2, path_steps=2, max_hops=3),
+    "Graphormer, nodes": lambda: Graphormer(7, 16, 3, 1, 4, pool=None, virtual_nodes=0),
+    # Of graphs this small the expander has all pairs; of larger ones those that it has depend on the order of nodes.
+    "Exphormer": lambda: Exphormer(7, 16, 3, 2, 4, edge_dim=2, degree=8, virtual_nodes=1, pool="token"),
 }
-WITH_EDGES = {"GPS", "GPS, virtual node"}
+WITH_EDGES = {"Exphormer", "Graphormer", "GPS", "GPS, virtual node"}
 
 
 def made(name: str) -> Any:

@@ -7,7 +7,9 @@ from ._encodings import (
     GaussianBias as GaussianBias,
     RandomWalkBias as RandomWalkBias,
 )
+from ._exphormer import ExpanderAttention as ExpanderAttention, Exphormer as Exphormer
 from ._gps import GPS as GPS, GPSLayer as GPSLayer
+from ._graphormer import Graphormer as Graphormer, PathBias as PathBias
 from ._linear import (
     PerformerAttention as PerformerAttention,
     PolynormerAttention as PolynormerAttention,

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from .._pooling import Pool
@@ -19,7 +19,7 @@ from ..positions._graph import on_nodes
 from ._edge_attention import EdgeAttention
 from ._edges import Adjacency
 from ._inputs import place_nodes
-from ._model import GraphModel
+from ._model import GraphModel, check_edge_features
 
 # As in blocks, or "batch", or a module that makes one of PyTorch Geometric's norms, which is told the graph of each node.
 GraphNorm = NormLayer | str | None
@@ -107,10 +107,14 @@ class GPSLayer(nn.Module):
         self, x: Float[Tensor, "tokens channels"], graph: Graph, edge_attr: Tensor | None = None, **attend: Any
     ) -> Float[Tensor, "tokens channels"]:
         """Tokens of ``graph`` to tokens."""
-        h = self.attention_residual(x, lambda y: self.attention(y, graph, **attend), graph)
+        h = self.attention_residual(x, lambda y: self.attend(y, graph, edge_attr, **attend), graph)
         if self.conv is not None:
             h = h + self._passed(x, graph, edge_attr)
         return self.feed_forward_residual(h, self.feed_forward, graph)
+
+    def attend(self, x: Tensor, graph: Graph, edge_attr: Tensor | None, **options: Any) -> Tensor:
+        """The attention, which here is not told the features of edges."""
+        return self.attention(x, graph, **options)
 
     def _passed(self, x: Tensor, graph: Graph, edge_attr: Tensor | None) -> Tensor:
         """The branch of messages; 0 at virtual nodes."""
@@ -178,15 +182,16 @@ class GPS(GraphModel):
             def conv() -> nn.Module:
                 return EdgeAttention(hidden_channels, head_dim, heads, edge_dim=features)
 
-        self.layers = nn.ModuleList(GPSLayer(hidden_channels, conv(), heads, **layer) for _ in range(num_layers))
+        self.layers = nn.ModuleList(self.make_layer(hidden_channels, conv, heads, **layer) for _ in range(num_layers))
+
+    def make_layer(self, channels: int, conv: Callable[[], nn.Module], heads: int, **layer: Any) -> GPSLayer:
+        """One of the layers."""
+        return GPSLayer(channels, conv(), heads, **layer)
 
     def run(
-        self, x: Float[Tensor, "tokens channels"], graph: Graph, edge_attr: Float[Tensor, "edges features"] | None
+        self, x: Float[Tensor, "tokens channels"], graph: Graph, edge_attr: Shaped[Tensor, "edges *features"] | None
     ) -> Float[Tensor, "tokens channels"]:
-        if (edge_attr is None) != (self.embed_edges is None):
-            raise ValueError(
-                f"edge_attr must be given if and only if the model has an edge_dim; got {'none' if edge_attr is None else 'some'}"
-            )
+        check_edge_features(edge_attr, self.embed_edges is not None)
         edges = None if self.embed_edges is None else self.embed_edges(edge_attr)
         shared: dict[str, Any] = {}
         if self.position is not None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from .._pooling import Pool, Pooling
@@ -60,7 +60,7 @@ class GraphModel(nn.Module, ABC):
 
     @abstractmethod
     def run(
-        self, x: Float[Tensor, "tokens channels"], graph: Graph, edge_attr: Float[Tensor, "edges features"] | None
+        self, x: Float[Tensor, "tokens channels"], graph: Graph, edge_attr: Shaped[Tensor, "edges *features"] | None
     ) -> Float[Tensor, "tokens channels"]:
         """Tokens of ``graph``, virtual nodes among them, to tokens. ``edge_attr`` is in the order of ``graph.edge_index``."""
 
@@ -89,6 +89,13 @@ class GraphModel(nn.Module, ABC):
         if self.pool is not None:
             return self.head(self.pool(tokens, graph))
         return self.head(placed.restored(tokens if not prefix else tokens.index_select(0, graph.node_tokens)))
+
+
+def check_edge_features(edge_attr: Tensor | None, wanted: bool) -> None:
+    """Raise unless a model that has an ``edge_dim``, and no other, is given features of edges."""
+    if (edge_attr is not None) != wanted:
+        came = "None" if edge_attr is None else tuple(edge_attr.shape)
+        raise ValueError(f"edge_attr must be given if and only if the model has an edge_dim; got edge_attr={came}")
 
 
 class GraphTransformer(GraphModel):
@@ -135,7 +142,7 @@ class GraphTransformer(GraphModel):
         )
 
     def run(
-        self, x: Float[Tensor, "tokens channels"], graph: Graph, edge_attr: Float[Tensor, "edges features"] | None
+        self, x: Float[Tensor, "tokens channels"], graph: Graph, edge_attr: Shaped[Tensor, "edges *features"] | None
     ) -> Float[Tensor, "tokens channels"]:
         if edge_attr is not None:
             raise ValueError("edge_attr has no use in GraphTransformer; leave it out, or use GPS with an EdgeAttention")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from .._dropout import Dropout
@@ -77,7 +77,7 @@ class SGFormer(GraphModel):
         self.attention_dropout, self.conv_dropout = Dropout(trans_dropout), Dropout(gnn_dropout)
 
     def run(
-        self, x: Float[Tensor, "tokens in_channels"], graph: Graph, edge_attr: Float[Tensor, "edges features"] | None
+        self, x: Float[Tensor, "tokens in_channels"], graph: Graph, edge_attr: Shaped[Tensor, "edges *features"] | None
     ) -> Float[Tensor, "tokens channels"]:
         if edge_attr is not None:
             raise ValueError("edge_attr has no use in SGFormer; leave it out, or use GPS")

@@ -1,0 +1,254 @@
+"""Graphormer: attention among all nodes, told degrees, distances, and what lies on the paths between nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Float64, Int, Shaped
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .._pooling import Pool
+from .._sublayers import NormLayer, norm_factory, normed
+from ..blocks import Block
+from ..domains import Domain, Graph
+from ..domains._neighbours import expand_ranges
+from ..positions import Bias, Learned, PairBias, RelativeBias
+from ..positions._base import at_least_fp32, check_width, no_meaning
+from ..positions._tables import TablePair
+from ._model import GraphModel, check_edge_features
+
+
+class PathBias(Bias):
+    """A score for what lies on the shortest paths from a key to a query: Graphormer's edge encoding (Ying et al. 2021, arXiv:2106.05234).
+
+        b_ij = mean over the shortest paths from j to i of   1/N sum_{n <= N} e_n . w_n,   N the smaller of its edges and ``steps``
+
+    where e_n are the features of the path's n-th edge, counted from the query, and w_n is learned for each n and head; 0 where there is
+    no path, for a node and itself, and for virtual nodes. The paper takes one shortest path of several, as its search happens to find
+    it; here it is the mean over all, which is found as fast and does not depend on the order of nodes.
+
+    Features are those that the ``Graph`` was given as ``edge_attr``. Memory grows with the pairs of nodes within graphs, times ``steps``
+    times features: for graphs of up to some hundred nodes.
+
+    Args:
+        heads: attention heads.
+        edge_dim: features of an edge; kinds of bonds, say, as 0 and 1 for each kind.
+        steps: edges of a path that count, from the query on.
+
+    Weights:
+        ``weight`` (steps, edge_dim, heads), drawn from a truncated normal distribution of std 0.02.
+
+    Example:
+        >>> path = Graph(torch.tensor([[0, 1], [1, 2]]), 3, edge_attr=torch.tensor([[1.0], [5.0]]))
+        >>> bias = PathBias(1, edge_dim=1)
+        >>> _ = nn.init.ones_(bias.weight)
+        >>> bias.pair(path).at(torch.tensor(2), torch.arange(3))  # to the last node from each
+        tensor([[3., 5., 0.]], grad_fn=<ExpandBackward0>)
+    """
+
+    def __init__(self, heads: int, edge_dim: int, *, steps: int = 5) -> None:
+        super().__init__()
+        self.heads = check_width("heads", heads)
+        self.weight = nn.Parameter(torch.empty(check_width("steps", steps), check_width("edge_dim", edge_dim), heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew."""
+        nn.init.trunc_normal_(self.weight, std=0.02)
+
+    def is_pointwise(self, domain: Domain) -> bool:
+        return True
+
+    def between(self, domain: Domain, keys: Domain, dtype: torch.dtype | None) -> PairBias:
+        if not isinstance(domain, Graph):
+            raise no_meaning(self, domain, "Paths need edges; use RelativeBias(heads).")
+        if domain.edge_attr is None:
+            raise ValueError(f"PathBias asks for features of edges: give the Graph its edge_attr; got {domain!r}")
+        scores = self.table(domain, domain.edge_attr)
+        return _PairScores(domain, keys, scores.to(at_least_fp32(dtype or self.weight.dtype)), None)
+
+    def table(self, graph: Graph, edge_attr: Float[Tensor, "edges features"]) -> Float[Tensor, "pairs heads"]:
+        """The scores of all pairs, in the order of ``graph.hops``."""
+        steps, width, _ = self.weight.shape
+        if edge_attr.shape != (graph.num_edges, width) or not edge_attr.is_floating_point():
+            raise ValueError(
+                f"edge_attr must be floating-point (edges, edge_dim) = {(graph.num_edges, width)}; got {edge_attr.dtype} "
+                f"{tuple(edge_attr.shape)}. Categories are given as 0 and 1 for each (torch.nn.functional.one_hot)."
+            )
+        return path_features(graph, edge_attr.to(self.weight.dtype), steps) @ self.weight.flatten(0, 1)
+
+    def extra_repr(self) -> str:
+        steps, width, heads = self.weight.shape
+        return f"{heads}, edge_dim={width}, steps={steps}"
+
+
+class Graphormer(GraphModel):
+    """All nodes attend to all of their graph, told degrees, hops and the edges between them (Ying et al. 2021, arXiv:2106.05234).
+
+        x_i <- W x_i + in[degree of i] + out[degree of i];   score_ij = q_i . k_j / sqrt(d) + hops[d(i, j)] + path_ij
+
+    Blocks are pre-norm, with a feed-forward layer of ``hidden_channels``; the virtual node's row stands for the graph, and pairs with it
+    have scores of their own (here three for each head: from it, to it, with itself; in the paper one). ``path_ij`` is ``PathBias``, which
+    differs from the paper's where there are several shortest paths. As in the paper's code all layers share hops and paths.
+
+    Args:
+        in_channels, hidden_channels, out_channels, pool, virtual_nodes: as in ``GraphModel``.
+        num_layers, heads: blocks, attention heads.
+        edge_dim: features of an edge, or a module that makes ``hidden_channels`` of what ``edge_attr`` holds; None without features.
+        max_degree, max_hops: larger ones are taken for these.
+        path_steps: edges of a path that count.
+        norm_layer, **block: arguments of ``Block``: dropout, attention_dropout, activation, drop_path, hidden, ...
+
+    Example:
+        >>> model = Graphormer(7, 32, 1, num_layers=2, heads=4, edge_dim=3)
+        >>> edge_index, batch = torch.tensor([[0, 1, 2, 3], [1, 0, 3, 2]]), torch.tensor([0, 0, 1, 1])
+        >>> model(torch.randn(4, 7), edge_index, torch.randn(4, 3), batch).shape
+        torch.Size([2, 1])
+    """
+
+    def __init__(
+        self,
+        in_channels: int | nn.Module,
+        hidden_channels: int,
+        out_channels: int | None,
+        num_layers: int = 12,
+        heads: int = 8,
+        *,
+        edge_dim: int | nn.Module | None = None,
+        max_degree: int = 63,
+        max_hops: int = 30,
+        path_steps: int = 5,
+        pool: Pool | None = "token",
+        virtual_nodes: int = 1,
+        norm_layer: NormLayer = "layer",
+        **block: Any,
+    ) -> None:
+        super().__init__(
+            in_channels, hidden_channels, out_channels, pool=pool, virtual_nodes=virtual_nodes, heads=heads
+        )
+        if num_layers < 1:
+            raise ValueError(f"num_layers must be >= 1; got num_layers={num_layers}")
+        self.embed_edges = edge_dim if isinstance(edge_dim, nn.Module) else None
+        self.degree = Learned(hidden_channels, check_width("max_degree", max_degree) + 1, directed=True)
+        rows = check_width("max_hops", max_hops, least=2) + 2  # 0, 1, ..., and no path
+        self.hops = RelativeBias(heads, buckets=rows, prefix=virtual_nodes > 0, bidirectional=False)
+        width = edge_dim if isinstance(edge_dim, int) else hidden_channels
+        self.paths = None if edge_dim is None else PathBias(heads, width, steps=path_steps)
+        block = {"hidden": hidden_channels, **block}
+        self.blocks = nn.ModuleList(
+            Block(hidden_channels, heads, norm_layer=norm_layer, **block) for _ in range(num_layers)
+        )
+        self.norm = norm_factory(norm_layer)(hidden_channels)
+
+    def run(
+        self, x: Float[Tensor, "tokens channels"], graph: Graph, edge_attr: Shaped[Tensor, "edges *features"] | None
+    ) -> Float[Tensor, "tokens channels"]:
+        check_edge_features(edge_attr, self.paths is not None)
+        scores = self.hops.table[_hop_rows(graph, len(self.hops.table))]
+        if self.paths is not None and edge_attr is not None:
+            edges = edge_attr if self.embed_edges is None else self.embed_edges(edge_attr)
+            scores = scores + self.paths.table(graph, edges)
+        shared = _Scores(scores, self.hops.prefix_table)
+        x = self.degree(x, graph)
+        for block in self.blocks:
+            x = block(x, graph, position=shared)
+        return normed(self.norm, x, graph)
+
+
+class _Scores(Bias):
+    """Scores of all pairs that were computed for this call, once for all layers."""
+
+    def __init__(self, table: Float[Tensor, "pairs heads"], prefix_table: Tensor | None) -> None:
+        super().__init__()
+        self.heads, self.table, self.prefix_table = table.shape[1], table, prefix_table
+
+    def is_pointwise(self, domain: Domain) -> bool:
+        return True
+
+    def between(self, domain: Domain, keys: Domain, dtype: torch.dtype | None) -> PairBias:
+        return _PairScores(domain, keys, self.table.to(at_least_fp32(dtype or self.table.dtype)), self.prefix_table)
+
+
+class _PairScores(TablePair):
+    """A row for each pair of nodes of a graph, in the order of its table of hops."""
+
+    @property
+    def rows_key(self) -> Hashable:
+        return _PairScores, self.prefix_rows
+
+    def row(self, b: Tensor, q: Tensor, k: Tensor) -> Int[Tensor, "..."]:
+        assert isinstance(self.domain, Graph)
+        hops = self.domain.hops
+        return hops.row[q] + torch.minimum(hops.place[k], hops.size[q] - 1)
+
+
+def _hop_rows(graph: Graph, rows: int) -> Int[Tensor, " pairs"]:
+    """The row of each pair in a table of hops, as ``RelativeBias`` has it."""
+
+    def make() -> Tensor:
+        hops = graph.hops.table.long()
+        return torch.where(hops < _size_of_pairs(graph), hops.clamp(max=rows - 2), rows - 1)
+
+    return graph.fact(("hop rows of all pairs", rows), make)
+
+
+def _size_of_pairs(graph: Graph) -> Int[Tensor, " pairs"]:
+    return torch.repeat_interleave(graph.sizes, graph.sizes.square())
+
+
+# -- shortest paths --------------------------------------------------------------------------------------------------------
+
+
+class _Ends(NamedTuple):
+    """Last edges of shortest paths of one length: ``edge`` leads from the query of pair ``before`` to that of ``pair``, keys being equal.
+
+    ``share`` is how many of the pair's shortest paths end so.
+    """
+
+    pair: Int[Tensor, " ends"]
+    before: Int[Tensor, " ends"]
+    edge: Int[Tensor, " ends"]
+    share: Float64[Tensor, " ends"]
+
+
+def path_features(
+    graph: Graph, edge_attr: Float[Tensor, "edges features"], steps: int
+) -> Float[Tensor, "pairs path_features"]:
+    """For each pair the mean features of the first, second, ... edge of its shortest paths, over the number of edges; kept for data."""
+    if edge_attr.requires_grad:
+        return _path_features(graph, edge_attr, steps)
+    kept: Any = graph.fact(("path features", steps), WeakTensorKeyDictionary)
+    if edge_attr not in kept or kept[edge_attr][0] != edge_attr._version:
+        kept[edge_attr] = edge_attr._version, _path_features(graph, edge_attr, steps)
+    return kept[edge_attr][1]
+
+
+def _path_features(graph: Graph, edge_attr: Tensor, steps: int) -> Tensor:
+    hops, width = graph.hops.table.long(), edge_attr.shape[1]
+    found = edge_attr.new_zeros(len(hops), steps * width)
+    for ends in graph.fact("ends of shortest paths", lambda: _ends_by_length(graph)):
+        rows = torch.cat([edge_attr[ends.edge], found[ends.before, : (steps - 1) * width]], 1)
+        found = found.index_add(0, ends.pair, rows * ends.share[:, None].to(rows.dtype))
+    return found / hops.clamp(1, steps)[:, None]
+
+
+def _ends_by_length(graph: Graph) -> list[_Ends]:
+    """The ends of paths of one edge, of two, and so on."""
+    hops, size = graph.hops.table.long(), _size_of_pairs(graph)
+    source, target = graph.hops.row[graph.node_tokens][graph.edge_index]
+    # For each edge and each node of its graph as the key: does a shortest path to the target come by the edge?
+    edge, key = expand_ranges(torch.zeros_like(target), graph.sizes[graph.batch[graph.edge_index[1]]])
+    pair, before = target[edge] + key, source[edge] + key
+    ending = (hops[before] + 1 == hops[pair]) & (hops[before] < size[before]) & (hops[pair] < size[pair])
+    pair, before, edge = pair[ending], before[ending], edge[ending]
+    length, order = torch.sort(hops[pair], stable=True)
+    counts = torch.bincount(length, minlength=1)[1:].tolist()
+    paths, levels = (hops == 0).double(), []
+    for index in order.split(counts) if counts else ():
+        at, came = pair[index], before[index]
+        paths = paths.index_add(0, at, paths[came])
+        levels.append(_Ends(at, came, edge[index], paths[came] / paths[at]))
+    return levels
