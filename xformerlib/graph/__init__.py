@@ -10,6 +10,7 @@ from ._encodings import (
 from ._exphormer import ExpanderAttention as ExpanderAttention, Exphormer as Exphormer
 from ._gps import GPS as GPS, GPSLayer as GPSLayer
 from ._graphormer import Graphormer as Graphormer, PathBias as PathBias
+from ._hetero import HeteroAttention as HeteroAttention
 from ._linear import (
     PerformerAttention as PerformerAttention,
     PolynormerAttention as PolynormerAttention,

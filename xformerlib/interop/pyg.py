@@ -16,10 +16,10 @@ from typing import overload
 
 import torch
 from torch import nn
-from torch_geometric.nn import GPSConv, TransformerConv
+from torch_geometric.nn import GPSConv, HGTConv, TransformerConv
 from torch_geometric.nn.dense import Linear as TheirLinear
 
-from ..graph import EdgeAttention, GPSLayer
+from ..graph import EdgeAttention, GPSLayer, HeteroAttention
 from .torch_nn import from_torch
 
 
@@ -31,11 +31,15 @@ def from_pyg(conv: TransformerConv) -> EdgeAttention: ...
 def from_pyg(conv: GPSConv) -> GPSLayer: ...
 
 
-def from_pyg(conv: nn.Module) -> EdgeAttention | GPSLayer:
+@overload
+def from_pyg(conv: HGTConv) -> HeteroAttention: ...
+
+
+def from_pyg(conv: nn.Module) -> EdgeAttention | GPSLayer | HeteroAttention:
     """Our layer with copies of the weights of one of PyTorch Geometric's, which is left as it is.
 
-    ``TransformerConv`` becomes an ``EdgeAttention``, ``GPSConv`` a ``GPSLayer``; what passes messages in it is taken over if it is a
-    ``TransformerConv``, and copied otherwise, like the norms.
+    ``TransformerConv`` becomes an ``EdgeAttention``, ``HGTConv`` a ``HeteroAttention``, ``GPSConv`` a ``GPSLayer``; what passes messages in
+    this one is taken over if it is a ``TransformerConv``, and copied otherwise, like the norms.
 
     Raises:
         TypeError: another layer.
@@ -45,7 +49,9 @@ def from_pyg(conv: nn.Module) -> EdgeAttention | GPSLayer:
         return _edge_attention(conv)
     if type(conv) is GPSConv:
         return _gps_layer(conv)
-    raise TypeError(f"conv must be a TransformerConv or a GPSConv; got {type(conv).__name__}")
+    if type(conv) is HGTConv:
+        return _hetero_attention(conv)
+    raise TypeError(f"conv must be a TransformerConv, a GPSConv or an HGTConv; got {type(conv).__name__}")
 
 
 def _edge_attention(conv: TransformerConv) -> EdgeAttention:
@@ -82,6 +88,29 @@ def _gps_layer(conv: GPSConv) -> GPSLayer:
     ).to(up.weight)  # fmt: skip
     _copy(ours.feed_forward.up, up)
     _copy(ours.feed_forward.down, down)
+    return ours.train(conv.training)
+
+
+def _hetero_attention(conv: HGTConv) -> HeteroAttention:
+    if conv.aggr != "add" or conv.flow != "source_to_target":
+        raise ValueError(
+            f"aggr must be 'add' and flow 'source_to_target', as everywhere here; got aggr={conv.aggr!r}, flow={conv.flow!r}"
+        )
+    if any(layer.in_channels < 1 for layer in conv.kqv_lin.lins.values()):
+        raise ValueError("in_channels must be known; got -1. Call conv once, then take it over")
+    channels = {kind: conv.kqv_lin.lins[kind].in_channels for kind in conv.node_types}
+    ours = HeteroAttention(channels, conv.out_channels, (conv.node_types, conv.edge_types), conv.heads)
+    ours = ours.to(conv.k_rel.weight)
+    with torch.no_grad():
+        for i, kind in enumerate(conv.node_types):
+            _copy(ours.key_query_value[i], conv.kqv_lin.lins[kind])
+            _copy(ours.out[i], conv.out_lin.lins[kind])
+            ours.skip[i] = conv.skip[kind].squeeze()
+        relations = len(conv.edge_types)
+        ours.key_map.copy_(conv.k_rel.weight.unflatten(0, (-1, relations)).transpose(0, 1))
+        ours.value_map.copy_(conv.v_rel.weight.unflatten(0, (-1, relations)).transpose(0, 1))
+        for r, relation in enumerate(conv.edge_types):
+            ours.factor[r] = conv.p_rel["__".join(relation)].squeeze(0)
     return ours.train(conv.training)
 
 
