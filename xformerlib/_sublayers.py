@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._dropout import Dropout
+from ._linear import in_pieces, is_plain, linear
 from .domains import Domain
 
 NormLayer = Literal["layer", "rms"] | Callable[[int], nn.Module]
@@ -68,16 +69,28 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         """Map each token."""
-        h = self.up(x)
+        return self._mapped(x) if self.training else in_pieces(self._mapped, x, self.up.out_features)
+
+    def _mapped(self, x: Tensor) -> Tensor:
         if self.gated:
-            gate, h = h.chunk(2, -1)
+            gate, h = _applied(self.up, x).chunk(2, -1)
             h = _GATED[str(self.activation)](gate) * h
+        elif isinstance(self.activation, str):
+            h = _applied(self.up, x, self.activation)
         else:
-            h = (_PLAIN[self.activation] if isinstance(self.activation, str) else self.activation)(h)
-        return self.down(self.norm(self.dropout(h)))
+            h = self.activation(_applied(self.up, x))
+        return _applied(self.down, self.norm(self.dropout(h)))
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"
+
+
+def _applied(layer: nn.Linear, x: Tensor, activation: str = "none") -> Tensor:
+    """The activation of a linear map."""
+    if is_plain(layer):
+        return linear(x, layer.weight, layer.bias, activation)  # type: ignore[arg-type]
+    h = layer(x)
+    return h if activation == "none" else _PLAIN[activation](h)
 
 
 class DropPath(nn.Module):

@@ -25,6 +25,7 @@ from ._inputs import (
     place,
     resolve_domains,
 )
+from ._linear import is_plain, linear
 from ._planned import bound_biases, check_extent, planned, scores_of, without_padding
 from ._sublayers import Cosine, NormLayer, norm_factory
 from .domains import Domain
@@ -245,7 +246,9 @@ class Attention(nn.Module):
         merged = merged if x.ndim == 3 else merged[0]
         if self.gate is not None:
             merged = merged * torch.sigmoid(self.gate(domain.zero_padding(x)))
-        return domain.zero_padding(self.out(self.out_norm(merged)))
+        merged = self.out_norm(merged)
+        y = linear(merged, self.out.weight, self.out.bias) if is_plain(self.out) else self.out(merged)
+        return domain.zero_padding(y)
 
     @torch.no_grad()
     def weights(
@@ -345,7 +348,7 @@ class Attention(nn.Module):
 
     def _linear(self, x: Tensor, first: int, last: int | None) -> Tensor:
         bias = None if self.qkv.bias is None else self.qkv.bias[first:last]
-        return nn.functional.linear(x, self.qkv.weight[first:last], bias)
+        return linear(x, self.qkv.weight[first:last], bias)
 
     def _heads(self, x: Tensor) -> Tensor:
         """(B, T, H * D) or (T, H * D) to (B, H, T, D)."""
