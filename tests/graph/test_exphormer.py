@@ -37,19 +37,19 @@ def test_links_are_the_pairs_of_the_mask(sizes: list[int], virtual: int, degree:
     every = [masks.Edges(), masks.Expander(degree, seed=3)] + [masks.Global(virtual)] * (virtual > 0)
     found = links(graph, degree, 3)
     pairs = torch.zeros(graph.num_tokens, graph.num_tokens, dtype=torch.bool)
-    pairs[found.index[1], found.index[0]] = True
+    pairs[found.edge_index[1], found.edge_index[0]] = True
     i = torch.arange(graph.num_tokens)
     ordinary = (graph.place(i) >= virtual)[:, None] & (graph.place(i) >= virtual)
     wanted = [mask.dense(graph) for mask in every]
     assert torch.equal(pairs, torch.stack(wanted).any(0)) and int(pairs.sum()) == len(found.kinds)
     for kind, mask in enumerate(wanted):
         own = torch.zeros_like(pairs)
-        own[found.index[1], found.index[0]] = found.kinds[:, kind] > 0
+        own[found.edge_index[1], found.edge_index[0]] = found.kinds[:, kind] > 0
         assert torch.equal(own, mask & ordinary if kind < 2 else mask)
     features = torch.zeros(graph.num_tokens, graph.num_tokens, 3, dtype=torch.float64)
     source, target = graph.node_tokens[graph.edge_index]
     features.index_put_((target, source), edge_attr, accumulate=True)
-    assert largest(found.features(edge_attr)[:, :3], features[found.index[1], found.index[0]]) < 1e-12
+    assert largest(found.features(edge_attr)[:, :3], features[found.edge_index[1], found.edge_index[0]]) < 1e-12
 
 
 @pytest.mark.parametrize("virtual", [0, 2])

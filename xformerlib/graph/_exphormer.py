@@ -25,12 +25,12 @@ class Links(NamedTuple):
     """The pairs of ``Edges() | Expander(degree, seed) | Global(virtual nodes)``, each once, by target and then by source.
 
     Attributes:
-        index: sources above targets, tokens of the graph.
+        edge_index: sources above targets, tokens of the graph.
         kinds: 1 for each kind of link that a pair is, else 0: edge, expander, virtual node.
         of_edge: for each edge of the graph its pair.
     """
 
-    index: Int[Tensor, "2 links"]
+    edge_index: Int[Tensor, "2 links"]
     kinds: Float[Tensor, "links kinds"]
     of_edge: Int[Tensor, " edges"]
 
@@ -128,7 +128,7 @@ class ExpanderAttention(nn.Module):
         """Attend along links."""
         check_edge_features(edge_attr, self.edge_dim is not None)
         found = links(graph, self.degree, self.seed)
-        return self.out(self.along(x, found.index, found.features(edge_attr).to(x.dtype)))
+        return self.out(self.along(x, found.edge_index, found.features(edge_attr).to(x.dtype)))
 
     def extra_repr(self) -> str:
         return f"degree={self.degree}, seed={self.seed}"
@@ -195,16 +195,7 @@ class Exphormer(GPS):
             pool=pool, virtual_nodes=virtual_nodes, passing=passing, links=own, **layer,
         )  # fmt: skip
 
-    def make_layer(
-        self,
-        channels: int,
-        conv: Callable[[], nn.Module],
-        heads: int,
-        *,
-        passing: bool,
-        links: dict[str, Any],
-        **layer: Any,
-    ) -> GPSLayer:
+    def make_layer(self, channels: int, conv: Callable[[], nn.Module], heads: int, **layer: Any) -> GPSLayer:
         """One of the layers."""
-        attention = ExpanderAttention(channels, heads, **links)
+        passing, attention = layer.pop("passing"), ExpanderAttention(channels, heads, **layer.pop("links"))
         return _Layer(channels, conv() if passing else None, attention=attention, **layer)

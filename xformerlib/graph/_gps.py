@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .._pooling import Pool
 from .._sublayers import Activation, FeedForward, NormLayer, Residual, TokenNorm, norm_factory
 from ..attention import Attention
-from ..domains import Graph
+from ..domains import Domain, Graph
 from ..masks import Mask
 from ..positions import Position
 from ..positions._graph import on_nodes
@@ -200,7 +200,7 @@ class GPS(GraphModel):
             if self.position.rotations or self.position.biases:
                 shared = {"position": self.position}
         for layer in self.layers:
-            x = layer.run(x, graph, edges, **shared)
+            x = layer(x, graph, edges, **shared)
         return x
 
 
@@ -211,7 +211,7 @@ class _WithinGraphs(TokenNorm):
         super().__init__()
         self.norm = norm
 
-    def forward(self, x: Float[Tensor, "tokens dim"], domain: Graph | None = None) -> Float[Tensor, "tokens dim"]:
+    def forward(self, x: Float[Tensor, "tokens dim"], domain: Domain | None = None) -> Float[Tensor, "tokens dim"]:
         return self.norm(x, batch=None if domain is None else domain.items)
 
 

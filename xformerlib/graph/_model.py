@@ -83,6 +83,7 @@ class GraphModel(nn.Module, ABC):
         graph = placed.graph
         tokens = on_nodes(graph, self.embed(placed.sorted(x)))
         if self.virtual is not None:
+            assert graph.offsets is not None
             front = (graph.offsets[:-1, None] + torch.arange(prefix, device=tokens.device)).flatten()
             tokens = tokens.index_copy(0, front, self.virtual.to(tokens.dtype).repeat(graph.num_graphs, 1))
         tokens = self.run(tokens, graph, edge_attr)
