@@ -89,7 +89,7 @@ class HeteroAttention(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the weights anew; factors and gates begin at 1, scores of relations at 0."""
         for layer in (*self.key_query_value, *self.out):
-            layer.reset_parameters()  # type: ignore[operator]
+            layer.reset_parameters()
         bound = math.sqrt(3 / self.key_map.shape[-1])  # Glorot's
         nn.init.uniform_(self.key_map, -bound, bound)
         nn.init.uniform_(self.value_map, -bound, bound)
@@ -140,7 +140,7 @@ class HeteroAttention(nn.Module):
 
     def _pattern(self, counts: list[int], edge_index_dict: dict[EdgeType, Adjacency]) -> Pattern:
         """All edges in one: the queries are all nodes, the keys the sources of each kind of edge, one kind behind the other."""
-        edges = {kind: edge_index_dict[kind] for kind in self.edge_types if kind in edge_index_dict}  # type: ignore[index]
+        edges = {kind: edge_index_dict[kind] for kind in self.edge_types if kind in edge_index_dict}
         key = (tuple(self.node_types), tuple(counts), tuple(edges), tuple(_version(e) for e in edges.values()))
         first = next(iter(edges.values()))
         kept = _MADE.get(first)

@@ -61,15 +61,15 @@ class SignNet(Embedding):
             raise no_meaning(
                 self, domain, "Eigenvectors need edges; use Sinusoidal(dim), which is defined on every domain."
             )
-        parameter = self.rho[0].weight
-        dtype = at_least_fp32(parameter.dtype)
+        width = next(self.parameters()).dtype
+        dtype = at_least_fp32(width)
         values, _ = domain.laplacian_eigenvectors(self.eigenvectors)
         vectors = spectral_axes(domain, self.eigenvectors).to(dtype)
         exists = (values > 0)[domain.batch]
         level = values.to(dtype)[domain.batch]
         both = torch.stack([torch.stack([v, level], -1) for v in (vectors, -vectors)], 1)  # (nodes, 2, k, 2)
         source, target = domain._found("undirected", lambda: _joined(domain))
-        h = both.to(parameter.dtype)
+        h = both.to(width)
         for layer in self.phi:
             h = layer(h.index_add(0, target, h[source]))
         return on_nodes(domain, self.rho(_shown(h.sum(1), exists)))
