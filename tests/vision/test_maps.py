@@ -137,3 +137,11 @@ def test_rollout_needs_all_tokens() -> None:
     some = vision.attention_maps(made("plain"), torch.randn(1, 3, 16, 16, dtype=torch.float64), rows=[0])
     with pytest.raises(ValueError, match="maps must be of all tokens"):
         vision.rollout(some)
+
+
+def test_maps_of_patches_that_were_left_out_are_refused() -> None:
+    model = vision.ViT(5, size=16, patch=4, dim=32, depth=1, heads=4, patch_dropout=0.5).train()
+    (layer,) = vision.attention_maps(model, torch.randn(2, 3, 16, 16))
+    assert layer.weights.shape == (2, 4, 9, 9)
+    with pytest.raises(ValueError, match=r"some were left out.*Call model.eval\(\) first"):
+        layer.of(0)

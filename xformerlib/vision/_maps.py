@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..attention import Attention
 from ..blocks import Block
-from ..domains import Grid
+from ..domains import Grid, Subset
 from ._patches import Images
 
 OPTIONS = inspect.signature(Attention.weights).parameters
@@ -25,11 +25,11 @@ class AttentionMap(NamedTuple):
 
     Attributes:
         weights: (B, heads, T, T); of a list of images (1, heads, N, N), 0 between images; with ``rows`` those of these queries alone.
-        domain: a ``Grid``, packed for a list of images.
+        domain: a ``Grid``, packed for a list of images; a ``Subset`` of it where patches were left out.
     """
 
     weights: Float[Tensor, "batch heads rows keys"]
-    domain: Grid
+    domain: Grid | Subset
 
     def of(self, row: int = 0) -> Float[Tensor, "batch heads *grid"] | list[Float[Tensor, "heads *grid"]]:
         """What one query gives to each patch, as a map for each image. Its row in each image: 0 is the class token where there is one.
@@ -37,6 +37,8 @@ class AttentionMap(NamedTuple):
         What it gives to tokens that are no patches is left out, so that a map sums to less than 1.
         """
         weights, domain = self
+        if not isinstance(domain, Grid):
+            raise ValueError(f"a map needs every patch, and some were left out: {domain!r}. Call model.eval() first")
         if domain.offsets is None:
             return weights[:, :, row, domain.prefix :].unflatten(-1, domain.sizes)
         if weights.shape[2] != weights.shape[3]:
