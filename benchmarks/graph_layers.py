@@ -98,7 +98,7 @@ LINES = (
         partial(gps, sizes=protein_sizes, count=128), Target(faster=4),
     ),
     Line(
-        "transformer-conv", "whole layer, 20,000 nodes of 64 channels, 200,000 random edges with 4 features, 8 heads x 32, gated skip",
+        "transformer-conv", "whole layer, 20,000 nodes of 64 channels, 200,000 random edges with 4 features, 8 heads x 32",
         "PyG TransformerConv", transformer_conv, Target(faster=6),
     ),
 )  # fmt: skip
