@@ -11,7 +11,7 @@ from torch_geometric.data import Batch, Data
 
 import xformerlib as xf
 from xformerlib import masks, positions
-from xformerlib.graph import GPS, Exphormer, Graphormer, GraphTransformer, SGFormer
+from xformerlib.graph import GPS, Exphormer, Graphormer, GraphTransformer, RandomWalkBias, SGFormer
 
 EDGES = masks.Edges() | masks.Local(0)
 MODELS: dict[str, Any] = {
@@ -22,6 +22,9 @@ MODELS: dict[str, Any] = {
     ),
     "hops, attention": lambda: GraphTransformer(
         7, 16, 3, 2, 4, pool="attention", position=positions.RandomWalk(16, 4) + positions.RelativeBias(4)
+    ),
+    "walks between, virtual node": lambda: GraphTransformer(
+        7, 16, 3, 2, 4, pool="token", virtual_nodes=1, position=RandomWalkBias(4, 5)
     ),
     "GPS": lambda: GPS(7, 16, 3, 2, 4, edge_dim=2, position=positions.RandomWalk(16, 4)),
     "GPS, virtual node": lambda: GPS(7, 16, 3, 2, 4, edge_dim=2, pool="token", virtual_nodes=1, norm="layer"),

@@ -28,8 +28,8 @@ class RandomWalkBias(Bias):
         b_ij = W2 relu(W1 [I, P, P^2, ..., P^(K - 1)]_ij + b1) + b2,   P = D^-1 A
 
     the probabilities that a walk from query i is at key j after 0, 1, ..., K - 1 steps. It is evaluated for the pairs within each graph
-    and no others, once for all layers that share it in a call of attention. GRIT keeps a vector for each pair, which its layers change;
-    this is a score for each head, which any attention takes. Pairs with virtual nodes score 0.
+    and no others, once in each layer. GRIT keeps a vector for each pair, which its layers change; this is a score for
+    each head, which any attention takes. Pairs with virtual nodes score 0.
 
     Args:
         heads: attention heads, of the queries.
