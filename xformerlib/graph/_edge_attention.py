@@ -122,7 +122,13 @@ class EdgeAttention(nn.Module):
             assert edge_attr is not None
             by_head = self.edge.weight.unflatten(0, (self.heads, -1))
             y, sums = edge_attention(
-                q, key, value, pattern, scores, q @ by_head, edge_attr.index_select(0, order).to(q.dtype)
+                q,
+                key,
+                value,
+                pattern,
+                scores,
+                self._edge_query(target, by_head),
+                edge_attr.index_select(0, order).to(q.dtype),
             )
             y = y + sums @ by_head.transpose(1, 2)
         y = y[0].transpose(0, 1)
@@ -133,6 +139,15 @@ class EdgeAttention(nn.Module):
 
     def _by_head(self, x: Float[Tensor, "nodes inner"]) -> Float[Tensor, "1 heads nodes dim"]:
         return x.unflatten(-1, (self.heads, self.out_channels)).transpose(0, 1)[None]
+
+    def _edge_query(
+        self, x: Float[Tensor, "targets channels"], by_head: Float[Tensor, "heads dim features"]
+    ) -> Float[Tensor, "1 heads targets features"]:
+        """W' q: by one linear map of x, which is faster than a product for each head."""
+        weight = by_head.mT @ self.query.weight.unflatten(0, (self.heads, -1))
+        bias = None if self.query.bias is None else by_head.mT @ self.query.bias.view(self.heads, -1, 1)
+        u = nn.functional.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
+        return u.unflatten(-1, (self.heads, -1)).transpose(0, 1)[None]
 
     def _rooted(self, y: Float[Tensor, "targets outer"], x: Float[Tensor, "targets channels"]) -> Tensor:
         if self.root is None:

@@ -12,7 +12,7 @@ True
 from __future__ import annotations
 
 import copy
-from typing import overload
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,19 +23,7 @@ from ..graph import EdgeAttention, GPSLayer, HeteroAttention
 from .torch_nn import from_torch
 
 
-@overload
-def from_pyg(conv: TransformerConv) -> EdgeAttention: ...
-
-
-@overload
-def from_pyg(conv: GPSConv) -> GPSLayer: ...
-
-
-@overload
-def from_pyg(conv: HGTConv) -> HeteroAttention: ...
-
-
-def from_pyg(conv: nn.Module) -> EdgeAttention | GPSLayer | HeteroAttention:
+def from_pyg(conv: nn.Module) -> Any:
     """Our layer with copies of the weights of one of PyTorch Geometric's, which is left as it is.
 
     ``TransformerConv`` becomes an ``EdgeAttention``, ``HGTConv`` a ``HeteroAttention``, ``GPSConv`` a ``GPSLayer``; what passes messages in
@@ -114,7 +102,7 @@ def _hetero_attention(conv: HGTConv) -> HeteroAttention:
     return ours.train(conv.training)
 
 
-def _copy(own: nn.Linear, *theirs: nn.Module) -> None:
+def _copy(own: Any, *theirs: Any) -> None:
     """The rows of one linear map, or of several one below the other."""
     with torch.no_grad():
         own.weight.copy_(torch.cat([layer.weight for layer in theirs]))
