@@ -42,6 +42,19 @@ class Fed(nn.Module):
         return self.layer(self.x, *self.edges, **self.more)
 
 
+class OfKinds(Fed):
+    """The same with nodes of several kinds, one kind behind the other."""
+
+    def __init__(
+        self, layer: nn.Module, x: Tensor, counts: list[int], edges: dict[tuple[str, str, str], Tensor]
+    ) -> None:
+        super().__init__(layer, x)
+        self.counts, self.of_kinds = counts, edges
+
+    def forward(self) -> Tensor:
+        return torch.cat([*self.layer(dict(zip("ab", self.x.split(self.counts), strict=True)), self.of_kinds).values()])
+
+
 def beside(
     setting: Setting, theirs: nn.Module, fed: tuple[Fed, Fed], names: Any, kernel: str, pairs: int, heads: int, dim: int
 ) -> Work:
@@ -87,6 +100,27 @@ def transformer_conv(setting: Setting) -> Work:
     return beside(setting, theirs, (ours, peer), CONV_NAMES, "sparse", count, heads, dim)
 
 
+def hetero(setting: Setting) -> Work:
+    """Two kinds of nodes, three of edges."""
+    from torch_geometric.nn import HGTConv
+
+    from xformerlib.interop.pyg import from_pyg
+
+    counts = [setting.size(5000, 50), setting.size(8000, 80)]
+    edges, pairs = {}, setting.size(40_000, 200)
+    for number, (source, target) in enumerate(((0, 1), (1, 0), (1, 1))):
+        ends = [
+            torch.randint(counts[i], (pairs,), generator=torch.Generator().manual_seed(number))
+            for i in (source, target)
+        ]
+        edges["ab"[source], str(number), "ab"[target]] = torch.stack(ends).to(setting.device)
+    theirs = drawn(HGTConv(CHANNELS, CHANNELS, (["a", "b"], list(edges)), heads=HEADS))
+    x = setting.random(sum(counts), CHANNELS)
+    fed = OfKinds(from_pyg(theirs), x, counts, edges), OfKinds(theirs, x, counts, edges)
+    names = ("x", "layer.out.1.weight"), ("x", "layer.out_lin.lins.b.weight")
+    return beside(setting, theirs, fed, names, "sparse", 3 * pairs, HEADS, CHANNELS // HEADS)
+
+
 GPS_WORK = "GPS layer (GINE, batch norm, {} channels, {} heads): 128 {}".format(CHANNELS, HEADS, "{}")
 LINES = (
     Line(
@@ -100,5 +134,9 @@ LINES = (
     Line(
         "transformer-conv", "whole layer, 20,000 nodes of 64 channels, 200,000 random edges with 4 features, 8 heads x 32",
         "PyG TransformerConv", transformer_conv, Target(faster=6),
+    ),
+    Line(
+        "hgt", "whole layer, 5,000 and 8,000 nodes of 64 channels, 3 kinds of 40,000 random edges, 4 heads x 16", "PyG HGTConv", hetero,
+        Target(faster=2),
     ),
 )  # fmt: skip
