@@ -1,0 +1,94 @@
+"""The models of ``graph.py``: xformerlib's graph Transformers, and graph neural networks of PyTorch Geometric between the same ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from graph_data import Data
+from graph_options import BASELINES, Options
+from torch import Tensor, nn
+from torch_geometric.nn import models as pyg
+
+from xformerlib import domains, graph, masks, positions
+
+WALK, EIGENVECTORS, HOPS = 16, 16, 16
+
+
+def build(o: Options, data: Data) -> graph.GraphModel:
+    """The model that was asked for, for such graphs."""
+    embed, edges = encoder(o.dim, data.graphs.x), None
+    if data.graphs.edge_attr is not None:
+        edges = encoder(o.dim, data.graphs.edge_attr)
+    pool = None if data.of_nodes else o.pool
+    ends: dict[str, Any] = {"in_channels": embed, "hidden_channels": o.dim, "out_channels": data.outputs, "pool": pool}
+    sizes: dict[str, Any] = {"num_layers": o.depth, "heads": o.heads}
+    place = encoding(o, data)
+    if o.model == "gps":
+        return graph.GPS(**ends, **sizes, edge_dim=edges, position=place, dropout=o.dropout)
+    if o.model == "exphormer":
+        return graph.Exphormer(**ends, **sizes, edge_dim=edges, position=place, dropout=o.dropout)
+    if o.model == "graph-transformer":
+        # Nodes of a large graph look along edges, those of a small one at all others, and count the hops between.
+        own: dict[str, Any] = {"mask": masks.Edges(self_loops=True), "position": place}
+        if not data.of_nodes:
+            hops = positions.RelativeBias(o.heads, buckets=HOPS)
+            own = {"position": hops if place is None else place + hops}
+        return graph.GraphTransformer(**ends, **sizes, **own, dropout=o.dropout)
+    if o.model == "graphormer":
+        # Of degree and paths it is told by itself.
+        ends["pool"] = None if data.of_nodes else "token"
+        return graph.Graphormer(**ends, **sizes, edge_dim=edges, dropout=o.dropout)
+    if o.model == "sgformer":
+        return graph.SGFormer(**ends, trans_num_heads=o.heads, trans_dropout=o.dropout, gnn_dropout=o.dropout)
+    return Network(o, edges, **ends, position=place)
+
+
+def uses_edges(o: Options) -> bool:
+    """Whether a model is given the features of edges."""
+    return o.model in ("gps", "exphormer", "graphormer", "gat")
+
+
+def encoder(dim: int, values: Tensor) -> nn.Module:
+    """What makes ``dim`` channels of numbers, or of categories, of which there are as many as the data has."""
+    if values.is_floating_point():
+        return nn.Linear(values.shape[1], dim)
+    return graph.AtomEncoder(dim, [int(size) + 1 for size in values.amax(0)])
+
+
+def encoding(o: Options, data: Data) -> positions.Position | None:
+    """What nodes are told of the structure around them."""
+    name = o.position or ("none" if data.of_nodes or data.graphs.places is not None else "walk")
+    if name != "none" and o.model in ("graphormer", "sgformer"):
+        if o.position is None:
+            return None
+        raise ValueError(f"--position {name} has no use in {o.model}; give none, or leave it out")
+    make: dict[str, Callable[[], positions.Position | None]] = {
+        "none": lambda: None,
+        "walk": lambda: positions.RandomWalk(o.dim, WALK),
+        "laplacian": lambda: positions.Sinusoidal(o.dim, eigenvectors=EIGENVECTORS),
+    }
+    return make[name]()
+
+
+class Network(graph.GraphModel):
+    """A graph neural network of PyTorch Geometric, which starts and ends as xformerlib's models do."""
+
+    def __init__(
+        self, o: Options, edges: nn.Module | None, *, position: positions.Position | None, **ends: Any
+    ) -> None:
+        super().__init__(**ends)
+        assert o.model in BASELINES
+        make = {"gcn": pyg.GCN, "gin": pyg.GIN, "gat": pyg.GAT}[o.model]
+        own: dict[str, Any] = {}
+        if o.model == "gat":
+            own = {"heads": o.heads, "v2": True, "edge_dim": None if edges is None else o.dim}
+        self.network = make(o.dim, o.dim, o.depth, o.dim, dropout=o.dropout, norm="batch", **own)
+        self.embed_edges, self.position = edges if o.model == "gat" else None, position
+
+    def run(self, x: Tensor, graph: domains.Graph, edge_attr: Tensor | None) -> Tensor:
+        for embedding in () if self.position is None else self.position.embeddings:
+            x = embedding(x, graph)
+        edges = {} if self.embed_edges is None else {"edge_attr": self.embed_edges(edge_attr)}
+        return torch.relu(self.network(x, graph.edge_index, **edges))

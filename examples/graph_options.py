@@ -1,0 +1,95 @@
+"""The options of ``graph.py``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Model = Literal["gps", "graph-transformer", "graphormer", "exphormer", "sgformer", "gcn", "gin", "gat"]
+BASELINES = ("gcn", "gin", "gat")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train a graph Transformer, or a graph neural network beside it, on graphs or on nodes of one."""
+
+    data: Path | None = None
+    """An .npz file of molecules (ESOL, HIV, ZINC), of one graph (Cora, minesweeper), or the folder of a set of graphs with its folds
+    (PROTEINS). Without it: digits as graphs of pixels."""
+    pyg: str | None = None
+    """A data set of PyTorch Geometric's in place of --data, which is downloaded: ZINC, Cora, CiteSeer, PubMed, or one of the TU collection
+    by its name, such as MUTAG."""
+    downloads: Path = Path("downloads")
+    """Where --pyg keeps it."""
+    splits: tuple[int, ...] = (0,)
+    """Which of the splits that the data comes with, counted from 0; one run for each. For data with 10: 0 1 2 3 4 5 6 7 8 9."""
+    test: float = 0.2
+    """Share of the graphs that is held out to test, where the data comes without a test part. The same graphs for every run."""
+    validation: float = 0.1
+    """Share of the training graphs that is held out to choose the weights by, where the data does not say which."""
+    model: Model = "gps"
+    """Transformers of xformerlib (gps, graph-transformer, graphormer, exphormer, sgformer), or graph neural networks of PyTorch Geometric
+    (gcn, gin, gat)."""
+    position: Literal["none", "walk", "laplacian"] | None = None
+    """What nodes are told of the structure around them: nothing, random walks, or Laplacian eigenvectors. Without it: walk for graphs, none
+    for digits, whose nodes know their place, and for nodes of one large graph."""
+    dim: int = 64
+    """Width of the model."""
+    depth: int = 2
+    """Layers, one after the other."""
+    heads: int = 4
+    """Attention heads of a layer."""
+    pool: Literal["mean", "sum", "max"] = "mean"
+    """How a graph is read from its nodes. graphormer reads it from a virtual node."""
+    dropout: float = 0.1
+    """Share of the values dropped in training."""
+    epochs: int = 25
+    """Times that training goes through all graphs; with one graph, its steps."""
+    batch_size: int = 32
+    """Graphs in a training step."""
+    eval_batch_size: int = 256
+    """Graphs scored at a time in validation and test. A matter of memory."""
+    lr: float = 2e-3
+    """Highest learning rate."""
+    warmup: float = 0.1
+    """Share of training over which the learning rate rises. After it it falls to 0 along half a cosine."""
+    weight_decay: float = 1e-2
+    """Weight decay of AdamW."""
+    clip: float = 1.0
+    """Greatest norm of the gradient."""
+    seeds: tuple[int, ...] = (0,)
+    """Where random numbers start, one run for each. The same seed, options and machine give the same result."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
+    threads: int = 1
+    """CPU threads. One is enough for a model as small as the default."""
+    run: Path = Path("runs/graph")
+    """Directory for all that is written, for several runs one within it for each. A run that is there already is replaced, or
+    continued with --resume."""
+    resume: bool = False
+    """Continue the run in --run from where it was last saved. The result is that of a run which was never cut off."""
+
+    def check(self) -> None:
+        """Raise ValueError for what cannot work."""
+        if self.data is not None and self.pyg is not None:
+            raise ValueError("--data and --pyg both say what to train on: give one of them")
+        for name in ("dim", "depth", "heads", "epochs", "batch_size", "eval_batch_size", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be >= 1; got {getattr(self, name)}")
+        if self.dim % self.heads:
+            raise ValueError(f"--heads must divide --dim; got --heads {self.heads}, --dim {self.dim}")
+        for name in ("validation", "test"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be between 0 and 1; got {getattr(self, name)}")
+        for name in ("dropout", "warmup"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be in [0, 1); got {getattr(self, name)}")
+        if self.weight_decay < 0:
+            raise ValueError(f"--weight-decay must be >= 0; got {self.weight_decay}")
+        if self.lr <= 0 or self.clip <= 0:
+            raise ValueError(f"--lr and --clip must be > 0; got --lr {self.lr}, --clip {self.clip}")
+        for name in ("seeds", "splits"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values) or min(values) < 0:
+                raise ValueError(f"--{name} must be one or several different ones, none below 0; got {values}")
