@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from xformerlib import plot, vision
+from xformerlib import Grid, plot, vision
 
 
 def draw(path: Path, model: vision.ViT, images: Tensor, labels: Tensor, classes: list[str]) -> None:
@@ -46,6 +46,7 @@ def draw(path: Path, model: vision.ViT, images: Tensor, labels: Tensor, classes:
 def seen(attention: vision.AttentionMap) -> Tensor:
     """How much of each patch reaches what the classes are read from, (B, height, width)."""
     weights, domain = attention
+    assert isinstance(domain, Grid)
     if domain.prefix:
         return attention.of(0).mean(1)  # type: ignore[union-attr]
     return weights.mean((1, 2)).unflatten(1, domain.sizes)

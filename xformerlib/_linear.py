@@ -56,7 +56,7 @@ def _is_inference(x: Tensor, weight: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and type(x) is Tensor
         and type(weight) in (Tensor, nn.Parameter)
     )

@@ -246,7 +246,7 @@ def _resample(table: Float[Tensor, "*size dim"], size: tuple[int, ...]) -> Float
     resampled = table
     for axis, (old, new) in enumerate(zip(table.shape[:-1], size, strict=True)):
         # A graph for all sizes must not ask: resampled to its own size a table stays as it is.
-        if isinstance(new, torch.SymInt) or old != new:
+        if not isinstance(new, int) or old != new:
             weights = _bicubic(old, new).to(table.device)
             resampled = (resampled.double().movedim(axis, -1) @ weights.T).movedim(-1, axis)
     return resampled.to(table.dtype)
