@@ -75,6 +75,18 @@ def test_a_graph_gives_what_it_gives_alone_and_permuted(name: str) -> None:
     assert largest(model(batch.x, graph, batch.edge_attr), together) == 0
 
 
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("batch", [[], [0, 0, 2]], ids=["no nodes", "empty graphs"])
+def test_graphs_without_nodes_or_edges(name: str, batch: list[int]) -> None:
+    model = made(name)
+    virtual = 0 if model.virtual is None else len(model.virtual)
+    item = torch.tensor(batch, dtype=torch.long)
+    graph = xf.Graph(torch.zeros(2, 0).long(), len(batch), batch=item, num_graphs=4, virtual_nodes=virtual)
+    edge_attr = torch.zeros(0, 2, dtype=torch.float64) if name in WITH_EDGES else None
+    out = model(torch.randn(len(batch), 7, dtype=torch.float64), graph, edge_attr)
+    assert len(out) == (4 if model.pool else len(batch)) and out.isfinite().all()
+
+
 def test_an_edge_index_that_changes_in_place_is_placed_anew() -> None:
     model, graph = made("edges, mean"), drawn(6, 9)
     del graph.edge_attr
