@@ -50,7 +50,9 @@ def curves(path: Path, title: str, metric: str, name: str, course: list[dict[str
 
 def edge_weights(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor] | None:
     """Edges and the attention of the last layer along them, the mean of its heads; None for a model without attention along edges."""
-    layers = [module for module in model.modules() if isinstance(module, (graph.EdgeAttention, GATv2Conv))]
+    passing = [module.conv for module in model.modules() if isinstance(module, graph.GPSLayer)]
+    layers: list[Any] = [conv for conv in passing if isinstance(conv, graph.EdgeAttention)]
+    layers += [module for module in model.modules() if isinstance(module, GATv2Conv)]
     if not layers:
         return None
     found: list[tuple[Tensor, Tensor]] = []
@@ -62,7 +64,7 @@ def edge_weights(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor] | None
 
     handle = layers[-1].register_forward_pre_hook(look, with_kwargs=True)
     model.eval()
-    with torch.inference_mode():
+    with torch.no_grad():
         model(batch)
     return found[0]
 

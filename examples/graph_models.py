@@ -67,7 +67,7 @@ def encoding(o: Options, data: Data) -> positions.Position | None:
     make: dict[str, Callable[[], positions.Position | None]] = {
         "none": lambda: None,
         "walk": lambda: positions.RandomWalk(o.dim, WALK),
-        "laplacian": lambda: positions.Sinusoidal(o.dim, eigenvectors=EIGENVECTORS),
+        "laplacian": lambda: positions.Sinusoidal(o.dim, eigenvectors=min(EIGENVECTORS, o.dim // 2)),
     }
     return make[name]()
 

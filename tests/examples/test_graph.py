@@ -1,0 +1,418 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_args
+
+import common
+import graph as example
+import graph_data as data
+import graph_figure as figure
+import graph_models as models
+import graph_options
+import graph_training as training
+import numpy as np
+import pytest
+import torch
+import tyro
+from graph_options import Options
+from hypothesis import given, strategies as st
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from xformerlib import graph
+
+ROOT = Path(__file__).parents[2]
+TINY = Options(dim=8, depth=1, heads=2, epochs=2, batch_size=16, test=0.9)
+
+
+@pytest.fixture
+def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that look at something else: drawing takes longer than training."""
+    monkeypatch.setattr(figure, "curves", lambda *_: None)
+    monkeypatch.setattr(figure, "attention", lambda *_: None)
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(path: Path) -> list[dict[str, Any]]:
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in records(path)]
+
+
+def rings(y: Any, *, scaffold: bool, graphs: int = 40) -> dict[str, Any]:
+    """Rings of 4 to 7 nodes with categories, of which ``y`` makes what is to be said."""
+    sizes = np.arange(graphs) % 4 + 4
+    first = [np.arange(size) for size in sizes]
+    edges = np.concatenate([np.stack([np.r_[i, (i + 1) % len(i)], np.r_[(i + 1) % len(i), i]]) for i in first], 1)
+    prefix = "scaffold_" if scaffold else ""
+    ends = {"train": slice(0, 24), "val": slice(24, 32), "test": slice(32, 40)}
+    return {
+        "x": np.concatenate([i % 3 for i in first]).astype(np.uint8),
+        "edge_index_local": edges.astype(np.uint8),
+        "edge_attr": (np.arange(edges.shape[1]) % 3).astype(np.uint8),
+        "node_ptr": np.r_[0, sizes.cumsum()].astype(np.int32),
+        "edge_ptr": np.r_[0, 2 * sizes.cumsum()].astype(np.int32),
+        "y": y(sizes),
+        **{prefix + name: np.arange(graphs)[own].astype(np.int32) for name, own in ends.items()},
+    }
+
+
+def one_graph(classes: int) -> dict[str, Any]:
+    noise, labels = np.random.default_rng(0), np.arange(60) % classes
+    masks = np.arange(60) // 2 % 4 == np.arange(4)[:, None]
+    masks = np.stack([masks, masks[::-1]])
+    return {
+        "node_features": np.eye(classes, dtype=np.float32)[labels] + 0.1 * noise.normal(size=(60, classes)),
+        "node_labels": labels,
+        "edges": np.stack([np.arange(59), np.arange(1, 60)], 1),
+        "train_masks": masks[:, 0] | masks[:, 1],
+        "val_masks": masks[:, 2],
+        "test_masks": masks[:, 3],
+    }
+
+
+# -- the whole script --------------------------------------------------------------------------------------------------
+
+
+def test_the_command_of_the_readme(tmp_path: Path) -> None:
+    options = ["--epochs", "2", "--test", "0.9", "--batch-size", "16", "--run", str(tmp_path / "run")]
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "examples/graph.py", *options],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "2/2" in done.stderr  # the progress bar
+    for word in ("digits: 10 classes for graphs", "33 nodes a graph", "test accuracy", "attention.png", "curves.png"):
+        assert word in done.stdout
+    run = tmp_path / "run"
+    names = {"metrics.jsonl", "model.safetensors", "resume.pt", "attention.png", "curves.png"}
+    assert {path.name for path in run.iterdir()} == names
+    assert all((run / name).read_bytes().startswith(b"\x89PNG") for name in names if name.endswith("png"))
+    assert [record["epoch"] for record in records(run)] == [1, 2, 2]
+
+
+def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        tyro.cli(Options, args=["--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for field in dataclasses.fields(Options):
+        explained = re.search(rf"--{field.name.replace('_', '-')},? [A-Z{{\[-]\S+(.*?)\(default:", text)
+        assert explained and len(explained[1].split()) >= 2, field.name
+
+
+def test_a_run_that_was_cut_off_ends_as_if_it_never_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_picture: None
+) -> None:
+    whole = dataclasses.replace(TINY, epochs=3, position="laplacian", run=tmp_path / "whole")
+    parted = dataclasses.replace(whole, run=tmp_path / "parted")
+    example.main(whole)
+    save_state, calls = common.Run.save_state, []
+
+    def cut_off(run: common.Run, *args: Any, **values: float) -> None:
+        calls.append(run)
+        save_state(run, *args, **values)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "save_state", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            example.main(parted)
+    torch.rand(5)
+    example.main(dataclasses.replace(parted, resume=True))
+    assert untimed(parted.run) == untimed(whole.run)
+    assert (parted.run / "model.safetensors").read_bytes() == (whole.run / "model.safetensors").read_bytes()
+    ends = [torch.load(o.run / "resume.pt", weights_only=True) for o in (whole, parted)]
+    for one, other in zip(*(tree_leaves(end["parts"]) for end in ends), strict=True):
+        assert torch.equal(one, other) if isinstance(one, Tensor) else one == other
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", get_args(graph_options.Model))
+def test_every_model_lowers_the_loss_on_graphs(model: graph_options.Model, tmp_path: Path) -> None:
+    found = _saved(tmp_path, rings(lambda size: size.astype(np.float32), scaffold=False))
+    o = dataclasses.replace(TINY, model=model, dropout=0.0)
+    task = example.task_of(o, found, 0, torch.device("cpu"))
+    common.seed_everything(0)
+    losses = _losses(models.build(o, found), task, steps=15)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("model", get_args(graph_options.Model))
+def test_every_model_lowers_the_loss_on_nodes(model: graph_options.Model, tmp_path: Path) -> None:
+    found = _saved(tmp_path, one_graph(3))
+    o = dataclasses.replace(TINY, model=model, dropout=0.0)
+    task = example.task_of(o, found, 0, torch.device("cpu"))
+    common.seed_everything(0)
+    losses = _losses(models.build(o, found), task, steps=15)
+    assert losses[-1] < losses[0]
+
+
+def _saved(folder: Path, held: dict[str, Any]) -> data.Data:
+    np.savez(folder / "tiny.npz", **held)
+    return data.load(folder / "tiny.npz")
+
+
+def _losses(model: torch.nn.Module, task: training.Task, steps: int) -> list[float]:
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    batch = data.batch_of(task.data, task.parts["train"])
+    losses = []
+    for _ in range(steps):
+        loss = task.loss(training.predict(model, task, batch), batch.y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def test_edge_weights_are_those_of_the_last_layer_and_sum_to_one() -> None:
+    found = data.load(None)
+    o = dataclasses.replace(TINY, depth=2)
+    batch = data.batch_of(found, torch.arange(5))
+    for name in ("gps", "exphormer", "gat"):
+        model = models.build(dataclasses.replace(o, model=name), found)
+        weights = figure.edge_weights(model, batch)
+        assert weights is not None
+        edges, share = weights
+        sums = torch.zeros(len(batch.x)).index_add(0, edges[1], share)
+        torch.testing.assert_close(sums[edges[1]], torch.ones(len(share)))
+        assert model(batch).shape == (5, 10)  # nothing of the looking stays
+    assert figure.edge_weights(models.build(dataclasses.replace(o, model="gcn"), found), batch) is None
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+def test_digits_have_a_node_for_each_pixel_with_ink_and_edges_to_those_around() -> None:
+    from sklearn.datasets import load_digits
+
+    found, images = data.load(None), load_digits().images
+    graphs = found.graphs
+    assert len(graphs) == len(images) and graphs.places is not None and graphs.edge_attr is not None
+    for number in (0, 7, 1796):
+        batch = graphs.batch(torch.tensor([number]), None, found.y[[number]])
+        image = torch.zeros(8, 8)
+        places = graphs.places[graphs.node_ptr[number] : graphs.node_ptr[number + 1]].long()
+        image[places[:, 1], places[:, 0]] = batch.x[:, 0]
+        assert torch.equal(image, torch.tensor(images[number] / 16).float())
+        near = (places[:, None] - places).abs().amax(-1) == 1
+        adjacency = torch.zeros_like(near)
+        adjacency[batch.edge_index[1], batch.edge_index[0]] = True
+        assert torch.equal(adjacency, near) and batch.edge_index.shape[1] == int(near.sum())
+        source, target = places[batch.edge_index]
+        assert batch.edge_attr is not None
+        assert torch.equal(batch.edge_attr.flip(1), (source - target).float())
+
+
+@given(st.lists(st.integers(0, 39), min_size=1, max_size=8))
+def test_a_batch_is_its_graphs_one_behind_the_other(index: list[int]) -> None:
+    held = rings(lambda size: size.astype(np.float32), scaffold=False)
+    found = data._graphs("rings", held)
+    batch = data.batch_of(found, torch.tensor(index))
+    first, edges = 0, 0
+    for place, number in enumerate(index):
+        nodes, links = slice(*held["node_ptr"][number : number + 2]), slice(*held["edge_ptr"][number : number + 2])
+        size, count = nodes.stop - nodes.start, links.stop - links.start
+        own = batch.edge_index[:, edges : edges + count] - first
+        assert torch.equal(own, torch.tensor(held["edge_index_local"][:, links].astype(np.int64)))
+        assert torch.equal(batch.x[first : first + size, 0], torch.tensor(held["x"][nodes].astype(np.int64)))
+        assert batch.edge_attr is not None
+        assert batch.edge_attr[edges : edges + count, 0].tolist() == held["edge_attr"][links].tolist()
+        assert batch.batch[first : first + size].tolist() == [place] * size
+        first, edges = first + size, edges + count
+    assert len(batch.x) == first and batch.edge_index.shape[1] == edges and batch.num_graphs == len(index)
+
+
+@pytest.mark.parametrize(
+    ("held", "metric", "worst"),
+    [
+        (rings(lambda size: size.astype(np.float32), scaffold=False), "mae", 0.6),
+        (rings(lambda size: size.astype(np.float32), scaffold=True), "rmse", 0.7),
+        (rings(lambda size: (size > 5).astype(np.float32), scaffold=True), "auc", 0.9),
+        (rings(lambda size: size - 4, scaffold=False), "accuracy", 0.9),
+        (one_graph(2), "auc", 0.9),
+        (one_graph(3), "accuracy", 0.9),
+    ],
+    ids=["values", "scaffolds", "yes-or-no", "classes", "two-classes-of-nodes", "classes-of-nodes"],
+)
+def test_each_kind_of_task_is_learned_and_scored_its_way(
+    held: dict[str, Any], metric: str, worst: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(tmp_path / "tiny.npz", **held)
+    options = dataclasses.replace(
+        TINY,
+        data=tmp_path / "tiny.npz",
+        pool="sum",
+        dropout=0.0,
+        epochs=30,
+        batch_size=8,
+        lr=2e-2,
+        run=tmp_path / "run",
+    )
+    example.main(options)
+    reached = records(tmp_path / "run")[-1][f"test_{metric}"]
+    assert reached < worst if metric in ("mae", "rmse") else reached > worst
+    assert f"scored by {training.NAMES[metric]}" in capsys.readouterr().out
+    assert (tmp_path / "run" / "curves.png").exists() and not (tmp_path / "run" / "attention.png").exists()
+
+
+def test_metrics_are_what_their_names_say() -> None:
+    y, out = torch.tensor([1.0, 3.0, 5.0]), torch.tensor([[0.0], [0.0], [1.0]])
+    found = data.load(None)._replace(y=y, metric="mae")
+    task = training.Task(found, {}, torch.device("cpu"), False, mean=3.0, deviation=2.0)
+    assert task.metric(out, y) == pytest.approx(2 / 3)  # 3, 3, 5 were said
+    rmse = task._replace(data=found._replace(metric="rmse"))
+    assert rmse.metric(out, y) == pytest.approx((4 / 3) ** 0.5)
+    yes = task._replace(data=found._replace(metric="auc"))
+    assert yes.metric(torch.tensor([[0.1], [0.4], [0.3], [0.9]]), torch.tensor([0.0, 0, 1, 1])) == pytest.approx(0.75)
+    low, high = training.Score(0.2, 1.0), training.Score(0.3, 1.0)
+    assert task.rank(low) > task.rank(high) and yes.rank(low) < yes.rank(high)
+
+
+def test_a_citation_network(tmp_path: Path) -> None:
+    features = np.array([[0, 1, 1], [0, 0, 0], [2, 0, 0], [0, 0, 3]], np.float32)
+    rows, columns = features.nonzero()
+    indices = {"train": np.array([0, 1]), "val": np.array([2]), "test": np.array([3])}
+    found = _saved(
+        tmp_path,
+        {
+            "x_indptr": np.r_[0, np.bincount(rows, minlength=4).cumsum()], "x_indices": columns,
+            "x_data": features[rows, columns], "x_shape": np.array([4, 3]), "y": np.array([0, 1, 1, 0]),
+            "edge_index": np.array([[0, 1], [1, 0]]), **indices,
+        },
+    )  # fmt: skip
+    expected = torch.tensor([[0, 0.5, 0.5], [0, 0, 0], [1, 0, 0], [0, 0, 1]])
+    assert torch.equal(found.graphs.x, expected) and found.of_nodes and found.metric == "accuracy"
+    assert {name: part.tolist() for name, part in data.split(found, 0, 0.1, 0.1).items()} == {
+        "train": [0, 1], "validation": [2], "test": [3]
+    }  # fmt: skip
+
+
+def test_a_folder_of_graphs_and_its_folds(tmp_path: Path) -> None:
+    lines = ["40"]
+    for number in range(40):
+        lines += [f"3 {number % 2}", f"{number % 2} 1 1", "5 2 0 2", "5 1 1"]
+    (tmp_path / "PAIRS.txt").write_text("\n".join(lines) + "\n")
+    (tmp_path / "10fold_idx").mkdir()
+    for fold in range(1, 11):
+        test = np.arange(40) // 4 == fold - 1
+        for name, part in (("train", ~test), ("test", test)):
+            (tmp_path / "10fold_idx" / f"{name}_idx-{fold}.txt").write_text("\n".join(map(str, part.nonzero()[0])))
+    found = data.load(tmp_path)
+    assert (found.name, len(found.graphs), found.outputs, len(found.splits)) == ("PAIRS", 40, 2, 10)
+    parts = data.split(found, 3, 0.25, 0.1)
+    assert {name: len(part) for name, part in parts.items()} == {"train": 28, "validation": 8, "test": 4}
+    assert parts["test"].tolist() == [12, 13, 14, 15]
+    assert len(torch.cat(list(parts.values())).unique()) == 40
+    batch = data.batch_of(found, torch.tensor([0, 1]))
+    assert batch.x[:, 0].tolist() == [0, 2, 2, 1, 2, 2]
+    assert batch.edge_index.tolist() == [[1, 0, 2, 1, 4, 3, 5, 4], [0, 1, 1, 2, 3, 4, 4, 5]]
+    with pytest.raises(ValueError, match="--splits must be below 10 for PAIRS; got 10"):
+        data.split(found, 10, 0.1, 0.1)
+
+
+def test_several_splits_and_seeds(tmp_path: Path, no_picture: None, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(tmp_path / "tiny.npz", **one_graph(3))
+    options = dataclasses.replace(
+        TINY, data=tmp_path / "tiny.npz", model="gcn", splits=(0, 1), seeds=(0, 1), run=tmp_path / "run"
+    )
+    example.main(options)
+    found = [records(path.parent)[-1]["test_accuracy"] for path in (tmp_path / "run").rglob("metrics.jsonl")]
+    assert len(found) == 4
+    assert f"test accuracy over 4 runs: {np.mean(found):.4f} +- {np.std(found, ddof=1):.4f}" in capsys.readouterr().out
+
+
+def test_data_sets_of_pyg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch_geometric import datasets
+    from torch_geometric.data import Data
+
+    def made(number: int) -> Data:
+        edges = torch.tensor([[0, 1], [1, 0]])
+        y = torch.tensor([number % 2])
+        return Data(x=None if number < 9 else torch.tensor([number, 1]), edge_index=edges, y=y, num_nodes=2)
+
+    asked: list[Any] = []
+
+    def tu(root: str, name: str, **_: Any) -> list[Data]:
+        asked.append((root, name))
+        return [made(number) for number in range(6)]
+
+    monkeypatch.setattr(datasets, "TUDataset", tu)
+    found = data.load(None, "PAIRS", tmp_path)
+    assert asked == [(str(tmp_path / "PAIRS"), "PAIRS")]
+    assert len(found.graphs) == 6 and torch.equal(found.graphs.x, torch.ones(12, 1)) and found.outputs == 2
+    assert data.batch_of(found, torch.tensor([1, 5])).edge_index.tolist() == [[0, 1, 2, 3], [1, 0, 3, 2]]
+
+    sizes = {"train": 4, "val": 1, "test": 2}
+    monkeypatch.setattr(datasets, "ZINC", lambda root, subset, split: [made(9)] * sizes[split])
+    parts = data.split(data.load(None, "ZINC", tmp_path), 0, 0.1, 0.1)
+    assert [part.tolist() for part in parts.values()] == [[0, 1, 2, 3], [4], [5, 6]]
+
+    one = SimpleNamespace(x=torch.eye(3) * 2, edge_index=torch.tensor([[0], [1]]), y=torch.tensor([0, 1, 2]))
+    for row, name in enumerate(("train_mask", "val_mask", "test_mask")):
+        setattr(one, name, torch.arange(3) == row)
+    monkeypatch.setattr(datasets, "Planetoid", lambda root, name: [one])
+    found = data.load(None, "Cora", tmp_path)
+    assert found.of_nodes and torch.equal(found.graphs.x, torch.eye(3))
+    assert [part.tolist() for part in data.split(found, 0, 0.1, 0.1).values()] == [[0], [1], [2]]
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": Path("nowhere.npz")}, "--data must be an .npz file or a folder; there is none at nowhere.npz"),
+        ({"data": ROOT / "examples"}, "must have a file of graphs, such as PROTEINS.txt"),
+        ({"data": Path("x.npz"), "pyg": "MUTAG"}, "--data and --pyg both say what to train on"),
+        ({"dim": 9}, "--heads must divide --dim; got --heads 2, --dim 9"),
+        ({"depth": 0}, "--depth must be >= 1; got 0"),
+        ({"validation": 0.0}, "--validation must be between 0 and 1; got 0"),
+        ({"dropout": 1.0}, r"--dropout must be in \[0, 1\); got 1"),
+        ({"weight_decay": -1.0}, "--weight-decay must be >= 0"),
+        ({"lr": 0.0}, "--lr and --clip must be > 0"),
+        ({"seeds": (1, 1)}, "--seeds must be one or several different ones"),
+        ({"splits": (-1,)}, "--splits must be one or several different ones, none below 0"),
+        ({"splits": (1,)}, "--splits must be below 1 for digits; got 1"),
+        ({"model": "sgformer", "position": "walk"}, "--position walk has no use in sgformer"),
+        ({"device": "abacus"}, "--device must be auto or a device of this machine"),
+        ({"resume": True}, "--resume continues a run, but there is no"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        example.main(dataclasses.replace(TINY, **{"run": tmp_path / "run", **options}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_files_that_hold_something_else_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must have edge_index_local, x_indptr or node_features; it has a"):
+        _saved(tmp_path, {"a": np.zeros(3)})
+    held = rings(lambda size: size.astype(np.float32), scaffold=False)
+    del held["node_ptr"]
+    with pytest.raises(ValueError, match="has edge_index_local, but no 'node_ptr'"):
+        _saved(tmp_path, held)
+    found = data._graphs("", rings(lambda size: (size > 9).astype(np.float32), scaffold=False))
+    with pytest.raises(ValueError, match="train must have both classes for ROC-AUC"):
+        example.task_of(TINY, found, 0, torch.device("cpu"))
+
+
+def test_the_models_are_those_of_the_library() -> None:
+    found = data.load(None)
+    kinds = {"gps": graph.GPS, "graphormer": graph.Graphormer, "exphormer": graph.Exphormer, "sgformer": graph.SGFormer}
+    for name, kind in kinds.items():
+        assert type(models.build(dataclasses.replace(TINY, model=name), found)) is kind
