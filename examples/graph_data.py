@@ -29,7 +29,10 @@ class Batch(NamedTuple):
     y: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(part.to(device) if isinstance(part, Tensor) else part for part in self))
+        moved: dict[str, Any] = {
+            name: part.to(device) for name, part in self._asdict().items() if isinstance(part, Tensor)
+        }
+        return self._replace(**moved)
 
 
 @dataclass(frozen=True)
@@ -202,7 +205,9 @@ def load_folder(folder: Path) -> Data:
     if file is None:
         raise ValueError(f"--data: {folder} must have a file of graphs, such as PROTEINS.txt; there is no .txt file")
     lines = iter(file.read_text().split("\n"))
-    tags, labels, sizes, degrees, sources, targets = [], [], [], [], [], []
+    tags, labels, sizes, degrees = [], [], [], []
+    sources: list[int] = []
+    targets: list[int] = []
     for _ in range(int(next(lines))):
         size, label = map(int, next(lines).split()[:2])
         edges = len(sources)
