@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from xformerlib import masks, positions, vision
+from xformerlib import Grid, masks, positions, vision
 
 SMALL: dict[str, Any] = {"size": 16, "patch": 4, "dim": 16, "depth": 3, "heads": 2}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -145,3 +145,16 @@ def test_maps_of_patches_that_were_left_out_are_refused() -> None:
     assert layer.weights.shape == (2, 4, 9, 9)
     with pytest.raises(ValueError, match=r"some were left out.*Call model.eval\(\) first"):
         layer.of(0)
+
+
+def test_maps_of_swin_are_in_the_order_of_the_image() -> None:
+    torch.manual_seed(0)
+    model = vision.Swin(5, window=2, patch=2, dim=16, depths=(2,), heads=(2,)).eval()
+    images = torch.randn(1, 3, 8, 8)
+    plain, shifted = vision.attention_maps(model, images)
+    assert plain.domain == Grid(4, 4)
+    for layer, mask in ((plain, masks.Windows(2)), (shifted, masks.Windows(2, shift=1))):
+        assert torch.equal(layer.weights[0, 0] > 0, mask.dense(Grid(4, 4)))
+        torch.testing.assert_close(layer.weights.sum(-1), torch.ones(1, 2, 16))
+    (some,) = vision.attention_maps(model, images, [1], rows=[5, 0])
+    torch.testing.assert_close(some.weights, shifted.weights[:, :, [5, 0]])

@@ -23,6 +23,8 @@ CALL_PAIRS = 2**22
 # Numbers of a tensor of tiles that are fetched at a time on the CPU: memory that is used again is faster than new.
 CALL_NUMBERS = 2**22
 
+# Sizes of windows on two axes: up to so many are worth a call each, if their tokens need not be gathered.
+MOST_SLICES = 9
 # Scores, of all rows of the batch and heads, that take as long as a call costs besides.
 CALL_SCORES = 2**15
 
@@ -238,13 +240,23 @@ def _grouped(
         return
     sizes = torch.unique_consecutive(labels[order], return_counts=True)[1]
     first = sizes.cumsum(0) - sizes
-    buckets: list[tuple[Tensor, Tensor]] = []
-    for chosen, width in _buckets(sizes, CALL_SCORES / (problem.heads * (1 if rows else problem.batch))):
-        step, size = torch.arange(width, device=device), sizes[chosen][:, None]
-        buckets.append((order[first[chosen][:, None] + torch.minimum(step, size - 1)], step < size))
-    every = torch.cat([index.flatten() for index, _ in buckets])
-    calls: list[Tiles] = []
-    if rows is None and torch.equal(every, torch.arange(tokens, device=device)):
+    place = torch.argsort(order[first])  # groups in the order in which they come
+    sizes, first = sizes[place], first[place]
+
+    def bucketed(most: float) -> list[tuple[Tensor, Tensor]]:
+        found = []
+        for chosen, width in _buckets(sizes, most):
+            step, size = torch.arange(width, device=device), sizes[chosen][:, None]
+            found.append((order[first[chosen][:, None] + torch.minimum(step, size - 1)], step < size))
+        return found
+
+    in_place = torch.arange(tokens, device=device)
+    # Groups that stand one behind the other are slices if none is padded.
+    buckets = bucketed(0) if rows is None and len(sizes.unique()) <= MOST_SLICES else []
+    if not (buckets and torch.equal(_flat(buckets), in_place)):
+        buckets = bucketed(CALL_SCORES / (problem.heads * (1 if rows else problem.batch)))
+    every, calls = _flat(buckets), list[Tiles]()
+    if rows is None and torch.equal(every, in_place):
         for index, _ in buckets:
             calls += _runs(int(index[0, 0]), len(index), index.shape[1], exact, device)
     else:
@@ -253,6 +265,10 @@ def _grouped(
         for index, there in buckets:
             calls += [Gathered(*lists, tokens, rows) for lists in _lists(index, there, exact, most)]
     yield Structure("blocks" if int(sizes.min()) == int(sizes.max()) else "packed", tuple(calls), exact)
+
+
+def _flat(buckets: list[tuple[Tensor, Tensor]]) -> Int[Tensor, " tokens"]:
+    return torch.cat([index.flatten() for index, _ in buckets])
 
 
 def _buckets(sizes: Int[Tensor, " groups"], most: float) -> Iterator[tuple[Int[Tensor, " chosen"], int]]:
