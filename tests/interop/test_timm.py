@@ -119,10 +119,13 @@ def image_of(model: Any) -> Tensor:
 
 def assert_same(ours: vision.ViT, theirs: nn.Module, image: Tensor) -> None:
     with torch.no_grad():
-        got, wanted = ours(image), theirs(image)
+        wanted, inferred = theirs(image), ours(image)
+    got = ours(image).detach()
     assert got.shape == wanted.shape
     assert 0.1 < float(wanted.std()) < 10
     assert float((got - wanted).abs().max()) <= 2e-6 * max(1.0, float(wanted.std()))
+    # Without gradients ours multiplies matrices by oneDNN, which adds in another order.
+    assert float((inferred - wanted).abs().max()) <= 5e-6 * max(1.0, float(wanted.std()))
 
 
 CASES = [pytest.param(name, options, id=name) for name, options in MODELS.items()] + [

@@ -54,10 +54,13 @@ def test_logits_are_those_of_timm(name: str, options: dict[str, Any], size: tupl
     before = copy.deepcopy(theirs.state_dict())
     ours = from_timm(theirs)
     x = torch.randn(1, 3, *size)
+    logits = ours(x).detach()
     with torch.no_grad():
         wanted = theirs(x)
+        assert float((logits - wanted).abs().max()) <= 2e-6
         assert float(wanted.std()) > 0.3
-        assert float((ours(x) - wanted).abs().max()) <= 2e-6
+        # Without gradients ours multiplies matrices by oneDNN, which adds in another order.
+        assert float((ours(x) - wanted).abs().max()) <= 5e-6
         for mine, map_of_stage in zip(ours.intermediates(x), theirs.forward_intermediates(x)[1], strict=True):
             error = (mine.maps - map_of_stage).abs().max() / map_of_stage.abs().max()
             assert float(error) <= 5e-6
