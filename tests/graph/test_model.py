@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from torch_geometric.data import Batch, Data
 
 import xformerlib as xf
 from xformerlib import masks, positions
-from xformerlib.graph import GPS, Exphormer, Graphormer, GraphTransformer, RandomWalkBias, SGFormer
+from xformerlib.graph import GPS, EdgeAttention, Exphormer, Graphormer, GraphTransformer, RandomWalkBias, SGFormer
 
 EDGES = masks.Edges() | masks.Local(0)
 MODELS: dict[str, Any] = {
@@ -108,3 +110,24 @@ def test_bad_input() -> None:
         made("nodes")(graph.x, graph.edge_index, torch.randn(2, 4))
     with pytest.raises(ValueError, match="a Graph says itself which nodes"):
         made("nodes")(graph.x, xf.Graph(graph.edge_index, 3), batch=torch.zeros(3).long())
+
+
+@pytest.mark.parametrize("name", ["edges, mean", "hops, attention"])
+def test_evaluation_before_training_and_tensors_made_in_inference(name: str) -> None:
+    model, batch = made(name), Batch.from_data_list(GRAPHS)
+    with torch.inference_mode():
+        seen = model(batch.x, batch.edge_index, batch=batch.batch)
+        again = model(batch.x.clone(), batch.edge_index.clone(), batch=batch.batch.clone())
+    model.train()(batch.x, batch.edge_index, batch=batch.batch).sum().backward()
+    assert largest(seen, again) == 0 and all(p.grad is not None for p in model.head.parameters())
+
+
+def test_what_is_kept_beside_edges_goes_with_them() -> None:
+    model, graph = made("edges, mean"), drawn(6, 9)
+    layer, edges = EdgeAttention(7, 4).double(), graph.edge_index
+    model(graph.x, edges, batch=torch.zeros(6).long())
+    layer(graph.x, edges)
+    alive = weakref.ref(edges)
+    del edges, graph
+    gc.collect()
+    assert alive() is None

@@ -36,13 +36,21 @@ def sorted_edges(edge_index: Adjacency, sources: int, targets: int) -> SortedEdg
     """The edges sorted by target, made at the first call with an ``edge_index`` and kept beside it."""
     if isinstance(edge_index, Graph):
         return edge_index.fact(("sorted_edges",), lambda: _sorted(edge_index.edge_index, sources, targets))
+    if not can_keep(edge_index):
+        return _sorted(as_pairs(edge_index), sources, targets)
     version, key = edge_index._version, (sources, targets)
     made = _MADE.get(edge_index)
     if made is None or made[0] != version:
         made = _MADE[edge_index] = (version, {})
     if key not in made[1]:
-        made[1][key] = _sorted(as_pairs(edge_index), sources, targets)
+        with torch.inference_mode(False):  # what is kept may be needed in training later
+            made[1][key] = _sorted(as_pairs(edge_index), sources, targets)
     return made[1][key]
+
+
+def can_keep(given: Any) -> bool:
+    """Whether what is made of a tensor may be kept: tensors of inference mode do not tell that they were changed in place."""
+    return isinstance(given, Tensor) and not given.is_inference()
 
 
 def as_pairs(edge_index: Adjacency) -> Int[Tensor, "2 edges"]:
@@ -60,7 +68,8 @@ def as_pairs(edge_index: Adjacency) -> Int[Tensor, "2 edges"]:
         raise ValueError(
             f"edge_index must be integers (2, edges), sources above targets; got {edge_index.dtype} {tuple(edge_index.shape)}"
         )
-    return edge_index.as_subclass(Tensor)
+    # Another object: what is kept beside a tensor must not hold on to it.
+    return edge_index.as_subclass(Tensor).detach()
 
 
 def _sorted(edge_index: Tensor, sources: int, targets: int) -> SortedEdges:

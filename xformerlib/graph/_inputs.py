@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..domains import Graph
-from ._edges import Adjacency, as_pairs
+from ._edges import Adjacency, as_pairs, can_keep
 
 
 class Placed(NamedTuple):
@@ -54,11 +54,14 @@ def place_nodes(
                 f"got {edge_index!r}" + ("" if batch is None else " and batch")
             )
         return Placed(edge_index, None)
+    if not can_keep(edge_index) or not (batch is None or can_keep(batch)):
+        return _placed(as_pairs(edge_index), num_nodes, batch, virtual_nodes, num_graphs)
     key = (edge_index._version, None if batch is None else batch._version, num_nodes, virtual_nodes, num_graphs)
     kept = _MADE.get(edge_index)
     if kept is None or kept[0]() is not batch or kept[1] != key:
         whose = (lambda: None) if batch is None else ref(batch)
-        made = _placed(as_pairs(edge_index), num_nodes, batch, virtual_nodes, num_graphs)
+        with torch.inference_mode(False):  # what is kept may be needed in training later
+            made = _placed(as_pairs(edge_index), num_nodes, batch, virtual_nodes, num_graphs)
         kept = _MADE[edge_index] = (whose, key, made)
     return kept[2]
 
