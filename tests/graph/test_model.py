@@ -131,3 +131,13 @@ def test_what_is_kept_beside_edges_goes_with_them() -> None:
     del edges, graph
     gc.collect()
     assert alive() is None
+
+
+@pytest.mark.parametrize("name", sorted(WITH_EDGES))
+def test_edge_features_made_in_inference(name: str) -> None:
+    model, batch = made(name), Batch.from_data_list(GRAPHS)
+    with torch.inference_mode():
+        again = model(batch.x.clone(), batch.edge_index.clone(), batch.edge_attr.clone(), batch.batch.clone())
+        seen = model(batch)
+    assert largest(seen, again) < 1e-12
+    model.train()(batch).sum().backward()

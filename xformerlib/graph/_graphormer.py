@@ -18,6 +18,7 @@ from ..domains._neighbours import expand_ranges
 from ..positions import Bias, Learned, PairBias, RelativeBias
 from ..positions._base import at_least_fp32, check_width, no_meaning
 from ..positions._tables import TablePair
+from ._edges import can_keep
 from ._model import GraphModel, check_edge_features
 
 
@@ -218,11 +219,12 @@ def path_features(
     graph: Graph, edge_attr: Float[Tensor, "edges features"], steps: int
 ) -> Float[Tensor, "pairs path_features"]:
     """For each pair the mean features of the first, second, ... edge of its shortest paths, over the number of edges; kept for data."""
-    if edge_attr.requires_grad:
+    if edge_attr.requires_grad or not can_keep(edge_attr):
         return _path_features(graph, edge_attr, steps)
     kept: Any = graph.fact(("path features", steps), WeakTensorKeyDictionary)
     if edge_attr not in kept or kept[edge_attr][0] != edge_attr._version:
-        kept[edge_attr] = edge_attr._version, _path_features(graph, edge_attr, steps)
+        with torch.inference_mode(False):  # what is kept may be needed in training later
+            kept[edge_attr] = edge_attr._version, _path_features(graph, edge_attr, steps)
     return kept[edge_attr][1]
 
 

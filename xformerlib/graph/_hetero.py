@@ -17,7 +17,7 @@ from ..kernels._pattern import Pattern
 from ..kernels._scores import Scores
 from ..kernels._sparse import edge_attention
 from ..positions._base import check_width
-from ._edges import Adjacency, as_pairs, sorted_edges
+from ._edges import Adjacency, as_pairs, can_keep, sorted_edges
 
 EdgeType = tuple[str, str, str]
 
@@ -141,11 +141,15 @@ class HeteroAttention(nn.Module):
     def _pattern(self, counts: list[int], edge_index_dict: dict[EdgeType, Adjacency]) -> Pattern:
         """All edges in one: the queries are all nodes, the keys the sources of each kind of edge, one kind behind the other."""
         edges = {kind: edge_index_dict[kind] for kind in self.edge_types if kind in edge_index_dict}
-        key = (tuple(self.node_types), tuple(counts), tuple(edges), tuple(_version(e) for e in edges.values()))
+        if not all(can_keep(e) for e in edges.values()):
+            return self._made_pattern(counts, edges)
+        key = (tuple(self.node_types), tuple(counts), tuple(edges), tuple(e._version for e in edges.values()))  # type: ignore[union-attr]
         first = next(iter(edges.values()))
         kept = _MADE.get(first)
         if kept is None or kept[0] != key or any(r() is not e for r, e in zip(kept[1], edges.values(), strict=True)):
-            kept = _MADE[first] = (key, [ref(e) for e in edges.values()], self._made_pattern(counts, edges))
+            with torch.inference_mode(False):  # what is kept may be needed in training later
+                made = self._made_pattern(counts, edges)
+            kept = _MADE[first] = (key, [ref(e) for e in edges.values()], made)
         return kept[2]
 
     def _made_pattern(self, counts: list[int], edges: dict[Any, Adjacency]) -> Pattern:
@@ -180,7 +184,3 @@ class HeteroAttention(nn.Module):
 
 # The pattern of several kinds of edges lives as long as the edges of the first kind, and is made anew where any of them changed.
 _MADE: Any = WeakTensorKeyDictionary()
-
-
-def _version(edges: Adjacency) -> int:
-    return edges._version if isinstance(edges, Tensor) else 0
