@@ -194,7 +194,7 @@ def check_bias_heads(position: Position, heads: int) -> None:
             )
 
 
-def masks_of_layers(mask: Masks, depth: int) -> SequenceOf[Mask | None]:
+def masks_of_layers(mask: object, depth: int) -> SequenceOf[Mask | None]:
     """The mask of each layer, of one for all or a list."""
     if mask is None or isinstance(mask, Mask):
         return [mask] * depth
@@ -204,7 +204,7 @@ def masks_of_layers(mask: Masks, depth: int) -> SequenceOf[Mask | None]:
         )
     if len(mask) != depth:
         raise ValueError(f"mask must be one mask, or one for each of the {depth} layers; got {len(mask)}")
-    return mask
+    return [None if each is None else check_mask(each) for each in mask]
 
 
 def rates_of_layers(drop_path: float | SequenceOf[float], depth: int) -> SequenceOf[float]:
