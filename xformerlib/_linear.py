@@ -10,6 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+# Below so many numbers the checks cost more than they gain.
+SMALL = 2**13
 # Hidden channels of so many numbers fit a cache, and new memory is not asked for again and again.
 PIECE = 2**20
 
@@ -24,7 +26,7 @@ def linear(
 
     ``torch.nn.functional.linear`` first copies the bias to every token, and the activation takes another pass.
     """
-    if x.numel() and _is_inference(x, weight):
+    if not torch.compiler.is_compiling() and x.numel() >= SMALL and _is_inference(x, weight):
         return torch.ops.mkldnn._linear_pointwise(
             x, weight, bias, activation, [], "none" if activation == "gelu" else ""
         )
@@ -53,7 +55,6 @@ def _is_inference(x: Tensor, weight: Tensor) -> bool:
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)
