@@ -21,6 +21,7 @@ SEEN, UNSEEN, MARK, EDGE = "#2a6f97", "#e3e8ec", "#f2a900", "#a9b4bc"
 
 
 def axes_on(ax: Axes | None) -> Axes:
+    """The axes that were given, or new ones."""
     if ax is not None:
         return ax
     try:
@@ -41,6 +42,7 @@ def titled(ax: Axes, title: str, drawn: Any = None, unit: str = "") -> Axes:
 
 
 def two_colours() -> dict[str, Any]:
+    """Colours of pairs that count and pairs that do not."""
     from matplotlib.colors import ListedColormap
 
     return {"cmap": ListedColormap([UNSEEN, SEEN]), "vmin": 0.0, "vmax": 1.0}
@@ -56,6 +58,7 @@ def centred(values: Tensor) -> dict[str, Any]:
 def draw_matrix(
     values: Shaped[Tensor, "queries keys"], domain: Domain, keys: Domain, ax: Axes | None, **colours: Any
 ) -> tuple[Axes, Any]:
+    """Draw one cell per pair, coloured by its value; return the axes and the image."""
     ax = axes_on(ax)
     drawn = ax.imshow(values.double().numpy(), interpolation="nearest", **colours)
     ax.set(xlabel=f"key: {keys!r}", ylabel=f"query: {domain!r}")

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..domains import Domain, Graph, Grid, Points
 from ._base import Bias, PairBias, at_least_fp32, check_positive, check_width, in_steps, no_meaning
-from ._tables import PREFIX_ENTRIES, HopPair, Offsets, StepPair, TablePair, largest_graph
+from ._tables import PREFIX_ENTRIES, HopPair, Offsets, StepPair, TablePair, largest_graph, row_in_table
 
 # Pairs whose hidden layer is held at a time where each pair is evaluated by itself.
 BLOCK_PAIRS = 2**15
@@ -132,7 +132,7 @@ class RelativeBias(Bias):
         """The row of each offset of whole steps."""
         if self.size is None:
             return self.bucket(-self.scale * offsets[:, 0].double())
-        return _row_in_table(offsets, self.size)
+        return row_in_table(offsets, self.size)
 
     def bucket(self, ahead: Float64[Tensor, "..."], directed: bool = True) -> Int[Tensor, "..."]:
         """The T5 bucket of keys that are ``ahead`` of (negative: behind) the query, or (not ``directed``) that far from it."""
@@ -264,7 +264,7 @@ class ContinuousBias(Bias):
         axes = [torch.arange(1 - n, n, dtype=torch.float64, device=device) for n in self.size]
         table = small_network(self._features(torch.cartesian_prod(*axes).view(-1, domain.ndim)), network, self.bound)
         key = ("rows of a window", self.size, offsets.low, offsets.counts, device)
-        rows = domain.fact(key, lambda: _row_in_table(offsets.all(device), self.size or ()))
+        rows = domain.fact(key, lambda: row_in_table(offsets.all(device), self.size or ()))
         return table.double()[rows].to(table.dtype)  # many share a row: their gradients are added in fp64
 
     def _features(self, offset: Float64[Tensor, "*pairs ndim"]) -> Float64[Tensor, "*pairs ndim"]:
@@ -442,11 +442,3 @@ def _logarithmic(distance: Float64[Tensor, "..."], rows: int, max_distance: floa
 
 def _checked_size(size: int | SequenceOf[int] | None) -> tuple[int, ...] | None:
     return None if size is None else tuple(check_width("size", n) for n in ((size,) if isinstance(size, int) else size))
-
-
-def _row_in_table(offsets: Int[Tensor, "offsets ndim"], size: tuple[int, ...]) -> Int[Tensor, " offsets"]:
-    """The row-major place of each offset among those less than ``size``; farther ones are taken to the rim."""
-    row = offsets.new_zeros(offsets.shape[0])
-    for axis, n in enumerate(size):
-        row = row * (2 * n - 1) + (offsets[:, axis] + n - 1).clamp(0, 2 * n - 2)
-    return row

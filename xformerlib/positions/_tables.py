@@ -151,3 +151,11 @@ def _span(domain: Domain, axis: int) -> tuple[int, int]:
     # Padding may be met too.
     longest = domain.length if domain.offsets is None else domain.longest
     return domain.start, domain.start + longest - 1
+
+
+def row_in_table(offsets: Int[Tensor, "offsets ndim"], size: tuple[int, ...]) -> Int[Tensor, " offsets"]:
+    """The row-major place of each offset among those less than ``size``; farther ones are taken to the rim."""
+    row = offsets.new_zeros(offsets.shape[0])
+    for axis, n in enumerate(size):
+        row = row * (2 * n - 1) + (offsets[:, axis] + n - 1).clamp(0, 2 * n - 2)
+    return row

@@ -137,12 +137,7 @@ class Swin(nn.Module):
         **encoder: Any,
     ) -> None:
         super().__init__()
-        if version not in (1, 2):
-            raise ValueError(f"version must be 1 or 2; got version={version!r}")
-        if version == 1 and pretrained_window is not None:
-            raise ValueError(
-                "pretrained_window is for version=2: the table of version 1 counts whole steps. Leave it out"
-            )
+        _check_version(version, pretrained_window)
         if len(depths) != len(heads) or not depths:
             raise ValueError(f"depths and heads must have one number for each stage; got {depths} and {heads}")
         self.version = version
@@ -259,6 +254,13 @@ class Swin(nn.Module):
             shifts.append(tuple(w // 2 if size > w else 0 for size, w in zip(grid, window, strict=True)))
             grid = _half(grid)
         return tuple(shifts)
+
+
+def _check_version(version: int, pretrained_window: object) -> None:
+    if version not in (1, 2):
+        raise ValueError(f"version must be 1 or 2; got version={version!r}")
+    if version == 1 and pretrained_window is not None:
+        raise ValueError("pretrained_window is for version=2: the table of version 1 counts whole steps. Leave it out")
 
 
 def _encoded(encoder: Encoder, x: Tensor, domain: Grid, turns: tuple[Windows, Windows]) -> Tensor:
