@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import xformerlib as xf
 from xformerlib import _linear
 
-ACTIVATIONS: dict[Any, Any] = {"none": lambda x: x, "gelu": F.gelu, "relu": F.relu}
+ACTIVATIONS: dict[Any, Any] = {None: lambda x: x, "gelu": F.gelu, "relu": F.relu}
 
 
 @given(

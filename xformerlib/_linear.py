@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -14,13 +13,25 @@ from torch.nn import functional as F
 SMALL = 2**13
 # Hidden channels of so many numbers fit a cache, and new memory is not asked for again and again.
 PIECE = 2**20
+# Activations that a product can apply, by their name there too.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
+
+
+def applied(
+    layer: nn.Linear, x: Float[Tensor, "*batch inner"], activation: str | None = None
+) -> Float[Tensor, "*batch outer"]:
+    """A layer's linear map, and an activation of it; by ``linear`` where the layer is nothing else: no adapter, no hook."""
+    if type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks:
+        return linear(x, layer.weight, layer.bias, activation)
+    y = layer(x)
+    return y if activation is None else ACTIVATIONS[activation](y)
 
 
 def linear(
     x: Float[Tensor, "*batch inner"],
     weight: Float[Tensor, "outer inner"],
     bias: Float[Tensor, " outer"] | None = None,
-    activation: Literal["none", "gelu", "relu"] = "none",
+    activation: str | None = None,
 ) -> Float[Tensor, "*batch outer"]:
     """``activation(x W' + b)``; where no gradient is wanted, by oneDNN, which adds the bias and applies the activation on the fly.
 
@@ -28,15 +39,10 @@ def linear(
     """
     if not torch.compiler.is_compiling() and x.numel() >= SMALL and _is_inference(x, weight):
         return torch.ops.mkldnn._linear_pointwise(
-            x, weight, bias, activation, [], "none" if activation == "gelu" else ""
+            x, weight, bias, activation or "none", [], "none" if activation == "gelu" else ""
         )
     y = F.linear(x, weight, bias)
-    return y if activation == "none" else F.gelu(y) if activation == "gelu" else F.relu(y)
-
-
-def is_plain(layer: nn.Module) -> bool:
-    """Whether a linear map is nothing but its weight and bias: no adapter, and nothing that waits for a call."""
-    return type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
+    return y if activation is None else ACTIVATIONS[activation](y)
 
 
 def in_pieces(

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._dropout import Dropout
-from ._linear import in_pieces, is_plain, linear
+from ._linear import ACTIVATIONS, applied, in_pieces
 from .domains import Domain
 
 NormLayer = Literal["layer", "rms"] | Callable[[int], nn.Module]
 Activation = str | nn.Module | Callable[[Tensor], Tensor]
 _GATED: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": F.silu, "geglu": F.gelu}
-_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 
 
 class FeedForward(nn.Module):
@@ -52,9 +51,9 @@ class FeedForward(nn.Module):
         norm: NormLayer | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(activation, str) and activation not in _PLAIN | _GATED:
+        if isinstance(activation, str) and activation not in ACTIVATIONS | _GATED:
             raise ValueError(
-                f"activation must be one of {', '.join(map(repr, _PLAIN | _GATED))}, or a module; got activation={activation!r}"
+                f"activation must be one of {', '.join(map(repr, ACTIVATIONS | _GATED))}, or a module; got activation={activation!r}"
             )
         gated = isinstance(activation, str) and activation in _GATED
         default = -(-8 * dim // 3 // 8) * 8 if gated else 4 * dim
@@ -73,24 +72,16 @@ class FeedForward(nn.Module):
 
     def _mapped(self, x: Tensor) -> Tensor:
         if self.gated:
-            gate, h = _applied(self.up, x).chunk(2, -1)
+            gate, h = applied(self.up, x).chunk(2, -1)
             h = _GATED[str(self.activation)](gate) * h
         elif isinstance(self.activation, str):
-            h = _applied(self.up, x, self.activation)
+            h = applied(self.up, x, self.activation)
         else:
-            h = self.activation(_applied(self.up, x))
-        return _applied(self.down, self.norm(self.dropout(h)))
+            h = self.activation(applied(self.up, x))
+        return applied(self.down, self.norm(self.dropout(h)))
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"
-
-
-def _applied(layer: nn.Linear, x: Tensor, activation: str = "none") -> Tensor:
-    """The activation of a linear map."""
-    if is_plain(layer):
-        return linear(x, layer.weight, layer.bias, activation)  # type: ignore[arg-type]
-    h = layer(x)
-    return h if activation == "none" else _PLAIN[activation](h)
 
 
 class DropPath(nn.Module):

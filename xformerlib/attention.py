@@ -25,7 +25,7 @@ from ._inputs import (
     place,
     resolve_domains,
 )
-from ._linear import is_plain, linear
+from ._linear import applied, linear
 from ._planned import bound_biases, check_extent, planned, scores_of, without_padding
 from ._sublayers import Cosine, NormLayer, norm_factory
 from .domains import Domain
@@ -247,8 +247,7 @@ class Attention(nn.Module):
         if self.gate is not None:
             merged = merged * torch.sigmoid(self.gate(domain.zero_padding(x)))
         merged = self.out_norm(merged)
-        y = linear(merged, self.out.weight, self.out.bias) if is_plain(self.out) else self.out(merged)
-        return domain.zero_padding(y)
+        return domain.zero_padding(applied(self.out, merged))
 
     @torch.no_grad()
     def weights(
