@@ -14,7 +14,7 @@ SMALL = 2**13
 # Hidden channels of so many numbers fit a cache, and new memory is not asked for again and again.
 PIECE = 2**20
 # Activations that a product can apply, by their name there too.
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 
 
 def applied(
