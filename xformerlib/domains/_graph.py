@@ -10,7 +10,8 @@ from jaxtyping import Bool, Float64, Int, Integer, Shaped
 from torch import Tensor
 
 from . import _graph_facts as facts
-from ._base import Domain, Fact, as_lengths, check_count, offsets_of
+from ._base import Domain, Fact, check_count, offsets_of
+from ._graph_inputs import check_batch, check_edge_attr, check_edges
 from ._neighbours import Neighbours, neighbours_of
 from ._random_walk import arrival_probabilities, return_probabilities
 from ._spectral import laplacian_eigenvectors
@@ -90,10 +91,10 @@ class Graph(Domain):
     ) -> None:
         self.num_nodes = check_count("num_nodes", num_nodes)
         prefix = check_count("virtual_nodes", virtual_nodes)
-        self.edge_index = _check_edges(edge_index, self.num_nodes)
+        self.edge_index = check_edges(edge_index, self.num_nodes)
         device = self.edge_index.device
-        self.edge_attr = _check_edge_attr(edge_attr, self.edge_index)
-        self.batch, self.sizes = _check_batch(batch, num_graphs, self.num_nodes, self.edge_index)
+        self.edge_attr = check_edge_attr(edge_attr, self.edge_index)
+        self.batch, self.sizes = check_batch(batch, num_graphs, self.num_nodes, self.edge_index)
         self.largest = int(self.sizes.max()) if self.sizes.numel() else 0  # nodes of the largest graph
         super().__init__(
             num_tokens=self.num_nodes + prefix * self.sizes.numel(), ndim=3, prefix=prefix,
@@ -369,81 +370,3 @@ class Graph(Domain):
         if hops == 0:
             return q == k
         return self.csr.contains(q, k) | (q == k) if hops == 1 else self.within_hops(hops).contains(q, k)
-
-
-def _check_edges(edge_index: Any, num_nodes: int) -> Tensor:
-    """``edge_index`` as a plain int64 tensor, or an error that names it."""
-    if (
-        not isinstance(edge_index, Tensor)
-        or edge_index.is_floating_point()
-        or edge_index.is_complex()
-        or edge_index.dtype == torch.bool
-    ):
-        came = edge_index.dtype if isinstance(edge_index, Tensor) else type(edge_index).__name__
-        raise TypeError(
-            f"edge_index must be a (2, edges) tensor of integers; got {came}. Without edges: torch.empty(2, 0).long()."
-        )
-    if edge_index.ndim != 2 or edge_index.shape[0] != 2:
-        raise ValueError(
-            f"edge_index must be (2, edges), sources above targets; got {tuple(edge_index.shape)}. Transpose a list of pairs."
-        )
-    if type(edge_index) is not Tensor and hasattr(edge_index, "as_tensor"):  # PyTorch Geometric's EdgeIndex
-        edge_index = edge_index.as_tensor()
-    edge_index = edge_index.long()
-    if edge_index.numel():
-        low, high = (int(end) for end in edge_index.aminmax())
-        if low < 0 or high >= num_nodes:
-            raise ValueError(
-                f"edge_index must hold node numbers from 0 to num_nodes - 1 = {num_nodes - 1}; got {low if low < 0 else high}. Count "
-                f"nodes without edges in num_nodes too."
-            )
-    return edge_index
-
-
-def _check_edge_attr(edge_attr: Any, edge_index: Tensor) -> Tensor | None:
-    if edge_attr is None:
-        return None
-    if not isinstance(edge_attr, Tensor) or edge_attr.ndim == 0 or edge_attr.shape[0] != edge_index.shape[1]:
-        came = tuple(edge_attr.shape) if isinstance(edge_attr, Tensor) else type(edge_attr).__name__
-        raise ValueError(
-            f"edge_attr must be a tensor with one row for each of the {edge_index.shape[1]} edges; got {came}"
-        )
-    if edge_attr.device != edge_index.device:
-        raise ValueError(
-            f"edge_attr must be on the device of edge_index; got {edge_attr.device} and {edge_index.device}"
-        )
-    return edge_attr
-
-
-def _check_batch(batch: Any, num_graphs: int | None, num_nodes: int, edge_index: Tensor) -> tuple[Tensor, Tensor]:
-    """The graph of each node and the size of each graph."""
-    device = edge_index.device
-    count = None if num_graphs is None else check_count("num_graphs", num_graphs)
-    if batch is None:
-        if count not in (None, 1):
-            raise ValueError(
-                f"num_graphs must come with batch, which says the graph of each node; got num_graphs={count} without it"
-            )
-        return torch.zeros(num_nodes, dtype=torch.long, device=device), torch.tensor([num_nodes], device=device)
-    if isinstance(batch, Tensor) and batch.device != device:
-        raise ValueError(f"batch must be on the device of edge_index; got {batch.device} and {device}")
-    batch = as_lengths("batch", batch).to(device)
-    if batch.numel() != num_nodes:
-        raise ValueError(
-            f"batch must name the graph of each of the num_nodes={num_nodes} nodes; got {batch.numel()} entries"
-        )
-    if bool((batch.diff() < 0).any()):
-        raise ValueError("batch must not fall: the nodes of a graph stand together. Sort the nodes by batch first.")
-    source, target = batch[edge_index]
-    if bool((source != target).any()):
-        edge = int((source != target).nonzero()[0, 0])
-        raise ValueError(
-            f"edge_index must join nodes of the same graph; got edge {edge} from graph {int(source[edge])} to graph {int(target[edge])}. "
-            f"Shift the node numbers of each graph by the nodes before it, as PyTorch Geometric's Batch does."
-        )
-    least = int(batch[-1]) + 1 if batch.numel() else 0
-    if count is not None and count < least:
-        raise ValueError(
-            f"num_graphs must exceed every entry of batch; got num_graphs={count} and a node of graph {least - 1}"
-        )
-    return batch, torch.bincount(batch, minlength=least if count is None else count)

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from ..domains import Domain, Graph, Points
 from ..positions import Bias, PairBias
 from ..positions._base import at_least_fp32, check_positive, check_width, no_meaning
-from ..positions._bias import in_blocks, rows_of_batch, small_network
-from ..positions._tables import TablePair
+from ..positions._bias import in_blocks, small_network
+from ..positions._tables import TablePair, rows_of_batch
 
 # Values of the columns of an atom and of a bond in the Open Graph Benchmark: atomic number, chirality, degree, formal charge, hydrogens,
 # radical electrons, hybridisation, aromatic, in a ring; kind of bond, stereochemistry, conjugated.

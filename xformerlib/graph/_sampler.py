@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
-from ..domains._graph import _check_edges
+from ..domains._graph_inputs import check_edges
 from ..domains._neighbours import Neighbours, neighbours_of
 
 
@@ -78,7 +78,7 @@ class NeighborSampler(DataLoader[Any]):
         if "collate_fn" in loader or "dataset" in loader:
             raise TypeError("NeighborSampler says itself what a batch is; leave dataset and collate_fn out")
         self.seeds = _checked_seeds(input_nodes, data.num_nodes)
-        source, target = _check_edges(data.edge_index, data.num_nodes).cpu()
+        source, target = check_edges(data.edge_index, data.num_nodes).cpu()
         self.incoming = neighbours_of(target, source, data.num_nodes, data.num_nodes)
         super().__init__(range(len(self.seeds)), batch_size=batch_size, collate_fn=self._batch, **loader)  # type: ignore[arg-type]
 

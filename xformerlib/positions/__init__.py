@@ -9,7 +9,8 @@ from ._base import (
     Rotation as Rotation,
     Sum as Sum,
 )
-from ._bias import ContinuousBias as ContinuousBias, DistanceDecay as DistanceDecay, RelativeBias as RelativeBias
+from ._bias import ContinuousBias as ContinuousBias, RelativeBias as RelativeBias
+from ._decay import DistanceDecay as DistanceDecay
 from ._graph import RandomWalk as RandomWalk
 from ._rotary import Rotary as Rotary
 from ._scaling import NTK as NTK, Interpolation as Interpolation, Scaling as Scaling, YaRN as YaRN

@@ -159,3 +159,8 @@ def row_in_table(offsets: Int[Tensor, "offsets ndim"], size: tuple[int, ...]) ->
     for axis, n in enumerate(size):
         row = row * (2 * n - 1) + (offsets[:, axis] + n - 1).clamp(0, 2 * n - 2)
     return row
+
+
+def rows_of_batch(domain: Domain, keys: Domain) -> int | None:
+    """How many rows of the batch have places of their own."""
+    return keys.batch_size if domain.batch_size is None else domain.batch_size
