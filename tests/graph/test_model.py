@@ -13,7 +13,19 @@ from torch_geometric.data import Batch, Data
 
 import xformerlib as xf
 from xformerlib import masks, positions
-from xformerlib.graph import GPS, EdgeAttention, Exphormer, Graphormer, GraphTransformer, RandomWalkBias, SGFormer
+from xformerlib.graph import (
+    GPS,
+    EdgeAttention,
+    EdgeReadout,
+    ExpanderAttention,
+    Exphormer,
+    GPSLayer,
+    Graphormer,
+    GraphTransformer,
+    PerformerAttention,
+    RandomWalkBias,
+    SGFormer,
+)
 
 EDGES = masks.Edges() | masks.Local(0)
 MODELS: dict[str, Any] = {
@@ -30,13 +42,14 @@ MODELS: dict[str, Any] = {
     ),
     "GPS": lambda: GPS(7, 16, 3, 2, 4, edge_dim=2, position=positions.RandomWalk(16, 4)),
     "GPS, virtual node": lambda: GPS(7, 16, 3, 2, 4, edge_dim=2, pool="token", virtual_nodes=1, norm="layer"),
+    "GPS, a row for each edge": lambda: GPS(7, 16, 3, 1, 4, edge_dim=2, pool=EdgeReadout(16, edge_dim=2)),
     "SGFormer": lambda: SGFormer(7, 16, 3, pool="mean"),
     "Graphormer": lambda: Graphormer(7, 16, 3, 2, 4, edge_dim=2, path_steps=2, max_hops=3),
     "Graphormer, nodes": lambda: Graphormer(7, 16, 3, 1, 4, pool=None, virtual_nodes=0),
     # Of graphs this small the expander has all pairs; of larger ones those that it has depend on the order of nodes.
     "Exphormer": lambda: Exphormer(7, 16, 3, 2, 4, edge_dim=2, degree=8, virtual_nodes=1, pool="token"),
 }
-WITH_EDGES = {"Exphormer", "Graphormer", "GPS", "GPS, virtual node"}
+WITH_EDGES = {"Exphormer", "Graphormer", "GPS", "GPS, a row for each edge", "GPS, virtual node"}
 
 
 def made(name: str) -> Any:
@@ -86,7 +99,8 @@ def test_graphs_without_nodes_or_edges(name: str, batch: list[int]) -> None:
     graph = xf.Graph(torch.zeros(2, 0).long(), len(batch), batch=item, num_graphs=4, virtual_nodes=virtual)
     edge_attr = torch.zeros(0, 2, dtype=torch.float64) if name in WITH_EDGES else None
     out = model(torch.randn(len(batch), 7, dtype=torch.float64), graph, edge_attr)
-    assert len(out) == (4 if model.pool else len(batch)) and out.isfinite().all()
+    rows = 0 if isinstance(model.pool, EdgeReadout) else 4 if model.pool else len(batch)
+    assert len(out) == rows and out.isfinite().all()
 
 
 def test_an_edge_index_that_changes_in_place_is_placed_anew() -> None:
@@ -141,3 +155,44 @@ def test_edge_features_made_in_inference(name: str) -> None:
         seen = model(batch)
     assert largest(seen, again) < 1e-12
     model.train()(batch).sum().backward()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_are_drawn_anew(name: str) -> None:
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    first = [parameter.detach().clone() for parameter in model.parameters()]
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, 7)
+    model.reset_parameters()
+    for old, new in zip(first, model.parameters(), strict=True):
+        assert not (new == 7).any() and largest(new.std(correction=0), old.std(correction=0)) < 0.2
+
+
+def test_weights_of_layers_are_drawn_anew_and_what_cannot_be_is_refused() -> None:
+    torch.manual_seed(0)
+    performer = PerformerAttention(16, 2)
+    before = performer.projection.clone()
+    for layer in (performer, ExpanderAttention(16, 2), GPSLayer(16, EdgeAttention(16, 8, 2), 2)):
+        old = [parameter.detach().clone() for parameter in layer.parameters() if parameter.ndim == 2]
+        layer.reset_parameters()
+        new = [parameter for parameter in layer.parameters() if parameter.ndim == 2]
+        assert all(largest(a, b) > 0 for a, b in zip(old, new, strict=True))
+    assert largest(performer.projection, before) > 0
+    with pytest.raises(TypeError, match="attention of GPSLayer cannot be drawn anew"):
+        GPSLayer(16, None, 2, sinks=True).reset_parameters()
+
+
+def test_channels_that_are_known_at_the_first_call() -> None:
+    graph = drawn(5, 8)
+    x, edges = graph.x.float(), graph.edge_attr.float()
+    for model in (GPS(-1, 16, 3, 1, 4, edge_dim=-1), Exphormer(-1, 16, 3, 1, 4, edge_dim=-1)):
+        assert model(x, graph.edge_index, edges).shape == (5, 3)
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            model(x[:, 1:], graph.edge_index, edges)
+    assert SGFormer(-1, 16, 3)(x, graph.edge_index).shape == (5, 3)
+    layer = EdgeAttention((-1, -1), 4, heads=2, edge_dim=2)
+    assert layer((x, x[:3, :4]), graph.edge_index % 3, edges).shape == (3, 8)
+    assert isinstance(layer.query, nn.Linear) and layer.query.in_features == 4
+    with pytest.raises(ValueError, match=r"x must be \(nodes, 7\) for sources"):
+        layer((x[:, 1:], x[:3, :4]), graph.edge_index % 3, edges)

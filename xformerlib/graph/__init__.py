@@ -11,12 +11,13 @@ from ._exphormer import ExpanderAttention as ExpanderAttention, Exphormer as Exp
 from ._gps import GPS as GPS, GPSLayer as GPSLayer
 from ._graphormer import Graphormer as Graphormer, PathBias as PathBias
 from ._hetero import HeteroAttention as HeteroAttention
-from ._linear import (
+from ._linear_attention import (
     PerformerAttention as PerformerAttention,
     PolynormerAttention as PolynormerAttention,
     SGFormerAttention as SGFormerAttention,
 )
 from ._model import GraphModel as GraphModel, GraphTransformer as GraphTransformer
+from ._readout import EdgeReadout as EdgeReadout
 from ._sampler import NeighborSampler as NeighborSampler
 from ._sgformer import SGFormer as SGFormer
 from ._signnet import SignNet as SignNet

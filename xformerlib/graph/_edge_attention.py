@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..kernels._scores import Scores
 from ..kernels._sparse import edge_attention
 from ._edges import Adjacency, as_pairs, sorted_edges
+from ._inputs import linear_from
 
 Nodes = Tensor | tuple[Tensor, Tensor]
 Weights = tuple[Int[Tensor, "2 edges"], Float[Tensor, "edges heads"]]
@@ -29,7 +30,7 @@ class EdgeAttention(nn.Module):
     what is given for edges. Parallel edges count apart; a node without edges gets W_r x_i.
 
     Args:
-        in_channels: of nodes; for edges between two kinds of nodes a pair, (sources, targets).
+        in_channels: of nodes, -1 for as many as come at the first call; for edges between two kinds of nodes a pair, (sources, targets).
         out_channels: of each head.
         heads: attention heads.
         concat: put heads side by side; if not, their mean.
@@ -73,10 +74,10 @@ class EdgeAttention(nn.Module):
         self.out_channels, self.heads, self.concat, self.dropout = out_channels, heads, concat, dropout
         source, target = self.in_channels
         inner, outer = heads * out_channels, heads * out_channels if concat else out_channels
-        self.query = nn.Linear(target, inner, bias=bias)
-        self.key_value = nn.Linear(source, 2 * inner, bias=bias)
+        self.query = linear_from(target, inner, bias=bias)
+        self.key_value = linear_from(source, 2 * inner, bias=bias)
         self.edge = None if edge_dim is None else nn.Linear(edge_dim, inner, bias=False)
-        self.root = nn.Linear(target, outer, bias=bias) if root_weight else None
+        self.root = linear_from(target, outer, bias=bias) if root_weight else None
         self.gate = nn.Linear(3 * outer, 1, bias=False) if beta else None
 
     def reset_parameters(self) -> None:
@@ -175,9 +176,9 @@ class EdgeAttention(nn.Module):
         return weights / weights.new_zeros(q.shape[2], self.heads).index_add(0, target, weights)[target]
 
     def _check(self, source: Tensor, target: Tensor, edge_attr: Tensor | None) -> None:
-        for name, x, channels in (("sources", source, self.in_channels[0]), ("targets", target, self.in_channels[1])):
-            if x.ndim != 2 or x.shape[1] != channels:
-                raise ValueError(f"x must be (nodes, {channels}) for {name}; got {tuple(x.shape)}")
+        for name, x, layer in (("sources", source, self.key_value), ("targets", target, self.query)):
+            if x.ndim != 2 or (x.shape[1] != layer.in_features and not isinstance(layer, nn.LazyLinear)):
+                raise ValueError(f"x must be (nodes, {layer.in_features}) for {name}; got {tuple(x.shape)}")
         if (self.edge is None) != (edge_attr is None):
             given = "None" if edge_attr is None else tuple(edge_attr.shape)
             raise ValueError(

@@ -64,20 +64,30 @@ def as_pairs(edge_index: Adjacency) -> Int[Tensor, "2 edges"]:
     if edge_index.layout != torch.strided:
         target, source = edge_index.detach().to_sparse_coo().coalesce().indices()
         return torch.stack([source, target])
-    if edge_index.ndim != 2 or edge_index.shape[0] != 2 or edge_index.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"edge_index must be integers (2, edges), sources above targets; got {edge_index.dtype} {tuple(edge_index.shape)}"
-        )
+    _check_shape("edge_index", edge_index)
     # Another object: what is kept beside a tensor must not hold on to it.
     return edge_index.as_subclass(Tensor).detach()
 
 
-def _sorted(edge_index: Tensor, sources: int, targets: int) -> SortedEdges:
-    source, target = edge_index.long()
-    for name, index, count in (("sources", source, sources), ("targets", target, targets)):
+def check_ends(what: str, edge_index: Tensor, sources: int, targets: int) -> None:
+    """Raise unless pairs of nodes are (2, pairs) integers that index so many sources and targets."""
+    _check_shape(what, edge_index)
+    for name, index, count in (("sources", edge_index[0], sources), ("targets", edge_index[1], targets)):
         if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < count):
             raise ValueError(
-                f"edge_index must index the {count} {name}; got indices from {int(index.min())} to {int(index.max())}"
+                f"{what} must index the {count} {name}; got indices from {int(index.min())} to {int(index.max())}"
             )
+
+
+def _check_shape(what: str, pairs: Tensor) -> None:
+    if pairs.ndim != 2 or pairs.shape[0] != 2 or pairs.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"{what} must be integers (2, edges), sources above targets; got {pairs.dtype} {tuple(pairs.shape)}"
+        )
+
+
+def _sorted(edge_index: Tensor, sources: int, targets: int) -> SortedEdges:
+    check_ends("edge_index", edge_index, sources, targets)
+    source, target = edge_index.long()
     order = torch.argsort(target * max(sources, 1) + source, stable=True)
     return SortedEdges(Pattern(target[order], source[order], targets, sources), order)

@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .._pooling import Pool
 from ..domains import Graph
 from ..domains._base import check_count
 from ..masks import Expander
@@ -17,6 +16,8 @@ from ..positions import Position
 from ._edge_attention import EdgeAttention
 from ._gps import GPS, GPSLayer
 from ._model import check_edge_features
+from ._readout import Readout
+from ._reset import reset
 
 KINDS = 3  # an edge, a link of the expander, a link with a virtual node
 
@@ -119,6 +120,10 @@ class ExpanderAttention(nn.Module):
         )
         self.out = nn.Linear(channels, channels)
 
+    def reset_parameters(self) -> None:
+        """Draw the weights anew."""
+        reset(self)
+
     def forward(
         self,
         x: Float[Tensor, "tokens channels"],
@@ -177,7 +182,7 @@ class Exphormer(GPS):
         virtual_nodes: int = 1,
         passing: bool = True,
         position: Position | None = None,
-        pool: Pool | None = None,
+        pool: Readout = None,
         attention_dropout: float = 0.0,
         **layer: Any,
     ) -> None:

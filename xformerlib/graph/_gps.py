@@ -9,7 +9,6 @@ from typing import Any
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from .._pooling import Pool
 from .._sublayers import Activation, FeedForward, NormLayer, Residual, TokenNorm, norm_factory
 from ..attention import Attention
 from ..domains import Domain, Graph
@@ -18,8 +17,10 @@ from ..positions import Position
 from ..positions._graph import on_nodes
 from ._edge_attention import EdgeAttention
 from ._edges import Adjacency
-from ._inputs import place_nodes
+from ._inputs import linear_from, place_nodes
 from ._model import GraphModel, check_edge_features
+from ._readout import Readout
+from ._reset import reset
 
 # As in blocks, or "batch", or a module that makes one of PyTorch Geometric's norms, which is told the graph of each node.
 GraphNorm = NormLayer | str | None
@@ -89,6 +90,10 @@ class GPSLayer(nn.Module):
         self.attention_residual, self.feed_forward_residual = residuals[:2]
         self.conv_residual = None if conv is None else residuals[2]
         self.feed_forward = FeedForward(channels, hidden=2 * channels, activation=activation, dropout=dropout)
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew."""
+        reset(self)
 
     def forward(
         self,
@@ -162,7 +167,7 @@ class GPS(GraphModel):
         conv: Callable[[], nn.Module] | None = None,
         edge_dim: int | nn.Module | None = None,
         position: Position | None = None,
-        pool: Pool | None = None,
+        pool: Readout = None,
         virtual_nodes: int = 0,
         **layer: Any,
     ) -> None:
@@ -171,7 +176,7 @@ class GPS(GraphModel):
         )
         if num_layers < 1:
             raise ValueError(f"num_layers must be >= 1; got num_layers={num_layers}")
-        self.embed_edges = nn.Linear(edge_dim, hidden_channels) if isinstance(edge_dim, int) else edge_dim
+        self.embed_edges = linear_from(edge_dim, hidden_channels) if isinstance(edge_dim, int) else edge_dim
         self.position = position
         if conv is None:
             head_dim, rest = divmod(hidden_channels, heads)

@@ -10,7 +10,6 @@ from jaxtyping import Float, Float64, Int, Shaped
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .._pooling import Pool
 from .._sublayers import NormLayer, norm_factory, normed
 from ..blocks import Block
 from ..domains import Domain, Graph
@@ -20,6 +19,7 @@ from ..positions._base import at_least_fp32, check_width, no_meaning
 from ..positions._tables import TablePair
 from ._edges import can_keep
 from ._model import GraphModel, check_edge_features
+from ._readout import Readout
 
 
 class PathBias(Bias):
@@ -122,7 +122,7 @@ class Graphormer(GraphModel):
         max_degree: int = 63,
         max_hops: int = 30,
         path_steps: int = 5,
-        pool: Pool | None = "token",
+        pool: Readout = "token",
         virtual_nodes: int = 1,
         norm_layer: NormLayer = "layer",
         **block: Any,

@@ -7,7 +7,7 @@ from weakref import ref
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..domains import Graph
@@ -75,3 +75,10 @@ def _placed(
         batch, edge_index = batch[order], order.argsort()[edge_index]
     graph = Graph(edge_index, num_nodes, batch=batch, virtual_nodes=virtual_nodes, num_graphs=num_graphs)
     return Placed(graph, order)
+
+
+def linear_from(in_channels: int, out_channels: int, *, bias: bool = True) -> nn.Linear:
+    """A linear map; of -1 channels, as in PyTorch Geometric, one that takes as many as come at the first call."""
+    if in_channels == -1:
+        return nn.LazyLinear(out_channels, bias=bias)
+    return nn.Linear(in_channels, out_channels, bias=bias)

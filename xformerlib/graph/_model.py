@@ -10,31 +10,35 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from .._pooling import Pool, Pooling
+from .._pooling import Pooling
 from .._sublayers import NormLayer
 from ..blocks import Encoder
 from ..domains import Graph
 from ..masks import Mask
 from ..positions import Position
 from ..positions._graph import on_nodes
-from ._edges import Adjacency
-from ._inputs import place_nodes
+from ._edges import Adjacency, as_pairs, check_ends
+from ._inputs import linear_from, place_nodes
+from ._readout import EdgeReadout, Readout
+from ._reset import reset
 
 
 class GraphModel(nn.Module, ABC):
     """A model on PyTorch Geometric's interface: ``model(x, edge_index, edge_attr, batch)``, or ``model(data)``.
 
     Args:
-        in_channels: features of a node; or a module that makes ``hidden_channels`` of what ``x`` holds, such as an embedding of atoms.
+        in_channels: features of a node, -1 for as many as come at the first call; or a module that makes ``hidden_channels`` of what
+            ``x`` holds, such as an embedding of atoms.
         hidden_channels: channels of a token.
         out_channels: of the output; None for the tokens themselves, or what pooling makes of them.
         pool: None for a row for each node, or one for each graph, as in ``Pooling``; with ``"token"`` it is that of a virtual node.
+            ``"edge"`` for a row for each edge, by ``EdgeReadout(hidden_channels)``, or an ``EdgeReadout``.
         virtual_nodes: learned tokens in front of each graph's nodes.
         heads: of attention pooling.
 
     Shapes:
-        x (nodes, in_channels), ``edge_index`` (2, edges), ``edge_attr`` (edges, features), ``batch`` (nodes,), in any order. Returns
-        (nodes, out_channels), or (graphs, out_channels).
+        x (nodes, in_channels), ``edge_index`` (2, edges), ``edge_attr`` (edges, features), ``batch`` (nodes,), in any order;
+        ``edge_label_index`` (2, pairs). Returns (nodes, out_channels), (graphs, out_channels), or (edges or pairs, out_channels).
     """
 
     def __init__(
@@ -43,20 +47,32 @@ class GraphModel(nn.Module, ABC):
         hidden_channels: int,
         out_channels: int | None,
         *,
-        pool: Pool | None = None,
+        pool: Readout = None,
         virtual_nodes: int = 0,
         heads: int = 1,
     ) -> None:
         super().__init__()
         if pool == "token" and not virtual_nodes:
             raise ValueError("pool='token' is the row of a virtual node; got virtual_nodes=0")
-        self.embed = nn.Linear(in_channels, hidden_channels) if isinstance(in_channels, int) else in_channels
+        self.embed = linear_from(in_channels, hidden_channels) if isinstance(in_channels, int) else in_channels
         self.virtual = nn.Parameter(torch.empty(virtual_nodes, hidden_channels)) if virtual_nodes else None
-        options = {"heads": heads} if pool == "attention" else {}
-        self.pool = None if pool is None else Pooling(hidden_channels, pool, **options)
+        self.pool = _readout(pool, hidden_channels, heads)
         self.head = nn.Identity() if out_channels is None else nn.Linear(hidden_channels, out_channels)
+        self._draw_virtual_nodes()
+
+    def _draw_virtual_nodes(self) -> None:
         if self.virtual is not None:
             nn.init.normal_(self.virtual, std=0.02)
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew."""
+        self._draw_virtual_nodes()
+        reset(self)
+
+    @property
+    def reads_edge_features(self) -> bool:
+        """Whether the readout, whatever the layers do, is told the features of edges."""
+        return isinstance(self.pool, EdgeReadout) and self.pool.edge is not None
 
     @abstractmethod
     def run(
@@ -70,14 +86,23 @@ class GraphModel(nn.Module, ABC):
         edge_index: Adjacency | None = None,
         edge_attr: Tensor | None = None,
         batch: Int[Tensor, " nodes"] | None = None,
+        *,
+        edge_label_index: Int[Tensor, "2 pairs"] | None = None,
     ) -> Float[Tensor, "rows out_channels"]:
-        """A row for each node, in the order in which they were given, or for each graph."""
+        """A row for each node, in the order in which they were given, for each graph, or for each edge.
+
+        ``edge_label_index`` names other pairs of nodes than the edges to have rows, as PyTorch Geometric's ``RandomLinkSplit`` does.
+        """
         num_graphs = None
         if edge_index is None:
             data = x
             x, edge_index, edge_attr = data.x, data.edge_index, getattr(data, "edge_attr", None)
             batch = getattr(data, "batch", None)
             num_graphs = None if batch is None else data.num_graphs
+            if isinstance(self.pool, EdgeReadout) and edge_label_index is None:
+                edge_label_index = getattr(data, "edge_label_index", None)
+        if edge_label_index is not None and not isinstance(self.pool, EdgeReadout):
+            raise ValueError("edge_label_index asks for rows of pairs of nodes; build the model with pool='edge'")
         prefix = 0 if self.virtual is None else len(self.virtual)
         placed = place_nodes(edge_index, len(x), batch, virtual_nodes=prefix, num_graphs=num_graphs)
         graph = placed.graph
@@ -87,9 +112,24 @@ class GraphModel(nn.Module, ABC):
             front = (graph.offsets[:-1, None] + torch.arange(prefix, device=tokens.device)).flatten()
             tokens = tokens.index_copy(0, front, self.virtual.to(tokens.dtype).repeat(graph.num_graphs, 1))
         tokens = self.run(tokens, graph, edge_attr)
-        if self.pool is not None:
+        if isinstance(self.pool, Pooling):
             return self.head(self.pool(tokens, graph))
-        return self.head(placed.restored(tokens if not prefix else tokens.index_select(0, graph.node_tokens)))
+        nodes = placed.restored(tokens if not prefix else tokens.index_select(0, graph.node_tokens))
+        if self.pool is None:
+            return self.head(nodes)
+        features = edge_attr if self.reads_edge_features else None
+        if edge_label_index is None:
+            return self.head(self.pool(nodes, as_pairs(edge_index), features))
+        check_ends("edge_label_index", edge_label_index, len(nodes), len(nodes))
+        return self.head(self.pool(nodes, edge_label_index, None))
+
+
+def _readout(pool: Readout, channels: int, heads: int) -> Pooling | EdgeReadout | None:
+    if pool is None or isinstance(pool, EdgeReadout):
+        return pool
+    if pool == "edge":
+        return EdgeReadout(channels)
+    return Pooling(channels, pool, **({"heads": heads} if pool == "attention" else {}))
 
 
 def check_edge_features(edge_attr: Tensor | None, wanted: bool) -> None:
@@ -130,7 +170,7 @@ class GraphTransformer(GraphModel):
         *,
         mask: Mask | None = None,
         position: Position | Callable[[], Position] | None = None,
-        pool: Pool | None = None,
+        pool: Readout = None,
         virtual_nodes: int = 0,
         norm_layer: NormLayer = "layer",
         **encoder: Any,
@@ -145,6 +185,6 @@ class GraphTransformer(GraphModel):
     def run(
         self, x: Float[Tensor, "tokens channels"], graph: Graph, edge_attr: Shaped[Tensor, "edges *features"] | None
     ) -> Float[Tensor, "tokens channels"]:
-        if edge_attr is not None:
+        if edge_attr is not None and not self.reads_edge_features:
             raise ValueError("edge_attr has no use in GraphTransformer; leave it out, or use GPS with an EdgeAttention")
         return self.encoder(x, graph)

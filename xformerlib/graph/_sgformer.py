@@ -10,10 +10,11 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from .._dropout import Dropout
-from .._pooling import Pool
 from ..domains import Graph
-from ._linear import SGFormerAttention
+from ._inputs import linear_from
+from ._linear_attention import SGFormerAttention
 from ._model import GraphModel
+from ._readout import Readout
 
 Aggregate = Literal["add", "cat"]
 
@@ -29,7 +30,7 @@ class SGFormer(GraphModel):
     the paper says of lengths of queries and keys is in ``SGFormerAttention``. The norm of the graph neural network is over nodes.
 
     Args:
-        in_channels, hidden_channels, out_channels, pool: as in ``GraphModel``.
+        in_channels, hidden_channels, out_channels, pool: as in ``GraphModel``; it has no virtual nodes.
         trans_num_layers, trans_num_heads, trans_dropout: of attention.
         gnn_num_layers, gnn_dropout: of the graph neural network.
         graph_weight, aggregate: above.
@@ -55,7 +56,7 @@ class SGFormer(GraphModel):
         aggregate: Aggregate = "add",
         *,
         conv: Callable[[], nn.Module] | None = None,
-        pool: Pool | None = None,
+        pool: Readout = None,
     ) -> None:
         if aggregate not in get_args(Aggregate):
             raise ValueError(f"aggregate must be 'add' or 'cat'; got aggregate={aggregate!r}")
@@ -67,7 +68,7 @@ class SGFormer(GraphModel):
         width = hidden_channels if isinstance(in_channels, nn.Module) else in_channels
         conv = _gcn(hidden_channels) if conv is None else conv
         self.graph_weight, self.aggregate = graph_weight, aggregate
-        self.attention_in, self.conv_in = (nn.Linear(width, hidden_channels) for _ in range(2))
+        self.attention_in, self.conv_in = (linear_from(width, hidden_channels) for _ in range(2))
         self.attentions = nn.ModuleList(
             SGFormerAttention(hidden_channels, trans_num_heads, hidden_channels) for _ in range(trans_num_layers)
         )
@@ -79,7 +80,7 @@ class SGFormer(GraphModel):
     def run(
         self, x: Float[Tensor, "tokens in_channels"], graph: Graph, edge_attr: Shaped[Tensor, "edges *features"] | None
     ) -> Float[Tensor, "tokens channels"]:
-        if edge_attr is not None:
+        if edge_attr is not None and not self.reads_edge_features:
             raise ValueError("edge_attr has no use in SGFormer; leave it out, or use GPS")
         z, g = self._attended(x, graph), self._passed(x, graph)
         if self.aggregate == "cat":

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from .._dropout import Dropout
 from ..domains import Graph
+from ._reset import reset
 
 # Tokens in a block: small graphs are one block each, large ones several, and one graph alone a single one.
 BLOCK_TOKENS = 32
@@ -121,6 +122,10 @@ class _LinearAttention(nn.Module, ABC):
         self.channels, self.heads, self.head_channels = channels, heads, head_channels
         self.qkv = nn.Linear(channels, 3 * heads * head_channels, bias=qkv_bias)
 
+    def reset_parameters(self) -> None:
+        """Draw the weights anew."""
+        reset(self)
+
     def projected(self, x: Float[Tensor, "tokens channels"], graph: Graph) -> tuple[Tensor, ...]:
         """Queries, keys and values, (tokens, heads, head_channels)."""
         if x.ndim != 2 or x.shape != (graph.num_tokens, self.channels):
@@ -218,6 +223,11 @@ class PerformerAttention(_LinearAttention):
         self.register_buffer("projection", torch.empty(count, self.head_channels))
         self.out = nn.Linear(heads * self.head_channels, channels, bias=out_bias)
         self.dropout: nn.Dropout = Dropout(dropout)
+        self.redraw()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights and the random features anew."""
+        super().reset_parameters()
         self.redraw()
 
     @torch.no_grad()
