@@ -1,14 +1,17 @@
-"""Linear maps of inference: the numbers of training, by another way."""
+"""Linear maps: the numbers of torch's, by another way."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 from hypothesis import given, strategies as st
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import xformerlib as xf
 from xformerlib import _linear
@@ -24,10 +27,76 @@ def test_linear_is_its_formula(batch: list[int], inner: int, outer: int, activat
     x, weight = torch.randn(*batch, inner), torch.randn(outer, inner)
     b = torch.randn(outer) if bias else None
     wanted = ACTIVATIONS[activation](F.linear(x, weight, b))
+    assert torch.equal(_linear.linear(x, weight, b, activation), wanted)  # so few numbers are left alone
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(_linear, "SMALL", 1)
         torch.testing.assert_close(_linear.linear(x, weight, b, activation), wanted, atol=1e-5, rtol=1e-5)
-    assert torch.equal(_linear.linear(x, weight, b, activation), wanted)  # with gradients nothing changes
+
+
+@pytest.fixture
+def by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few the numbers are."""
+    monkeypatch.setattr(_linear, "SMALL", 1)
+    monkeypatch.setattr(_linear, "SMALL_PRODUCT", 1)
+
+
+def derivatives(linear: Callable[..., Tensor], inputs: list[Tensor | None], activation: str | None) -> list[Tensor]:
+    """An output, its gradients, and the gradients of a function of these."""
+    y = linear(*inputs, activation)
+    wanted = [value for value in inputs if value is not None and value.requires_grad]
+    first = torch.autograd.grad(y.cos().sum(), wanted, create_graph=True)
+    second = torch.autograd.grad(sum(value.square().sum() for value in first), wanted, allow_unused=True)
+    plain = torch.autograd.grad(
+        linear(*inputs, activation).sum(), wanted
+    )  # the gradient that comes is a number, expanded
+    return [y, *first, *(value for value in second if value is not None), *plain]
+
+
+def plain(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    return ACTIVATIONS[activation](F.linear(x, weight, bias))
+
+
+@pytest.mark.usefixtures("by_onednn")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("learned", [(1, 1, 1), (0, 1, 1), (1, 0, 0), (0, 0, 1), (1, 1, None)], ids=str)
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5)], ids=str)
+def test_gradients_are_those_of_torch(shape: tuple[int, ...], learned: tuple[int | None, ...], activation: Any) -> None:
+    sizes = (shape, (4, 5), (4,))
+    inputs = [
+        None if own is None else torch.randn(size, requires_grad=bool(own))
+        for size, own in zip(sizes, learned, strict=True)
+    ]
+    got, wanted = (derivatives(linear, inputs, activation) for linear in (_linear.linear, plain))
+    assert type(_linear.linear(*inputs).grad_fn).__name__ == "_LinearBackward"
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("by_onednn")
+def test_rows_in_any_layout(generator: torch.Generator) -> None:
+    weight = torch.randn(4, 6, generator=generator, requires_grad=True)
+    for x in (
+        torch.randn(6, 5).T,
+        torch.randn(3, 7, 6)[:, ::2],
+        torch.randn(1, 6).expand(5, 6),
+        torch.randn(6, 2, 3).permute(1, 2, 0),
+    ):
+        got, wanted = (derivatives(way, [x, weight, None], None) for way in (_linear.linear, plain))
+        torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("by_onednn")
+def test_who_counts_or_transforms_operations_sees_those_of_torch() -> None:
+    x, weight = torch.randn(3, 5), torch.randn(4, 5, requires_grad=True)
+    with FlopCounterMode(display=False) as counted:
+        _linear.linear(x, weight).sum().backward()
+    assert counted.get_total_flops() == 2 * 2 * 3 * 5 * 4
+    mapped = torch.func.vmap(lambda one: _linear.linear(x, one))(weight.detach()[None])
+    torch.testing.assert_close(mapped[0], x @ weight.detach().T)
+    value, change = torch.func.jvp(lambda one: _linear.linear(one, weight.detach()), (x,), (x,))
+    torch.testing.assert_close(value, change)
+    with fwAD.dual_level():
+        dual = _linear.linear(fwAD.make_dual(x, x), weight)
+        torch.testing.assert_close(fwAD.unpack_dual(dual).tangent, x @ weight.T)
 
 
 @pytest.mark.parametrize("options", [{}, {"activation": "swiglu"}, {"activation": nn.Tanh(), "norm": "layer"}], ids=str)
@@ -65,7 +134,11 @@ def test_hooks_and_other_layers_are_called(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_autocast_and_fp64_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_linear, "SMALL", 1)
-    layer, x = xf.FeedForward(8).eval(), torch.randn(2, 8)
+    monkeypatch.setattr(_linear, "SMALL_PRODUCT", 1)
+    layer, x = xf.FeedForward(8), torch.randn(2, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    layer.eval()
     with torch.no_grad():
         with torch.autocast("cpu", torch.bfloat16):
             assert layer(x).dtype == torch.bfloat16

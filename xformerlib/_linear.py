@@ -1,16 +1,20 @@
-"""Linear maps in inference on a CPU: bias and activation within the matrix product, and no more of the result than is soon used."""
+"""Linear maps on a CPU: by oneDNN, in inference with bias and activation within the product and no more of the result than is used."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.autograd.forward_ad as fwAD
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 # Below so many numbers the checks cost more than they gain.
 SMALL = 2**13
+# Nor does a product in training gain anything that takes fewer multiplications.
+SMALL_PRODUCT = 2**26
 # Hidden channels of so many numbers fit a cache, and new memory is not asked for again and again.
 PIECE = 2**20
 # Activations that a product can apply, by their name there too.
@@ -33,16 +37,51 @@ def linear(
     bias: Float[Tensor, " outer"] | None = None,
     activation: str | None = None,
 ) -> Float[Tensor, "*batch outer"]:
-    """``activation(x W' + b)``; where no gradient is wanted, by oneDNN, which adds the bias and applies the activation on the fly.
+    """``activation(x W' + b)``, by oneDNN where that is faster.
 
-    ``torch.nn.functional.linear`` first copies the bias to every token, and the activation takes another pass.
+    ``torch.nn.functional.linear`` first copies the bias to every token, an activation takes another pass, and the products of its
+    backward are slower too.
     """
-    if not torch.compiler.is_compiling() and x.numel() >= SMALL and _is_inference(x, weight):
-        return torch.ops.mkldnn._linear_pointwise(
-            x, weight, bias, activation or "none", [], "none" if activation == "gelu" else ""
-        )
+    if not torch.compiler.is_compiling() and x.numel() >= SMALL and _is_plain(x, weight):
+        if not torch.is_grad_enabled():
+            return _product(x, weight, bias, activation)
+        if x.numel() * len(weight) >= SMALL_PRODUCT:
+            y: Tensor = _Linear.apply(x, weight, bias)
+            return y if activation is None else ACTIVATIONS[activation](y)
     y = F.linear(x, weight, bias)
     return y if activation is None else ACTIVATIONS[activation](y)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
+    """A linear map and its activation in one call of oneDNN, of which autograd knows nothing."""
+    approximation = "none" if activation == "gelu" else ""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation or "none", [], approximation)
+
+
+class _Linear(torch.autograd.Function):
+    """A linear map whose products are oneDNN's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        rows = grad.reshape(-1, grad.shape[-1])
+        if not of_x:
+            to_x = None
+        elif torch.is_grad_enabled():  # it will be differentiated in its turn
+            to_x = grad @ weight
+        else:
+            to_x = _product(grad.contiguous(), weight.T)
+        return (
+            to_x,
+            rows.T @ x.reshape(-1, x.shape[-1]) if of_weight else None,
+            rows.sum(0) if of_bias else None,
+        )
 
 
 def in_pieces(
@@ -56,14 +95,17 @@ def in_pieces(
     return torch.cat(pieces).unflatten(0, x.shape[:-1])
 
 
-def _is_inference(x: Tensor, weight: Tensor) -> bool:
+def _is_plain(x: Tensor, weight: Tensor) -> bool:
+    """Whether nothing but the numbers is asked for: of one type on a CPU, with no one who counts, transforms or replaces operations."""
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)
         and type(x) is Tensor
         and type(weight) in (Tensor, nn.Parameter)
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and fwAD._current_level < 0
     )
