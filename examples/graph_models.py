@@ -9,7 +9,7 @@ import torch
 from graph_data import Data
 from graph_options import BASELINES, Options
 from torch import Tensor, nn
-from torch_geometric.nn import models as pyg
+from torch_geometric.nn import GATv2Conv, GCNConv, GINConv, GINEConv
 
 from xformerlib import domains, graph, masks, positions
 
@@ -17,7 +17,17 @@ WALK, EIGENVECTORS, HOPS = 16, 16, 16
 
 
 def build(o: Options, data: Data) -> graph.GraphModel:
-    """The model that was asked for, for such graphs."""
+    """The model that was asked for, for such graphs, with the head that was asked for."""
+    model = body(o, data)
+    if o.head == "mlp":
+        last = model.head
+        assert isinstance(last, nn.Linear)
+        model.head = nn.Sequential(nn.Linear(last.in_features, o.dim), nn.ReLU(), nn.Linear(o.dim, last.out_features))
+    return model
+
+
+def body(o: Options, data: Data) -> graph.GraphModel:
+    """The model with a linear head."""
     embed, edges = encoder(o.dim, data.graphs.x), None
     if data.graphs.edge_attr is not None:
         edges = encoder(o.dim, data.graphs.edge_attr)
@@ -26,7 +36,8 @@ def build(o: Options, data: Data) -> graph.GraphModel:
     sizes: dict[str, Any] = {"num_layers": o.depth, "heads": o.heads}
     place = encoding(o, data)
     if o.model == "gps":
-        return graph.GPS(**ends, **sizes, edge_dim=edges, position=place, dropout=o.dropout)
+        conv = (lambda: message(o, edges)) if o.messages == "gine" else None
+        return graph.GPS(**ends, **sizes, conv=conv, edge_dim=edges, position=place, dropout=o.dropout)
     if o.model == "exphormer":
         return graph.Exphormer(**ends, **sizes, edge_dim=edges, position=place, dropout=o.dropout)
     if o.model == "graph-transformer":
@@ -47,7 +58,7 @@ def build(o: Options, data: Data) -> graph.GraphModel:
 
 def uses_edges(o: Options) -> bool:
     """Whether a model is given the features of edges."""
-    return o.model in ("gps", "exphormer", "graphormer", "gat")
+    return o.model in ("gps", "exphormer", "graphormer", "gat", "gine")
 
 
 def encoder(dim: int, values: Tensor) -> nn.Module:
@@ -72,23 +83,38 @@ def encoding(o: Options, data: Data) -> positions.Position | None:
     return make[name]()
 
 
+def message(o: Options, edges: nn.Module | None) -> nn.Module:
+    """A layer of PyTorch Geometric's for messages along edges."""
+    if o.model == "gcn":
+        return GCNConv(o.dim, o.dim)
+    if o.model == "gat":
+        return GATv2Conv(o.dim, o.dim // o.heads, o.heads, edge_dim=None if edges is None else o.dim)
+    perceptron = nn.Sequential(nn.Linear(o.dim, o.dim), nn.ReLU(), nn.Linear(o.dim, o.dim))
+    return GINConv(perceptron) if o.model == "gin" or edges is None else GINEConv(perceptron)
+
+
 class Network(graph.GraphModel):
-    """A graph neural network of PyTorch Geometric, which starts and ends as xformerlib's models do."""
+    """A graph neural network of layers of PyTorch Geometric's, which starts and ends as xformerlib's models do.
+
+    Each layer is followed by batch norm, ReLU and dropout, and with --residual added to its input: what tuned ones are made of (Luo et al. 2024,
+    arXiv:2406.08993).
+    """
 
     def __init__(
         self, o: Options, edges: nn.Module | None, *, position: positions.Position | None, **ends: Any
     ) -> None:
         super().__init__(**ends)
         assert o.model in BASELINES
-        make = {"gcn": pyg.GCN, "gin": pyg.GIN, "gat": pyg.GAT}[o.model]
-        own: dict[str, Any] = {}
-        if o.model == "gat":
-            own = {"heads": o.heads, "v2": True, "edge_dim": None if edges is None else o.dim}
-        self.network = make(o.dim, o.dim, o.depth, o.dim, dropout=o.dropout, norm="batch", **own)
-        self.embed_edges, self.position = edges if o.model == "gat" else None, position
+        self.embed_edges, self.position = edges if uses_edges(o) else None, position
+        self.convs = nn.ModuleList(message(o, edges) for _ in range(o.depth))
+        self.norms = nn.ModuleList(nn.BatchNorm1d(o.dim) for _ in range(o.depth))
+        self.dropout, self.residual = nn.Dropout(o.dropout), o.residual
 
     def run(self, x: Tensor, graph: domains.Graph, edge_attr: Tensor | None) -> Tensor:
         for embedding in () if self.position is None else self.position.embeddings:
             x = embedding(x, graph)
         edges = {} if self.embed_edges is None else {"edge_attr": self.embed_edges(edge_attr)}
-        return torch.relu(self.network(x, graph.edge_index, **edges))
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            y = self.dropout(torch.relu(norm(conv(x, graph.edge_index, **edges))))
+            x = x + y if self.residual else y
+        return x

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Model = Literal["gps", "graph-transformer", "graphormer", "exphormer", "sgformer", "gcn", "gin", "gat"]
-BASELINES = ("gcn", "gin", "gat")
+Model = Literal["gps", "graph-transformer", "graphormer", "exphormer", "sgformer", "gcn", "gin", "gine", "gat"]
+BASELINES = ("gcn", "gin", "gine", "gat")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Options:
     """Share of the training graphs that is held out to choose the weights by, where the data does not say which."""
     model: Model = "gps"
     """Transformers of xformerlib (gps, graph-transformer, graphormer, exphormer, sgformer), or graph neural networks of PyTorch Geometric
-    (gcn, gin, gat)."""
+    (gcn, gin, gat; and gine, which is gin told of the features of edges)."""
     position: Literal["none", "walk", "laplacian"] | None = None
     """What nodes are told of the structure around them: nothing, random walks, or Laplacian eigenvectors. Without it: walk for graphs, none
     for digits, whose nodes know their place, and for nodes of one large graph."""
@@ -40,6 +40,12 @@ class Options:
     """Layers, one after the other."""
     heads: int = 4
     """Attention heads of a layer."""
+    messages: Literal["attention", "gine"] = "attention"
+    """How gps passes messages along edges, beside attention among all nodes: by attention too, or by sums (GINE)."""
+    residual: bool = False
+    """Add the input of each layer of gcn, gin, gine or gat to what comes out. The Transformers do so as a matter of course."""
+    head: Literal["linear", "mlp"] = "linear"
+    """What says the answer at the end: a linear map, or a network with one hidden layer."""
     pool: Literal["mean", "sum", "max"] = "mean"
     """How a graph is read from its nodes. graphormer reads it from a virtual node."""
     dropout: float = 0.1
