@@ -96,8 +96,8 @@ def message(o: Options, edges: nn.Module | None) -> nn.Module:
 class Network(graph.GraphModel):
     """A graph neural network of layers of PyTorch Geometric's, which starts and ends as xformerlib's models do.
 
-    Each layer is followed by batch norm, ReLU and dropout, and with --residual added to its input: what tuned ones are made of (Luo et al. 2024,
-    arXiv:2406.08993).
+    Each layer is followed by batch norm, ReLU and dropout, and with --residual added to its input: what tuned ones are made of
+    (Luo et al. 2024, arXiv:2406.08993).
     """
 
     def __init__(
