@@ -20,6 +20,11 @@ class Score(NamedTuple):
         """Share of the items whose class was found."""
         return int(self.confusion.diagonal().sum()) / int(self.confusion.sum())
 
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Greater for a better score; of weights that are right as often, for those that are surest."""
+        return self.accuracy, -self.loss
+
 
 def score_of(logits: Tensor, labels: Tensor) -> Score:
     """The score of the logits of all items."""

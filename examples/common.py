@@ -1,4 +1,4 @@
-"""What the examples share: seeding, device, schedule, and the directory of a run with its metrics and checkpoints."""
+"""What the examples share: seeding, device, schedule, checks of options, and the directory of a run with its metrics and checkpoints."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -57,6 +57,37 @@ def cosine_schedule(optimizer: Optimizer, *, warmup: int, steps: int) -> LambdaL
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
     return LambdaLR(optimizer, factor)
+
+
+def check_least(options: Any, least: float, *names: str) -> None:
+    """Raise ValueError unless each of the options has at least such a value, or None."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not value >= least:
+            raise ValueError(f"--{name.replace('_', '-')} must be >= {least}; got {value}")
+
+
+def check_positive(options: Any, *names: str) -> None:
+    """Raise ValueError unless each of the options is above 0."""
+    for name in names:
+        if not getattr(options, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be > 0; got {getattr(options, name)}")
+
+
+def check_shares(options: Any, *names: str) -> None:
+    """Raise ValueError unless each of the options is a share, or None: from 0 to below 1."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not 0 <= value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be in [0, 1); got {value}")
+
+
+def check_different(options: Any, *names: str) -> None:
+    """Raise ValueError unless each of the options is one value or several, none of them twice."""
+    for name in names:
+        values = getattr(options, name)
+        if not values or len(set(values)) < len(values):
+            raise ValueError(f"--{name.replace('_', '-')} must be one or several different ones; got {values}")
 
 
 @contextmanager
@@ -147,10 +178,26 @@ class Run:
         for path in (self.metrics, self.weights, self.state):
             path.unlink(missing_ok=True)
 
+    def start(self, parts: dict[str, Any], *, resume: bool) -> tuple[int, dict[str, float]]:
+        """Begin a run, at step 0, or go on with one; return the step and the values that were saved with it."""
+        if not resume:
+            self.begin()
+            return 0, {}
+        with plain_errors():
+            return self.resume(parts)
+
     def log(self, **record: float) -> None:
         """Append one line to ``metrics.jsonl``."""
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+
+    def records(self) -> list[dict[str, Any]]:
+        """What has been logged."""
+        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+
+    def written(self) -> str:
+        """The names of the files in the directory."""
+        return ", ".join(path.name for path in sorted(self.directory.iterdir()))
 
     def save_weights(self, model: nn.Module) -> None:
         """Write the model's weights, with the options beside them as the file's metadata."""
@@ -202,3 +249,19 @@ class Run:
                 f"--resume needs the options that the run in {self.directory} was begun with; got {listing}; "
                 "give the same options, or another run directory"
             )
+
+
+Given = TypeVar("Given")
+
+
+def own_run(options: Given, seed: int, *folders: str) -> tuple[Run, Given]:
+    """The run of one seed, and the options that are its own.
+
+    Its directory is ``--run``, or one within it: for each of ``folders``, and for the seed where there are several. Of several
+    runs the first ones may have been cut off: with --resume, those that were never begun are begun.
+    """
+    given: Any = options  # a dataclass; its type is that of the result
+    directory = given.run.joinpath(*folders, *([f"seed-{seed}"] if len(given.seeds) > 1 else []))
+    run = Run(directory, what_determines(given, seed))
+    resume = given.resume and (run.state.exists() or directory == given.run)
+    return run, replace(given, run=directory, resume=resume)

@@ -104,11 +104,10 @@ def milliseconds(model: ts.ForecastModel, windows: ts.Windows, batch_size: int, 
 
 def examine(name: example.Name, task: example.Task, o: Options) -> Row:
     """Train one model, unless that is done, and find out about it."""
-    own = dataclasses.replace(o, model=name, run=o.run / name)
-    run = common.Run(own.run, common.what_determines(own, o.seeds[0]))
+    run, own = common.own_run(dataclasses.replace(o, model=name), o.seeds[0], name)
     common.seed_everything(o.seeds[0])
     model = example.build(own, task.table)
-    example.train(model, task, run, dataclasses.replace(own, resume=o.resume and run.state.exists()), o.seeds[0])
+    example.train(model, task, run, own, o.seeds[0])
     run.load_weights(model)
     score = scores.score(model, task.windows["test"], o.eval_batch_size)
     size = common.count_parameters(model)

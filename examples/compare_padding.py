@@ -64,11 +64,8 @@ class Options:
 
     def check(self) -> None:
         """Raise ValueError for what cannot work."""
-        for name in ("patch", "depth", "batch_size", "epochs", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be >= 1; got {getattr(self, name)}")
-        if self.lr <= 0:
-            raise ValueError(f"--lr must be > 0; got {self.lr}")
+        common.check_least(self, 1, "patch", "dim", "depth", "heads", "hidden", "batch_size", "epochs", "threads")
+        common.check_positive(self, "lr")
 
 
 class Padded(nn.Module):

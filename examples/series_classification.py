@@ -15,7 +15,6 @@ on the test series. What is written: metrics.jsonl, model.safetensors, resume.pt
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -28,11 +27,11 @@ import common
 import confusion_figure as figure
 import labelled_series as data
 import torch
+import training
 import tyro
 from class_scores import Score, score_of, summary
 from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from xformerlib import time_series as ts
 
@@ -98,19 +97,12 @@ class Options:
 
     def check(self) -> None:
         """Raise ValueError for what cannot work."""
-        for name in ("patch", "depth", "epochs", "batch_size", "eval_batch_size", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be >= 1; got {getattr(self, name)}")
-        for name in ("validation", "dropout", "warmup", "smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be in [0, 1); got {getattr(self, name)}")
-        for name in ("noise", "skip", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be >= 0; got {getattr(self, name)}")
-        if self.lr <= 0:
-            raise ValueError(f"--lr must be > 0; got {self.lr}")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"--seeds must be one number or several different ones; got {self.seeds}")
+        common.check_least(self, 1, "patch", "dim", "depth", "heads", "hidden", "epochs")
+        common.check_least(self, 1, "batch_size", "eval_batch_size", "threads")
+        common.check_least(self, 0, "noise", "skip", "weight_decay")
+        common.check_shares(self, "validation", "dropout", "warmup", "smoothing")
+        common.check_positive(self, "lr")
+        common.check_different(self, "seeds")
 
 
 # -- the task: series, and the model for them --------------------------------------------------------------------------
@@ -165,7 +157,7 @@ def varied(batch: data.Labelled, o: Options) -> data.Labelled:
 
 
 @torch.inference_mode()
-def score(model: ts.SeriesClassifier, part: data.Labelled, batch_size: int) -> Score:
+def score(model: nn.Module, part: data.Labelled, batch_size: int) -> Score:
     """Classify every series; ``batch_size`` makes no difference."""
     model.eval()
     logits = torch.cat([model(**batch.inputs) for batch in batches(part, batch_size, shuffle=False)])
@@ -187,86 +179,55 @@ def main(o: Options) -> None:
     print(describe(known, parts, common.count_parameters(model), device))
     results = []
     for seed in o.seeds:
-        run = common.Run(o.run if len(o.seeds) == 1 else o.run / f"seed-{seed}", common.what_determines(o, seed))
+        run, own = common.own_run(o, seed)
         parts = parts_of(known, o, seed, device)
         common.seed_everything(seed)
         model = build(o, parts["train"], len(known.classes)).to(device)
-        spent = train(model, parts, run, o)
+        spent = train(model, parts, run, own)
 
         # The weights that did best on validation, scored once on every test series.
         run.load_weights(model)
-        course = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+        course = run.records()
         ours = score(model, parts["test"], o.eval_batch_size)
         results.append(ours.accuracy)
         run.log(epoch=o.epochs, test_accuracy=ours.accuracy, test_loss=ours.loss, seconds=spent)
         title = f"{known.name}: {ours.accuracy:.1%} of test right"
         figure.draw(run.directory / "confusion.png", title, known.classes, ours.confusion.numpy(), course)
-        written = ", ".join(path.name for path in sorted(run.directory.iterdir()))
-        print(f"\n{summary(known.classes, ours, 'series')}\n\nseed {seed}; in {run.directory}: {written}")
+        print(f"\n{summary(known.classes, ours, 'series')}\n\nseed {seed}; in {run.directory}: {run.written()}")
     if len(results) > 1:
         print(f"test accuracy over {len(results)} seeds: {mean(results):.2%} +- {stdev(results):.2%}")
     print(f"{time.perf_counter() - began:.0f} seconds")
 
 
 def train(model: ts.SeriesClassifier, parts: dict[str, data.Labelled], run: common.Run, o: Options) -> float:
-    """Train epoch by epoch, each followed by a score on validation, and by everything saved.
-
-    Returns:
-        The seconds it took, those before a run was continued included.
-    """
-    began = time.perf_counter()
+    """Train, and keep the weights that did best on validation; the seconds it took."""
     steps = o.epochs * math.ceil(len(parts["train"].labels) / o.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=o.lr, weight_decay=o.weight_decay)
     schedule = common.cosine_schedule(optimizer, warmup=round(o.warmup * steps), steps=steps)
-    trained = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    epoch, best, spent = 0, (-1.0, -math.inf), 0.0
-    if o.resume:
-        with common.plain_errors():
-            epoch, saved = run.resume(trained)
-        best, spent = (saved["accuracy"], saved["sureness"]), saved["seconds"]
-    else:
-        run.begin()
-    bar = tqdm(initial=epoch, total=o.epochs, desc="train", unit="epoch", mininterval=0.5)
-    while epoch < o.epochs:
-        lr, loss = optimizer.param_groups[0]["lr"], train_epoch(model, parts["train"], optimizer, schedule, o)
-        epoch += 1
-        if not math.isfinite(loss):
-            raise SystemExit(f"error: the training loss is {loss} in epoch {epoch}; try a smaller --lr")
-        record, reached = {"train_loss": loss}, (-1.0, float(epoch))
-        if "validation" in parts:
-            validation = score(model, parts["validation"], o.eval_batch_size)
-            record |= {"validation_loss": validation.loss, "validation_accuracy": validation.accuracy}
-            reached = validation.accuracy, -validation.loss  # of weights that are right as often, those that are surest
-        seconds = spent + time.perf_counter() - began
-        run.log(epoch=epoch, **record, lr=lr, seconds=seconds)
-        bar.set_postfix({name.replace("_", " "): f"{value:.3f}" for name, value in record.items()})
-        bar.update()
-        if reached > best:
-            best = reached
-            run.save_weights(model)
-        run.save_state(epoch, trained, accuracy=best[0], sureness=best[1], seconds=seconds)
-    bar.close()
-    return spent + time.perf_counter() - began
+    trained = training.Trained(model, optimizer, schedule)
+
+    def validate() -> tuple[dict[str, float], training.Rank]:
+        found = score(model, parts["validation"], o.eval_batch_size)
+        return {"validation_loss": found.loss, "validation_accuracy": found.accuracy}, found.rank
+
+    _, seconds = training.fit(
+        trained,
+        run,
+        epochs=o.epochs,
+        resume=o.resume,
+        train=lambda: train_epoch(trained, parts["train"], o),
+        validate=validate if "validation" in parts else None,
+    )
+    return seconds
 
 
-def train_epoch(
-    model: ts.SeriesClassifier,
-    part: data.Labelled,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    o: Options,
-) -> float:
+def train_epoch(trained: training.Trained, part: data.Labelled, o: Options) -> float:
     """Go through all series once, in random order; the mean cross-entropy of a series."""
-    model.train()
+    trained.model.train()
     total = torch.zeros((), device=part.labels.device)
     for batch in batches(part, o.batch_size, shuffle=True):
-        logits = model(**varied(batch, o).inputs)
-        loss = F.cross_entropy(logits, batch.labels, label_smoothing=o.smoothing)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        logits = trained.model(**varied(batch, o).inputs)
+        trained.step(F.cross_entropy(logits, batch.labels, label_smoothing=o.smoothing))
         total += F.cross_entropy(logits.detach(), batch.labels, reduction="sum")  # unsmoothed, as in validation
     return float(total) / len(part.labels)
 

@@ -29,8 +29,9 @@ import series_data as data
 import series_figure as figure
 import series_scores as scores
 import torch
+import training
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from xformerlib import time_series as ts
@@ -156,20 +157,14 @@ class Options:
 
     def check(self) -> None:
         """Raise ValueError for what cannot work."""
-        for name in ("lookback", "horizon", "steps", "batch_size", "eval_batch_size", "eval_every", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be >= 1; got {getattr(self, name)}")
-        if self.warmup < 0 or (self.season is not None and self.season < 1):
-            raise ValueError(
-                f"--season must be >= 1 and --warmup >= 0; got --season {self.season}, --warmup {self.warmup}"
-            )
-        if self.lr <= 0 or self.weight_decay < 0 or not 0 <= (self.dropout or 0) < 1:
-            raise ValueError(
-                "--dropout must be in [0, 1), --lr > 0 and --weight-decay >= 0; "
-                f"got --dropout {self.dropout}, --lr {self.lr}, --weight-decay {self.weight_decay}"
-            )
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"--seeds must be one number or several different ones; got {self.seeds}")
+        common.check_least(
+            self, 1, "lookback", "horizon", "season", "dim", "depth", "heads", "hidden", "patch", "stride"
+        )
+        common.check_least(self, 1, "steps", "batch_size", "eval_batch_size", "eval_every", "threads")
+        common.check_least(self, 0, "warmup", "weight_decay")
+        common.check_shares(self, "dropout")
+        common.check_positive(self, "lr")
+        common.check_different(self, "seeds")
         if self.data is None and (self.columns or self.past_columns or self.future_columns):
             raise ValueError("--columns, --past-columns and --future-columns are of a table: give one with --data")
 
@@ -272,10 +267,10 @@ def main(o: Options) -> None:
     theirs = scores.score(naive, task.plain, o.eval_batch_size)
     results = []
     for seed in o.seeds:
-        run = common.Run(o.run if len(o.seeds) == 1 else o.run / f"seed-{seed}", common.what_determines(o, seed))
+        run, own = common.own_run(o, seed)
         common.seed_everything(seed)
         model = build(o, task.table).to(device)
-        step, spent = train(model, task, run, o, seed)
+        step, spent = train(model, task, run, own, seed)
 
         # The weights that did best on validation, scored once on every test window, beside the seasonal-naive forecast.
         run.load_weights(model)
@@ -291,8 +286,8 @@ def main(o: Options) -> None:
         )
         curves = ours.mae_by_step(task.std), theirs.mae_by_step(task.std)
         figure.draw(run.directory / "forecast.png", task.table, examples(task, model, naive), curves)
-        written = ", ".join(path.name for path in sorted(run.directory.iterdir()))
-        print(f"\n{scores.summary(task.table, ours, theirs, task.std)}\n\nseed {seed}; in {run.directory}: {written}")
+        print(f"\n{scores.summary(task.table, ours, theirs, task.std)}")
+        print(f"\nseed {seed}; in {run.directory}: {run.written()}")
     if len(results) > 1:
         for name, values in (("MSE", [s.mse() for s in results]), ("MAE", [s.mae() for s in results])):
             print(f"standardised {name} over {len(values)} seeds: {mean(values):.4f} +- {stdev(values):.4f}")
@@ -312,24 +307,15 @@ def train(model: ts.ForecastModel, task: Task, run: common.Run, o: Options, seed
         return 0, 0.0
     optimizer = torch.optim.AdamW(model.parameters(), lr=o.lr, weight_decay=o.weight_decay)
     schedule = common.cosine_schedule(optimizer, warmup=o.warmup, steps=o.steps)
-    trained = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    step, best, spent = 0, math.inf, 0.0
+    trained = training.Trained(model, optimizer, schedule)
     total = torch.zeros((), device=next(model.parameters()).device)
-    if o.resume:
-        with common.plain_errors():
-            step, saved = run.resume(trained)
-        best, spent = saved["best"], saved["seconds"]
-    else:
-        run.begin()
+    step, saved = run.start(trained.parts, resume=o.resume)
+    best, spent = saved.get("best", math.inf), saved.get("seconds", 0.0)
     bar = tqdm(initial=step, total=o.steps, desc="train", unit="step", mininterval=0.5)
     while step < o.steps:
         model.train()
         loss = model.loss(windows.batch(drawn(len(windows), o.batch_size, step, seed)))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        trained.step(loss)
         step += 1
         total += loss.detach()
         bar.update()
@@ -349,7 +335,7 @@ def train(model: ts.ForecastModel, task: Task, run: common.Run, o: Options, seed
         if error < best:
             best = error
             run.save_weights(model)
-        run.save_state(step, trained, best=best, seconds=seconds)
+        run.save_state(step, trained.parts, best=best, seconds=seconds)
     bar.close()
     return step, spent + time.perf_counter() - began
 

@@ -18,7 +18,7 @@ resume.pt (for --resume), confusion.png and attention.png; with several --positi
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 import time
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -135,32 +135,29 @@ def main(o: Options) -> None:
 
 def run_one(o: Options, task: Task, position: Position, seed: int, device: torch.device) -> Result:
     """Train with one position and seed, score once on test, and draw."""
-    directory = o.run
-    directory = directory / position if len(o.positions) > 1 else directory
-    directory = directory / f"seed-{seed}" if len(o.seeds) > 1 else directory
-    own = dataclasses.replace(o, run=directory, positions=(position,))
-    run = common.Run(directory, common.what_determines(own, seed))
+    folders = [position] if len(o.positions) > 1 else []
+    run, own = common.own_run(dataclasses.replace(o, positions=(position,)), seed, *folders)
     common.seed_everything(seed)
     model = build(o, task, position).to(device)
-    # What was never begun has nothing to continue: a run after others, or after pre-training.
-    resume = o.resume and (run.state.exists() or (directory == o.run and not o.pretrain))
-    own = dataclasses.replace(own, resume=resume)
-    if o.pretrain and not (resume and run.state.exists()):
-        before = common.Run(directory / "pretrain", run.options)
-        training.pretrain(model, task.parts["train"], before, dataclasses.replace(own, resume=o.resume))
+    if o.pretrain and not (own.resume and run.state.exists()):
+        before = common.Run(run.directory / "pretrain", run.options)
+        goes_on = o.resume and (before.state.exists() or run.directory == o.run)
+        if not goes_on:
+            run.begin()  # of what an earlier run has left, --resume must not take anything for this one's
+        training.pretrain(model, task.parts["train"], before, own, resume=goes_on)
+        own = dataclasses.replace(own, resume=False)
     best, spent = training.train(model, task.parts, len(task.classes), run, own)
 
     # The weights that did best on validation, scored once on every test image.
     run.load_weights(model)
-    course = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    course = run.records()
     ours = training.score(model, task.parts["test"], o)
     run.log(epoch=o.epochs, test_accuracy=ours.accuracy, test_loss=ours.loss, seconds=spent)
     title = f"{task.name}: {ours.accuracy:.1%} of test right"
-    confusion_figure.draw(directory / "confusion.png", title, task.classes, ours.confusion.numpy(), course)
-    figure.draw(directory / "attention.png", model, *next(task.parts["test"].batches(8, train=False)), task.classes)
-    written = ", ".join(path.name for path in sorted(directory.iterdir()))
+    confusion_figure.draw(run.directory / "confusion.png", title, task.classes, ours.confusion.numpy(), course)
+    figure.draw(run.directory / "attention.png", model, *next(task.parts["test"].batches(8, train=False)), task.classes)
     print(f"\n{scores.summary(task.classes, ours, 'images')}")
-    print(f"\n{position}, seed {seed}, {spent:.0f} seconds; in {directory}: {written}")
+    print(f"\n{position}, seed {seed}, {spent:.0f} seconds; in {run.directory}: {run.written()}")
     return Result(position, best, ours.accuracy, spent)
 
 
@@ -192,7 +189,9 @@ def compared(results: list[Result], sizes: dict[Position, int]) -> str:
 
 
 def spread(values: list[float]) -> str:
-    """Mean and standard deviation."""
+    """Mean and standard deviation; a dash where nothing was measured."""
+    if not math.isfinite(values[0]):
+        return "-"
     return f"{mean(values):.2%}" + (f" +- {stdev(values):.2%}" if len(values) > 1 else "")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import random
 from collections.abc import Iterator
@@ -19,9 +20,8 @@ from vision_augment import Augment
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm")
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-SPLIT_SEED = (
-    0  # of what is held out where the data comes without: the same in every run, so that scores can be compared
-)
+# Of what is held out where the data comes without: the same in every run, so that scores can be compared.
+SPLIT_SEED = 0
 
 # -- data sets ---------------------------------------------------------------------------------------------------------
 
@@ -195,7 +195,8 @@ class Files(Dataset[tuple[Tensor, int]]):
     def batches(self, size: int, *, train: bool) -> Iterator[tuple[Tensor, Tensor]]:
         seed = int(torch.randint(1 << 31, ())) if train else 0
         items = [[(i, seed, train) for i in index.tolist()] for index in _order(len(self.labels), size, train)]
-        order = DataLoader(self, batch_sampler=items, num_workers=self.workers, generator=torch.Generator())
+        workers = min(self.workers, _cores())
+        order = DataLoader(self, batch_sampler=items, num_workers=workers, generator=torch.Generator())
         for images, labels in order:
             yield images.to(self.device), labels.to(self.device)
 
@@ -246,3 +247,8 @@ def statistics(part: Labelled) -> tuple[tuple[float, ...], tuple[float, ...]]:
     mean = counts @ values.double() / total
     spread = ((values - mean[:, None]).square() * counts).sum(1) / total
     return tuple(mean.tolist()), tuple(spread.sqrt().clamp(min=1 / 255).tolist())
+
+
+def _cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import common
+
 Position = Literal["none", "learned", "sincos", "rotary", "relative"]
 
 
@@ -85,7 +87,7 @@ class Options:
     threads: int = 1
     """CPU threads. One is enough for a model as small as the default."""
     workers: int = 2
-    """Processes that read images, with --augment timm."""
+    """Processes that read images, with --augment timm: at most one for each core."""
     run: Path = Path("runs/vision")
     """Directory for all that is written, for several runs one within it for each. A run that is there already is replaced, or
     continued with --resume."""
@@ -94,21 +96,14 @@ class Options:
 
     def check(self) -> None:
         """Raise ValueError for what cannot work."""
-        for name in ("dim", "depth", "heads", "epochs", "batch_size", "eval_batch_size", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be >= 1; got {getattr(self, name)}")
-        for name in ("validation", "test", "dropout", "drop_path", "warmup", "smoothing", "ema"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be in [0, 1); got {getattr(self, name)}")
-        for name in ("weight_decay", "mixup", "cutmix", "pretrain", "workers"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be >= 0; got {getattr(self, name)}")
+        common.check_least(self, 1, "patch", "stem", "size", "dim", "depth", "heads", "epochs")
+        common.check_least(self, 1, "batch_size", "eval_batch_size", "threads")
+        common.check_least(self, 0, "shift", "weight_decay", "mixup", "cutmix", "pretrain", "workers")
+        common.check_shares(self, "validation", "test", "dropout", "drop_path", "warmup", "smoothing", "ema")
+        common.check_positive(self, "lr", "clip")
+        common.check_different(self, "seeds", "positions")
         if self.patch is not None and self.stem is not None:
             raise ValueError("--patch and --stem both say how tokens are made: give one of them")
-        for name, least in (("patch", 1), ("stem", 1), ("shift", 0), ("size", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"--{name} must be >= {least}; got {value}")
         if self.pretrain and self.patch is None:
             raise ValueError("--pretrain hides patches and restores them: give their size with --patch")
         if not 0 < self.mask_ratio < 1:
@@ -119,9 +114,3 @@ class Options:
             )
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
             raise ValueError(f"--layer-decay must be in (0, 1]; got {self.layer_decay}")
-        if self.lr <= 0 or self.clip <= 0:
-            raise ValueError(f"--lr and --clip must be > 0; got --lr {self.lr}, --clip {self.clip}")
-        for name in ("seeds", "positions"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                raise ValueError(f"--{name} must be one or several different ones; got {values}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 from typing import Any
 
 import class_scores as scores
@@ -13,7 +11,7 @@ import vision_data as data
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
-from tqdm import tqdm
+from training import Rank, Trained, fit
 from vision_options import Options
 
 from xformerlib import vision
@@ -36,63 +34,42 @@ def in_half(model: nn.Module, images: Tensor) -> Tensor:
 def train(
     model: vision.ViT, parts: dict[str, data.Part], classes: int, run: common.Run, o: Options
 ) -> tuple[float, float]:
-    """Train epoch by epoch, each followed by a score on validation, and by everything saved.
+    """Train, and keep the weights that did best on validation.
 
     Returns:
-        The best accuracy on validation, and the seconds it took, those before a run was continued included.
+        The best accuracy on validation, -inf without one, and the seconds it took, those before a run was continued included.
     """
-    began, part = time.perf_counter(), parts["train"]
-    steps = o.epochs * max(1, len(part.labels) // o.batch_size)
+    steps = o.epochs * max(1, len(parts["train"].labels) // o.batch_size)
     groups = vision.parameter_groups(model, weight_decay=o.weight_decay, layer_decay=o.layer_decay, lr=o.lr)
     optimizer = torch.optim.AdamW(groups, fused=True)
     schedule = common.cosine_schedule(optimizer, warmup=round(o.warmup * steps), steps=steps)
-    trained: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    if o.ema:
-        trained["mean"] = AveragedModel(model, avg_fn=averaging(o.ema))
-    epoch, best, spent = 0, (-1.0, -math.inf), 0.0
-    if o.resume:
-        with common.plain_errors():
-            epoch, saved = run.resume(trained)
-        best, spent = (saved["accuracy"], saved["sureness"]), saved["seconds"]
-    else:
-        run.begin()
-    scored = trained["mean"].module if o.ema else model
-    bar = tqdm(initial=epoch, total=o.epochs, desc="train", unit="epoch", mininterval=0.5)
-    while epoch < o.epochs:
-        lr, loss = optimizer.param_groups[-1]["lr"], train_epoch(trained, part, classes, o)
-        epoch += 1
-        if not math.isfinite(loss):
-            raise SystemExit(f"error: the training loss is {loss} in epoch {epoch}; try a smaller --lr")
-        record, reached = {"train_loss": loss}, (-1.0, float(epoch))
-        if "validation" in parts:
-            validation = score(scored, parts["validation"], o)
-            record |= {"validation_loss": validation.loss, "validation_accuracy": validation.accuracy}
-            reached = validation.accuracy, -validation.loss  # of weights that are right as often, those that are surest
-        seconds = spent + time.perf_counter() - began
-        run.log(epoch=epoch, **record, lr=lr, seconds=seconds)
-        bar.set_postfix({name.replace("_", " "): f"{value:.3f}" for name, value in record.items()})
-        bar.update()
-        if reached > best:
-            best = reached
-            run.save_weights(scored)
-        run.save_state(epoch, trained, accuracy=best[0], sureness=best[1], seconds=seconds)
-    bar.close()
-    return best[0], spent + time.perf_counter() - began
+    average = AveragedModel(model, avg_fn=averaging(o.ema)) if o.ema else None
+    trained = Trained(model, optimizer, schedule, o.clip, average)
+
+    def validate() -> tuple[dict[str, float], Rank]:
+        found = score(trained.scored, parts["validation"], o)
+        return {"validation_loss": found.loss, "validation_accuracy": found.accuracy}, found.rank
+
+    return fit(
+        trained,
+        run,
+        epochs=o.epochs,
+        resume=o.resume,
+        train=lambda: train_epoch(trained, parts["train"], classes, o),
+        validate=validate if "validation" in parts else None,
+    )
 
 
-def train_epoch(trained: dict[str, Any], part: data.Part, classes: int, o: Options) -> float:
+def train_epoch(trained: Trained, part: data.Part, classes: int, o: Options) -> float:
     """Go through all images once, in random order; the mean loss of a step."""
-    model = trained["model"]
     mixed = mixing(o, classes)
-    model.train()
+    trained.model.train()
     losses = []
     for images, labels in part.batches(o.batch_size, train=True):
         images, targets = (images, labels) if mixed is None else mixed(images, labels)
-        logits = in_half(model, images)
+        logits = in_half(trained.model, images)
         loss = F.cross_entropy(logits, targets, label_smoothing=0.0 if mixed else o.smoothing)
-        descend(loss, model, trained, o)
-        if o.ema:
-            trained["mean"].update_parameters(model)
+        trained.step(loss)
         losses.append(loss.detach())
     return float(torch.stack(losses).mean())
 
@@ -115,8 +92,8 @@ def averaging(decay: float) -> Any:
     return step
 
 
-def pretrain(model: vision.ViT, part: data.Part, run: common.Run, o: Options) -> None:
-    """Train the model to restore hidden patches, epoch by epoch, each followed by everything saved; then its weights are written.
+def pretrain(model: vision.ViT, part: data.Part, run: common.Run, o: Options, *, resume: bool) -> None:
+    """Train the model to restore hidden patches.
 
     A masked autoencoder, as in He et al. (2021, arXiv:2111.06377); its decoder has a single block here, and is thrown away.
     """
@@ -126,34 +103,25 @@ def pretrain(model: vision.ViT, part: data.Part, run: common.Run, o: Options) ->
     steps = o.pretrain * max(1, len(part.labels) // o.batch_size)
     optimizer = torch.optim.AdamW(vision.parameter_groups(hidden, weight_decay=o.weight_decay, lr=o.lr), fused=True)
     schedule = common.cosine_schedule(optimizer, warmup=round(o.warmup * steps), steps=steps)
-    trained: dict[str, Any] = {"model": hidden, "optimizer": optimizer, "schedule": schedule}
-    epoch = 0
-    if o.resume and run.state.exists():
-        with common.plain_errors():
-            epoch, _ = run.resume(trained)
-    else:
-        run.begin()
-    bar = tqdm(initial=epoch, total=o.pretrain, desc="pretrain", unit="epoch", mininterval=0.5)
-    while epoch < o.pretrain:
-        hidden.train()
-        losses = []
-        for images, _ in part.batches(o.batch_size, train=True):
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
-                loss = hidden(images).loss
-            descend(loss, hidden, trained, o)
-            losses.append(loss.detach())
-        epoch += 1
-        run.log(epoch=epoch, train_loss=float(torch.stack(losses).mean()))
-        bar.set_postfix(loss=f"{float(torch.stack(losses).mean()):.3f}")
-        bar.update()
-        run.save_state(epoch, trained)
-    bar.close()
+    trained = Trained(hidden, optimizer, schedule, o.clip)
+    fit(
+        trained,
+        run,
+        epochs=o.pretrain,
+        resume=resume,
+        train=lambda: restore_epoch(trained, part, o),
+        validate=None,
+        name="pretrain",
+    )
 
 
-def descend(loss: Tensor, model: nn.Module, trained: dict[str, Any], o: Options) -> None:
-    """One step of the optimiser and of its schedule, along a gradient that is cut to --clip."""
-    trained["optimizer"].zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), o.clip)
-    trained["optimizer"].step()
-    trained["schedule"].step()
+def restore_epoch(trained: Trained, part: data.Part, o: Options) -> float:
+    """Hide patches of all images once, and restore them; the mean loss of a step."""
+    trained.model.train()
+    losses = []
+    for images, _ in part.batches(o.batch_size, train=True):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
+            loss = trained.model(images).loss
+        trained.step(loss)
+        losses.append(loss.detach())
+    return float(torch.stack(losses).mean())

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 import json
+import math
 import random
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import common
 import numpy as np
@@ -125,3 +129,55 @@ def test_only_errors_of_the_user_are_told_without_a_traceback() -> None:
         fail(ValueError("radius must be >= 0"))
     with pytest.raises(RuntimeError):
         fail(RuntimeError("a fault of ours"))
+
+
+@dataclass(frozen=True)
+class Numbers:
+    batch_size: float | None = 1
+    share: float | None = 0.5
+    seeds: tuple[int, ...] = (0,)
+
+
+@pytest.mark.parametrize(
+    ("check", "given", "message"),
+    [
+        (lambda o: common.check_least(o, 1, "batch_size"), {"batch_size": 0}, "--batch-size must be >= 1; got 0"),
+        (lambda o: common.check_least(o, 1, "batch_size"), {"batch_size": math.nan}, "--batch-size must be >= 1; got nan"),
+        (lambda o: common.check_positive(o, "share"), {"share": 0.0}, "--share must be > 0; got 0.0"),
+        (lambda o: common.check_shares(o, "share"), {"share": 1.0}, r"--share must be in \[0, 1\); got 1.0"),
+        (lambda o: common.check_shares(o, "share"), {"share": -0.1}, r"--share must be in \[0, 1\); got -0.1"),
+        (lambda o: common.check_different(o, "seeds"), {"seeds": ()}, r"--seeds must be one or several different ones"),
+        (lambda o: common.check_different(o, "seeds"), {"seeds": (1, 1)}, r"got \(1, 1\)"),
+    ],
+)  # fmt: skip
+def test_options_are_checked_one_by_one(check: Callable[[Numbers], None], given: dict[str, Any], message: str) -> None:
+    check(Numbers())
+    with pytest.raises(ValueError, match=message):
+        check(Numbers(**given))
+
+
+def test_options_that_were_not_given_pass() -> None:
+    common.check_least(Numbers(batch_size=None), 1, "batch_size")
+    common.check_shares(Numbers(share=None), "share")
+
+
+@dataclass(frozen=True)
+class Options:
+    run: Path
+    seeds: tuple[int, ...] = (0,)
+    resume: bool = False
+    lr: float = 0.1
+
+
+def test_a_run_among_several_has_a_directory_of_its_own_and_is_begun_if_it_never_was(tmp_path: Path) -> None:
+    run, own = common.own_run(Options(tmp_path), 0)
+    assert run.directory == tmp_path == own.run and run.options == {"lr": "0.1", "seed": "0"}
+    assert common.own_run(Options(tmp_path, resume=True), 0)[
+        1
+    ].resume  # and is refused, as there is nothing to continue
+    run, own = common.own_run(Options(tmp_path, seeds=(0, 3), resume=True), 3, "rotary")
+    assert run.directory == tmp_path / "rotary" / "seed-3" == own.run and not own.resume
+    run.begin()
+    run.save_state(1, {})
+    assert common.own_run(Options(tmp_path, seeds=(0, 3), resume=True), 3, "rotary")[1].resume
+    assert not common.own_run(Options(tmp_path, seeds=(0, 3)), 3, "rotary")[1].resume

@@ -1,12 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +14,9 @@ import labelled_series as data
 import pytest
 import series_classification as example
 import torch
-import tyro
 
-ROOT = Path(__file__).parents[2]
+from tests.examples import checks
+
 TINY = example.Options(dim=8, depth=1, heads=2, epochs=3, batch_size=8, noise=0.1, skip=2)
 
 
@@ -53,43 +49,23 @@ def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figure, "draw", lambda *_: None)
 
 
-def records(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-
-
-def untimed(path: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in records(path)]
-
-
 # -- the whole script --------------------------------------------------------------------------------------------------
 
 
 def test_the_command_without_data(tmp_path: Path) -> None:
-    command = [sys.executable, "examples/series_classification.py", "--epochs", "2", "--run", str(tmp_path / "run")]
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    done = checks.run_command("series_classification.py", "--epochs", "2", "--run", str(tmp_path / "run"))
     assert "2/2" in done.stderr  # the progress bar
     for word in ("train 720, validation 179, test 898", "test accuracy", "most frequent", "confusion.png"):
         assert word in done.stdout
     run = tmp_path / "run"
-    assert {path.name for path in run.iterdir()} == {"metrics.jsonl", "model.safetensors", "resume.pt", "confusion.png"}
-    assert (run / "confusion.png").read_bytes().startswith(b"\x89PNG")
-    assert [record["epoch"] for record in records(run)] == [1, 2, 2]
-    assert records(run)[-1]["test_accuracy"] > 0.3  # of ten digits, after two epochs
+    checks.assert_written(run, "confusion.png")
+    assert [record["epoch"] for record in checks.records(run)] == [1, 2, 2]
+    assert checks.records(run)[-1]["test_accuracy"] > 0.3  # of ten digits, after two epochs
 
 
 def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     for options in (example.Options, compare.Options):
-        with pytest.raises(SystemExit) as stop:
-            tyro.cli(options, args=["--help"])
-        assert stop.value.code == 0
-        text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-        for field in dataclasses.fields(options):
-            explained = re.search(rf"--{field.name.replace('_', '-')},? [A-Z{{\[-]\S+(.*?)\(default:", text)
-            assert explained and len(explained[1].split()) >= 2, field.name
+        checks.assert_help_explains(options, capsys)
 
 
 def test_classes_of_waves_are_learned(waves: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,13 +75,13 @@ def test_classes_of_waves_are_learned(waves: Path, tmp_path: Path, capsys: pytes
     assert "Waves: 2 classes, 8 to 30 steps of 1 values\n         2 missing values" in out
     assert "train 48, validation 12, test 40" in out
     assert "most frequent     50.00%" in out
-    assert records(options.run)[-1]["test_accuracy"] > 0.8
+    assert checks.records(options.run)[-1]["test_accuracy"] > 0.8
 
 
 def test_the_weights_that_did_best_on_validation_are_scored(waves: Path, tmp_path: Path, no_picture: None) -> None:
     options = dataclasses.replace(TINY, data=waves, run=tmp_path / "run", epochs=5, lr=3e-2)
     example.main(options)
-    *course, last = records(options.run)
+    *course, last = checks.records(options.run)
     known = data.load(waves)
     parts = example.parts_of(known, options, 0, torch.device("cpu"))
     model = example.build(options, parts["train"], 2)
@@ -125,53 +101,36 @@ def test_without_validation_all_series_train_and_the_last_weights_are_kept(
     options = dataclasses.replace(TINY, data=waves, run=tmp_path / "run", validation=0.0, epochs=2)
     example.main(options)
     assert "train 60, test 40" in capsys.readouterr().out
-    assert "validation_loss" not in records(options.run)[0]
+    assert "validation_loss" not in checks.records(options.run)[0]
     state = torch.load(options.run / "resume.pt", weights_only=True)["parts"]["model"]
     model = example.build(options, example.parts_of(data.load(waves), options, 0, torch.device("cpu"))["train"], 2)
     common.Run(options.run, {}).load_weights(model)
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("saved", [1, 2, 3])
+@pytest.mark.parametrize(("saved", "moment"), [(1, "after"), (2, "before"), (3, "before"), (3, "after")])
 def test_a_run_that_was_cut_off_ends_as_if_it_never_was(
-    saved: int, waves: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_picture: None
+    saved: int, moment: Any, waves: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_picture: None
 ) -> None:
     whole = dataclasses.replace(TINY, data=waves, run=tmp_path / "whole", scale="series", logarithm=True)
-    parted = dataclasses.replace(whole, run=tmp_path / "parted")
-    example.main(whole)
-    save_state, calls = common.Run.save_state, []
+    checks.assert_continued(example.main, whole, monkeypatch, saved, moment)
 
-    def cut_off(run: common.Run, *args: Any, **values: float) -> None:
-        calls.append(run)
-        if len(calls) == saved:
-            raise KeyboardInterrupt
-        save_state(run, *args, **values)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(common.Run, "save_state", cut_off)
-        with pytest.raises(KeyboardInterrupt):
-            example.main(parted)
-    torch.rand(5)
-    if saved == 1:  # nothing was saved
-        with pytest.raises(SystemExit, match="error: --resume continues a run, but there is no"):
-            example.main(dataclasses.replace(parted, resume=True))
-        return
-    example.main(dataclasses.replace(parted, resume=True))
-    assert untimed(parted.run) == untimed(whole.run)
-    assert (parted.run / "model.safetensors").read_bytes() == (whole.run / "model.safetensors").read_bytes()
+def test_a_run_that_was_cut_off_before_anything_was_saved_is_not_continued(
+    waves: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_picture: None
+) -> None:
+    begun = dataclasses.replace(TINY, data=waves, run=tmp_path / "run")
+    checks.cut_off(example.main, begun, monkeypatch, 1, "before")
+    with pytest.raises(SystemExit, match="error: --resume continues a run, but there is no"):
+        example.main(dataclasses.replace(begun, resume=True))
 
 
 def test_several_seeds_split_and_train_anew(
     waves: Path, tmp_path: Path, no_picture: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = dataclasses.replace(TINY, data=waves, run=tmp_path / "run", epochs=1, seeds=(0, 1))
-    example.main(options)
+    options = dataclasses.replace(TINY, data=waves, run=tmp_path / "run", epochs=1)
+    checks.assert_seeds_are_runs(example.main, options)
     assert "test accuracy over 2 seeds" in capsys.readouterr().out
-    losses = [untimed(options.run / f"seed-{seed}")[0]["train_loss"] for seed in (0, 1)]
-    assert losses[0] != losses[1]
-    again = dataclasses.replace(options, run=tmp_path / "again", seeds=(1,))
-    example.main(again)
-    assert untimed(again.run) == untimed(options.run / "seed-1")
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------
@@ -242,7 +201,7 @@ def test_packed_and_padded_give_the_same_at_each_step_of_training(
         ({"weight_decay": -1.0}, "--weight-decay must be >= 0"),
         ({"skip": -1}, "--skip must be >= 0; got -1"),
         ({"lr": 0.0}, "--lr must be > 0"),
-        ({"seeds": (1, 1)}, "--seeds must be one number or several different ones"),
+        ({"seeds": (1, 1)}, "--seeds must be one or several different ones"),
         ({"heads": 3}, "heads"),
         ({"device": "abacus"}, "--device must be auto or a device of this machine"),
     ],
@@ -250,9 +209,8 @@ def test_packed_and_padded_give_the_same_at_each_step_of_training(
 def test_options_that_cannot_work_are_refused(
     options: dict[str, Any], message: str, waves: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
-        example.main(dataclasses.replace(TINY, **{"data": waves, "run": tmp_path / "run", **options}))
-    assert not (tmp_path / "run").exists()
+    given: dict[str, Any] = {"data": waves, "run": tmp_path / "run", **options}
+    checks.assert_refused(example.main, dataclasses.replace(TINY, **given), message)
 
 
 def test_the_comparison_refuses_what_cannot_work(waves: Path) -> None:

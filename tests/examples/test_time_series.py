@@ -1,15 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, get_args
 
-import common
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,14 +12,11 @@ import series_figure as figure
 import series_scores as scores
 import time_series as example
 import torch
-import tyro
 from hypothesis import given, strategies as st
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from tests.examples import checks
 from xformerlib import time_series as ts
 
-ROOT = Path(__file__).parents[2]
 MODELS = pytest.mark.parametrize("model", ["patch-tst", "causal"])
 TINY = example.Options(
     lookback=48,
@@ -64,101 +55,41 @@ def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figure, "draw", lambda *_: None)
 
 
-def records(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-
-
-def untimed(path: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in records(path)]
-
-
 # -- the whole script --------------------------------------------------------------------------------------------------
 
 
 def test_the_command_of_the_readme(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "examples/time_series.py",
-        "--steps",
-        "4",
-        "--eval-every",
-        "2",
-        "--run",
-        str(tmp_path / "run"),
-    ]
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    done = checks.run_command("time_series.py", "--steps", "4", "--eval-every", "2", "--run", str(tmp_path / "run"))
     assert "4/4" in done.stderr  # the progress bar
     assert "1 missing cells" not in done.stdout and "2 missing cells" in done.stdout  # an hour that no clock showed
     for word in ("San Francisco", "Seattle", "last season", "test MAE, °F", "metrics.jsonl", "forecast.png"):
         assert word in done.stdout
     run = tmp_path / "run"
-    assert {path.name for path in run.iterdir()} == {"metrics.jsonl", "model.safetensors", "resume.pt", "forecast.png"}
-    assert (run / "forecast.png").read_bytes().startswith(b"\x89PNG")
-    assert [record["step"] for record in records(run)] == [2, 4, 4]
+    checks.assert_written(run, "forecast.png")
+    assert [record["step"] for record in checks.records(run)] == [2, 4, 4]
     # What a forecast of the same hour yesterday is worth does not depend on any model.
-    assert records(run)[-1]["naive_test_mae"] == pytest.approx(0.1681, abs=1e-4)
+    assert checks.records(run)[-1]["naive_test_mae"] == pytest.approx(0.1681, abs=1e-4)
 
 
 def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        tyro.cli(example.Options, args=["--help"])
-    assert stop.value.code == 0
-    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for field in dataclasses.fields(example.Options):
-        explained = re.search(rf"--{field.name.replace('_', '-')},? [A-Z{{\[-]\S+(.*?)\(default:", text)
-        assert explained and len(explained[1].split()) >= 2, field.name
+    checks.assert_help_explains(example.Options, capsys)
 
 
 @MODELS
 def test_a_trained_model_beats_the_same_hour_yesterday(model: Any, tmp_path: Path, no_picture: None) -> None:
     steps = 60 if model == "causal" else 100
     example.main(example.Options(model=model, run=tmp_path, steps=steps, eval_every=steps, dim=16, depth=1, lr=3e-3))
-    score = records(tmp_path)[-1]
+    score = checks.records(tmp_path)[-1]
     assert score["test_mae"] < 0.7 * score["naive_test_mae"]
 
 
 @MODELS
-@pytest.mark.parametrize("saved", [1, 2, 3])
-@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize(("saved", "moment"), [(1, "after"), (2, "before"), (2, "after"), (3, "before"), (3, "after")])
 def test_a_run_that_was_cut_off_ends_as_if_it_never_was(
-    model: Any, saved: int, moment: str, csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_picture: None
+    model: Any, saved: int, moment: Any, csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_picture: None
 ) -> None:
     whole = dataclasses.replace(TINY, model=model, data=csv, run=tmp_path / "whole")
-    parted = dataclasses.replace(whole, run=tmp_path / "parted")
-    example.main(whole)
-
-    save_state, calls = common.Run.save_state, []
-
-    def cut_off(run: common.Run, *args: Any, **values: float) -> None:
-        calls.append(run)
-        if len(calls) < saved + (moment == "before"):
-            return save_state(run, *args, **values)
-        if moment == "after":
-            save_state(run, *args, **values)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(common.Run, "save_state", cut_off)
-        if saved < 3 or moment == "after":
-            with pytest.raises(KeyboardInterrupt):
-                example.main(parted)
-        else:  # all steps taken: continuing it only scores again
-            example.main(parted)
-    torch.rand(5)
-    example.main(dataclasses.replace(parted, resume=True))
-
-    assert untimed(parted.run) == untimed(whole.run)
-    assert (parted.run / "model.safetensors").read_bytes() == (whole.run / "model.safetensors").read_bytes()
-    ends = [torch.load(o.run / "resume.pt", weights_only=True) for o in (whole, parted)]
-    for end in ends:
-        del end["random"]["python"]  # the type checks of tests draw from it, to look at one item of a sequence
-    for name in ("step", "parts", "random", "options"):
-        for one, other in zip(*(tree_leaves(end[name]) for end in ends), strict=True):
-            assert torch.equal(one, other) if isinstance(one, Tensor) else one == other
+    checks.assert_continued(example.main, whole, monkeypatch, saved, moment)
 
 
 def test_an_interrupted_run_is_not_continued_with_other_options(csv: Path, tmp_path: Path, no_picture: None) -> None:
@@ -173,13 +104,11 @@ def test_an_interrupted_run_is_not_continued_with_other_options(csv: Path, tmp_p
 def test_several_seeds_are_several_runs_and_their_mean_is_told(
     csv: Path, tmp_path: Path, no_picture: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    example.main(dataclasses.replace(TINY, data=csv, run=tmp_path / "run", seeds=(0, 1, 2)))
-    out = capsys.readouterr().out
-    errors = [records(tmp_path / "run" / f"seed-{seed}")[-1]["test_mse_standardised"] for seed in range(3)]
-    assert len(set(errors)) == 3
-    assert f"standardised MSE over 3 seeds: {np.mean(errors):.4f} +- {np.std(errors, ddof=1):.4f}" in out
-    example.main(dataclasses.replace(TINY, data=csv, run=tmp_path / "one", seeds=(1,)))
-    assert records(tmp_path / "one")[-1]["test_mse_standardised"] == errors[1]
+    options = dataclasses.replace(TINY, data=csv, run=tmp_path / "run")
+    checks.assert_seeds_are_runs(example.main, options)
+    errors = [checks.records(options.run / f"seed-{seed}")[-1]["test_mse_standardised"] for seed in (0, 1)]
+    told = f"standardised MSE over 2 seeds: {np.mean(errors):.4f} +- {np.std(errors, ddof=1):.4f}"
+    assert told in capsys.readouterr().out
 
 
 def test_every_name_is_that_of_a_model() -> None:
@@ -189,10 +118,10 @@ def test_every_name_is_that_of_a_model() -> None:
 @pytest.mark.parametrize("model", example.MODELS)
 def test_every_model_runs_and_is_saved(model: Any, csv: Path, tmp_path: Path, no_picture: None) -> None:
     example.main(example.Options(model=model, data=csv, lookback=48, horizon=12, steps=1, batch_size=2, run=tmp_path))
-    assert np.isfinite(records(tmp_path)[-1]["test_mse_standardised"])
+    assert np.isfinite(checks.records(tmp_path)[-1]["test_mse_standardised"])
     assert {path.name for path in tmp_path.iterdir()} >= {"metrics.jsonl", "model.safetensors"}
     if model == "seasonal-naive":
-        assert records(tmp_path)[-1]["test_mae"] == records(tmp_path)[-1]["naive_test_mae"]
+        assert checks.records(tmp_path)[-1]["test_mae"] == checks.records(tmp_path)[-1]["naive_test_mae"]
 
 
 @pytest.mark.parametrize("head", ["quantile", "student-t"])
@@ -215,7 +144,7 @@ def test_gaps_in_a_table_are_told_and_scored_around(tmp_path: Path, capsys: pyte
     out = capsys.readouterr().out
     assert "360 rows, 2020-01-01 00:00:00" in out
     assert "27 missing cells: not looked at, trained or scored on" in out
-    assert all(np.isfinite(list(record.values())).all() for record in records(tmp_path / "run"))
+    assert all(np.isfinite(list(record.values())).all() for record in checks.records(tmp_path / "run"))
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
@@ -277,16 +206,16 @@ def test_a_table_that_cannot_be_used_is_refused(text: str, message: str, tmp_pat
         ),
         ({"data": None, "columns": ("a",)}, "--columns, .* are of a table: give one with --data"),
         ({"columns": ("a",), "future_columns": ("z",)}, "has no column 'z'.*; choose with --past-columns and --future"),
-        ({"seeds": (1, 1)}, "--seeds must be one number or several different ones"),
+        ({"seeds": (1, 1)}, "--seeds must be one or several different ones"),
         ({"steps": 0}, "--steps must be >= 1; got 0"),
         ({"season": 0}, "--season must be >= 1"),
-        ({"lr": -1.0}, "--lr > 0"),
+        ({"lr": -1.0}, "--lr must be > 0; got -1"),
         ({"device": "abacus"}, "--device must be auto or a device of this machine"),
     ],
 )
 def test_options_that_cannot_work_are_refused(options: dict[str, Any], message: str, csv: Path, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
-        example.main(dataclasses.replace(TINY, **{"data": csv, "run": tmp_path / "run", **options}))
+    given: dict[str, Any] = {"data": csv, "run": tmp_path / "run", **options}
+    checks.assert_refused(example.main, dataclasses.replace(TINY, **given), message)
 
 
 def test_columns_without_variation_are_refused(tmp_path: Path) -> None:

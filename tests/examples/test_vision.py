@@ -1,13 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import pickle
-import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +12,6 @@ import confusion_figure
 import numpy as np
 import pytest
 import torch
-import tyro
 import vision as example
 import vision_augment as augment
 import vision_data as data
@@ -27,7 +22,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from vision_options import Options
 
-ROOT = Path(__file__).parents[2]
+from tests.examples import checks
+
 TINY = Options(dim=8, depth=1, heads=2, epochs=2, batch_size=16, threads=1, workers=0, test=0.9)
 
 
@@ -52,48 +48,27 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
-def records(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-
-
-def untimed(path: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in records(path)]
-
-
 # -- the whole script --------------------------------------------------------------------------------------------------
 
 
 def test_the_command_of_the_readme(tmp_path: Path) -> None:
     options = ["--epochs", "2", "--test", "0.9", "--batch-size", "16", "--threads", "1", "--run", str(tmp_path / "run")]
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, "examples/vision.py", *options],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = checks.run_command("vision.py", *options)
     assert "2/2" in done.stderr  # the progress bar
     for word in ("digits: 10 classes, 8 x 8 pixels", "4 x 4 tokens", "test accuracy", "attention.png", "confusion.png"):
         assert word in done.stdout
     run = tmp_path / "run"
-    names = {"metrics.jsonl", "model.safetensors", "resume.pt", "attention.png", "confusion.png"}
-    assert {path.name for path in run.iterdir()} == names
-    assert all((run / name).read_bytes().startswith(b"\x89PNG") for name in names if name.endswith("png"))
-    assert [record["epoch"] for record in records(run)] == [1, 2, 2]
+    checks.assert_written(run, "attention.png", "confusion.png")
+    assert [record["epoch"] for record in checks.records(run)] == [1, 2, 2]
 
 
 def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        tyro.cli(Options, args=["--help"])
-    assert stop.value.code == 0
-    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for field in dataclasses.fields(Options):
-        explained = re.search(rf"--{field.name.replace('_', '-')},? [A-Z{{\[-]\S+(.*?)\(default:", text)
-        assert explained and len(explained[1].split()) >= 2, field.name
+    checks.assert_help_explains(Options, capsys)
 
 
 def test_a_trained_model_knows_most_digits(tmp_path: Path, no_picture: None) -> None:
     example.main(dataclasses.replace(TINY, dim=32, epochs=3, test=0.2, lr=1e-2, run=tmp_path))
-    assert records(tmp_path)[-1]["test_accuracy"] > 0.7
+    assert checks.records(tmp_path)[-1]["test_accuracy"] > 0.7
 
 
 @pytest.mark.parametrize(
@@ -104,42 +79,34 @@ def test_a_run_that_was_cut_off_ends_as_if_it_never_was(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_picture: None
 ) -> None:
     whole = dataclasses.replace(TINY, epochs=3, **options, run=tmp_path / "whole")
-    cut_off_and_continued(whole, tmp_path, monkeypatch, after=2)
+    checks.assert_continued(example.main, whole, monkeypatch, saved=2)
 
 
-@pytest.mark.parametrize("after", [1, 3])
+@pytest.mark.parametrize("saved", [1, 3])
 def test_pre_training_is_continued_where_it_was(
-    after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_picture: None
+    saved: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_picture: None
 ) -> None:
     whole = dataclasses.replace(TINY, patch=2, pretrain=2, run=tmp_path / "whole")
-    cut_off_and_continued(whole, tmp_path, monkeypatch, after)
-    losses = [record["train_loss"] for record in records(whole.run / "pretrain")]
+    checks.assert_continued(example.main, whole, monkeypatch, saved)
+    losses = [record["train_loss"] for record in checks.records(whole.run / "pretrain")]
     assert len(losses) == 2 and losses[1] < losses[0]
 
 
-def cut_off_and_continued(whole: Options, folder: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
-    """Run as a whole, and again cut off after the state was saved so many times; both must end alike."""
-    parted = dataclasses.replace(whole, run=folder / "parted")
-    example.main(whole)
-    save_state, calls = common.Run.save_state, []
+def test_what_an_earlier_run_has_left_is_not_taken_for_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_picture: None
+) -> None:
+    options = dataclasses.replace(TINY, patch=2, pretrain=2, run=tmp_path / "run")
+    example.main(options)
+    checks.cut_off(example.main, options, monkeypatch, saved=1)  # in pre-training
+    assert not (options.run / "metrics.jsonl").exists()
+    (options.run / "pretrain" / "resume.pt").unlink()
+    with pytest.raises(SystemExit, match="error: --resume continues a run, but there is no"):
+        example.main(dataclasses.replace(options, resume=True))
 
-    def cut_off(run: common.Run, *args: Any, **values: float) -> None:
-        calls.append(run)
-        save_state(run, *args, **values)
-        if len(calls) == after:
-            raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(common.Run, "save_state", cut_off)
-        with pytest.raises(KeyboardInterrupt):
-            example.main(parted)
-    torch.rand(5)
-    example.main(dataclasses.replace(parted, resume=True))
-    assert untimed(parted.run) == untimed(whole.run)
-    assert (parted.run / "model.safetensors").read_bytes() == (whole.run / "model.safetensors").read_bytes()
-    ends = [torch.load(o.run / "resume.pt", weights_only=True) for o in (whole, parted)]
-    for one, other in zip(*(tree_leaves(end["parts"]) for end in ends), strict=True):
-        assert torch.equal(one, other) if isinstance(one, Tensor) else one == other
+def test_several_seeds_are_several_runs(tmp_path: Path, no_picture: None, capsys: pytest.CaptureFixture[str]) -> None:
+    checks.assert_seeds_are_runs(example.main, dataclasses.replace(TINY, epochs=1, run=tmp_path / "run"))
+    assert "test accuracy over 2 seeds" in capsys.readouterr().out
 
 
 def test_positions_are_compared_in_a_table(
@@ -155,7 +122,7 @@ def test_positions_are_compared_in_a_table(
     sizes = {row[0]: int(row[1].replace(",", "")) for row in rows}
     assert sizes["none"] == sizes["sincos"] == sizes["rotary"]
     assert sizes["learned"] == sizes["none"] + 17 * 8 and sizes["relative"] == sizes["none"] + 2 * (7 * 7 + 3)
-    accuracy = [records(tmp_path / "rotary" / f"seed-{seed}")[-1]["test_accuracy"] for seed in (0, 1)]
+    accuracy = [checks.records(tmp_path / "rotary" / f"seed-{seed}")[-1]["test_accuracy"] for seed in (0, 1)]
     assert rows[3][3].startswith(f"{np.mean(accuracy):.2%} +- ")
     # What is done is not done again, and what was never begun is begun.
     (tmp_path / "relative" / "seed-1" / "resume.pt").unlink()
@@ -176,21 +143,24 @@ def test_a_folder_of_images(way: Any, folder: Path, tmp_path: Path, capsys: pyte
     out = capsys.readouterr().out
     assert "images: 2 classes, 16 x 16 pixels" in out and "train 16, test 4" in out
     assert "is little for attention" in out  # 2 x 2 tokens
-    assert records(tmp_path / "run")[-1]["test_accuracy"] == 1.0
+    assert checks.records(tmp_path / "run")[-1]["test_accuracy"] == 1.0
     assert (tmp_path / "run" / "attention.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_images_one_by_one_are_altered_alike_by_any_number_of_processes(folder: Path) -> None:
+def test_images_one_by_one_are_altered_alike_by_any_number_of_processes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     part = data.load(folder).train
     made = augment.Augment(16, 0, True, 9, 0.5, (0.5,) * 3, (0.2,) * 3)
     results = []
-    for workers in (0, 2):
+    for workers, cores in ((0, 2), (2, 2), (2, 1)):  # torch warns of more processes than there are cores
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=cores: set(range(n)), raising=False)
         common.seed_everything(3)
         files = data.Files(part, made, workers, torch.device("cpu"))
         results.append([*files.batches(6, train=True), *files.batches(20, train=False), torch.rand(1)])
-    for one, other in zip(*(tree_leaves(result) for result in results), strict=True):
-        assert torch.equal(one, other)
+    for one, *others in zip(*(tree_leaves(result) for result in results), strict=True):
+        assert all(torch.equal(one, other) for other in others)
     assert [len(images) for images, _ in results[0][:-1]] == [6, 6, 6, 20]
 
 
@@ -312,7 +282,7 @@ def test_erased_rectangles_have_the_sizes_that_were_asked_for() -> None:
     ("options", "message"),
     [
         ({"data": Path("nowhere")}, "--data must be a folder; there is no folder nowhere"),
-        ({"data": ROOT / "docs"}, "must have a folder of images for each of at least two classes"),
+        ({"data": checks.ROOT / "docs"}, "must have a folder of images for each of at least two classes"),
         ({"size": 16}, "--size is for a folder of images; these have 8 pixels"),
         ({"patch": 3}, r"multiples of patch=\(3, 3\); got \(8, 8\)"),
         ({"patch": 2, "stem": 1}, "--patch and --stem both say how tokens are made"),
@@ -325,7 +295,7 @@ def test_erased_rectangles_have_the_sizes_that_were_asked_for() -> None:
         ({"test": 0.0}, "test would be empty"),
         ({"rand_augment": 11}, "--rand-augment must be from 0 to 10"),
         ({"mixup": -1.0}, "--mixup must be >= 0; got -1"),
-        ({"lr": 0.0}, "--lr and --clip must be > 0"),
+        ({"lr": 0.0}, "--lr must be > 0; got 0"),
         ({"layer_decay": 2.0}, r"--layer-decay must be in \(0, 1\]; got 2"),
         ({"seeds": (1, 1)}, "--seeds must be one or several different ones"),
         ({"positions": ()}, "--positions must be one or several different ones"),
@@ -334,9 +304,8 @@ def test_erased_rectangles_have_the_sizes_that_were_asked_for() -> None:
     ],
 )
 def test_options_that_cannot_work_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
-        example.main(dataclasses.replace(TINY, **{"run": tmp_path / "run", **options}))
-    assert not (tmp_path / "run").exists()
+    given: dict[str, Any] = {"run": tmp_path / "run", **options}
+    checks.assert_refused(example.main, dataclasses.replace(TINY, **given), message)
 
 
 def test_a_folder_needs_a_size(folder: Path, tmp_path: Path) -> None:
