@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Float, Float64, Int, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .._sublayers import NormLayer, norm_factory, normed
 from ..blocks import Block
 from ..domains import Domain, Graph
-from ..domains._neighbours import expand_ranges
 from ..positions import Bias, Learned, PairBias, RelativeBias
 from ..positions._base import at_least_fp32, check_width, no_meaning
 from ..positions._tables import TablePair
-from ._edges import can_keep
 from ._model import GraphModel, check_edge_features
+from ._paths import shortest_paths, size_of_pairs
 from ._readout import Readout
 
 
@@ -31,8 +29,8 @@ class PathBias(Bias):
     no path, for a node and itself, and for virtual nodes. The paper takes one shortest path of several, as its search happens to find
     it; here it is the mean over all, which is found as fast and does not depend on the order of nodes.
 
-    Features are those that the ``Graph`` was given as ``edge_attr``. Memory grows with the pairs of nodes within graphs, times ``steps``
-    times features: for graphs of up to some hundred nodes.
+    Features are those that the ``Graph`` was given as ``edge_attr``. Memory grows with the last edges of shortest paths, at most the nodes
+    times the edges of each graph: for graphs of up to some hundred nodes.
 
     Args:
         heads: attention heads.
@@ -79,7 +77,10 @@ class PathBias(Bias):
                 f"edge_attr must be floating-point (edges, edge_dim) = {(graph.num_edges, width)}; got {edge_attr.dtype} "
                 f"{tuple(edge_attr.shape)}. Categories are given as 0 and 1 for each (torch.nn.functional.one_hot)."
             )
-        return path_features(graph, edge_attr.to(self.weight.dtype), steps) @ self.weight.flatten(0, 1)
+        dtype = at_least_fp32(self.weight.dtype)
+        with torch.autocast(edge_attr.device.type, enabled=False):
+            by_step = edge_attr.to(dtype) @ self.weight.to(dtype).transpose(0, 1).flatten(1)
+        return shortest_paths(graph).mean(by_step.unflatten(1, (steps, -1)))
 
     def extra_repr(self) -> str:
         steps, width, heads = self.weight.shape
@@ -191,66 +192,6 @@ def _hop_rows(graph: Graph, rows: int) -> Int[Tensor, " pairs"]:
 
     def make() -> Tensor:
         hops = graph.hops.table.long()
-        return torch.where(hops < _size_of_pairs(graph), hops.clamp(max=rows - 2), rows - 1)
+        return torch.where(hops < size_of_pairs(graph), hops.clamp(max=rows - 2), rows - 1)
 
     return graph.fact(("hop rows of all pairs", rows), make)
-
-
-def _size_of_pairs(graph: Graph) -> Int[Tensor, " pairs"]:
-    return torch.repeat_interleave(graph.sizes, graph.sizes.square())
-
-
-# -- shortest paths --------------------------------------------------------------------------------------------------------
-
-
-class _Ends(NamedTuple):
-    """Last edges of shortest paths of one length: ``edge`` leads from the query of pair ``before`` to that of ``pair``, keys being equal.
-
-    ``share`` is how many of the pair's shortest paths end so.
-    """
-
-    pair: Int[Tensor, " ends"]
-    before: Int[Tensor, " ends"]
-    edge: Int[Tensor, " ends"]
-    share: Float64[Tensor, " ends"]
-
-
-def path_features(
-    graph: Graph, edge_attr: Float[Tensor, "edges features"], steps: int
-) -> Float[Tensor, "pairs path_features"]:
-    """For each pair the mean features of the first, second, ... edge of its shortest paths, over the number of edges; kept for data."""
-    if edge_attr.requires_grad or not can_keep(edge_attr):
-        return _path_features(graph, edge_attr, steps)
-    kept: Any = graph.fact(("path features", steps), WeakTensorKeyDictionary)
-    if edge_attr not in kept or kept[edge_attr][0] != edge_attr._version:
-        with torch.inference_mode(False):  # what is kept may be needed in training later
-            kept[edge_attr] = edge_attr._version, _path_features(graph, edge_attr, steps)
-    return kept[edge_attr][1]
-
-
-def _path_features(graph: Graph, edge_attr: Tensor, steps: int) -> Tensor:
-    hops, width = graph.hops.table.long(), edge_attr.shape[1]
-    found = edge_attr.new_zeros(len(hops), steps * width)
-    for ends in graph.fact("ends of shortest paths", lambda: _ends_by_length(graph)):
-        rows = torch.cat([edge_attr[ends.edge], found[ends.before, : (steps - 1) * width]], 1)
-        found = found.index_add(0, ends.pair, rows * ends.share[:, None].to(rows.dtype))
-    return found / hops.clamp(1, steps)[:, None]
-
-
-def _ends_by_length(graph: Graph) -> list[_Ends]:
-    """The ends of paths of one edge, of two, and so on."""
-    hops, size = graph.hops.table.long(), _size_of_pairs(graph)
-    source, target = graph.hops.row[graph.node_tokens][graph.edge_index]
-    # For each edge and each node of its graph as the key: does a shortest path to the target come by the edge?
-    edge, key = expand_ranges(torch.zeros_like(target), graph.sizes[graph.batch[graph.edge_index[1]]])
-    pair, before = target[edge] + key, source[edge] + key
-    ending = (hops[before] + 1 == hops[pair]) & (hops[before] < size[before]) & (hops[pair] < size[pair])
-    pair, before, edge = pair[ending], before[ending], edge[ending]
-    length, order = torch.sort(hops[pair], stable=True)
-    counts = torch.bincount(length, minlength=1)[1:].tolist()
-    paths, levels = (hops == 0).double(), []
-    for index in order.split(counts) if counts else ():
-        at, came = pair[index], before[index]
-        paths = paths.index_add(0, at, paths[came])
-        levels.append(_Ends(at, came, edge[index], paths[came] / paths[at]))
-    return levels
