@@ -19,7 +19,7 @@ LAYERS = [
     {"domains"},
     {"masks", "positions", "_dropout", "_linear"},
     {"kernels", "_cache", "_inputs", "_sublayers"},
-    {"_planned"},
+    {"_planned", "_arranged"},
     {"_compiled"},
     {"attention"},
     {"blocks", "_explain", "_pooling"},

@@ -53,29 +53,8 @@ def explain(
     plans = Explanation()
     for name, layer, shared in _layers(module_or_mask):
         cross = name.rpartition(".")[2] == "cross_attention"
-        position = (
-            []
-            if cross
-            else [
-                *(() if layer.position is None else layer.position.biases),
-                *(() if shared is None else shared.biases),
-            ]
-        )
-        options.setdefault("dtype", next(layer.parameters()).dtype)
-        plans[name] = plan(
-            layer.mask,
-            domain,
-            key_domain if cross else None,
-            heads=layer.heads,
-            kv_heads=layer.kv_heads,
-            head_dim=layer.head_dim,
-            bias=position or None,
-            dropout_p=layer.dropout if layer.training else 0.0,
-            softcap=layer.softcap,
-            sinks=layer.sinks is not None,
-            kernel=layer.kernel,
-            **options,
-        )
+        keys, position = (key_domain, None) if cross else (None, shared)
+        plans[name] = layer._plan(domain, keys, position=position, **options)
     if not plans:
         raise ValueError(f"module_or_mask must have attention layers; {type(module_or_mask).__name__} has none")
     return plans

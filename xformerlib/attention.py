@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from . import kernels
+from ._arranged import Arrangement, arrangement, moved
 from ._cache import Cache
 from ._compiled import Inputs, run_in_graph
 from ._inputs import (
@@ -234,6 +235,11 @@ class Attention(nn.Module):
                 which need then be given only at the first call.
             last: attend from only so many tokens at the end of ``x``, to all as before; the output is theirs. For sequences and timelines.
         """
+        if context is None and context_domain is None and cache is None and last is None:
+            there = self._arranged(x, domain, mask, position)
+            if there is not None:
+                y = self.forward(moved(x, None, there), there.domain, mask=mask, position=position)
+                return moved(y, there, None)
         q, key, value, domain, keys = self._project(x, domain, context, context_domain, position, cache, last)
         x = x if last is None else x[..., -last:, :]
         if mask is not None and cache is not None and (gone := cache.forgotten(self)):
@@ -289,6 +295,39 @@ class Attention(nn.Module):
             for rows in index.split(rows_per_block(problem))
         ]
         return torch.cat(blocks, 2) if blocks else q.new_zeros(*q.shape[:2], 0, key.shape[2])
+
+    def _plan(
+        self,
+        domain: Domain,
+        key_domain: Domain | None = None,
+        *,
+        mask: Mask | None = None,
+        position: Position | None = None,
+        batch: int = 1,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Plan:
+        """How the layer would compute its attention."""
+        biases = self._biases(position)
+        return plan(
+            self._mask(mask), domain, key_domain, batch=batch, heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim,
+            dtype=self.qkv.weight.dtype if dtype is None else dtype, device=device, bias=biases or None,
+            dropout_p=self.dropout if self.training else 0.0, softcap=self.softcap, sinks=self.sinks is not None, kernel=self.kernel,
+        )  # fmt: skip
+
+    def _arranged(
+        self, x: Tensor, domain: Domain | None, mask: Mask | None, position: Position | None
+    ) -> Arrangement | None:
+        """The order of tokens in which to attend from ``x`` to itself; None for the one that they are in."""
+        own = self._mask(mask)
+        if domain is None or own is None or self.kernel not in ("auto", "blocks", "packed"):
+            return None
+        there = arrangement(own, place("x", x, self.dim, domain), x.device) if x.is_cpu else None
+        if there is None:
+            return None
+        batch = x.shape[0] if x.ndim == 3 else 1
+        planned = self._plan(there.domain, mask=mask, position=position, batch=batch, dtype=x.dtype, device=x.device)
+        return there if planned.kernel in ("blocks", "packed") else None
 
     def _project(
         self,

@@ -26,7 +26,7 @@ CALL_NUMBERS = 2**22
 # Sizes of windows on two axes: up to so many are worth a call each, if their tokens need not be gathered.
 MOST_SLICES = 9
 # Scores, of all rows of the batch and heads, that take as long as a call costs besides.
-CALL_SCORES = 2**15
+CALL_SCORES = 2**16
 
 
 @dataclass(frozen=True)
@@ -234,27 +234,15 @@ def _grouped(
     if rows is not None:  # labels of different rows are different
         several = int(labels.max()) + 1 if labels.numel() else 1
         labels = torch.where(labels < 0, -1, labels + several * torch.arange(rows, device=device)[:, None]).flatten()
-    order = torch.argsort(labels, stable=True)
-    order = order[int((labels < 0).sum()) :]
-    if order.numel() == 0:
+    groups = _Groups(labels)
+    sizes = groups.sizes
+    if sizes.numel() == 0:
         return
-    sizes = torch.unique_consecutive(labels[order], return_counts=True)[1]
-    first = sizes.cumsum(0) - sizes
-    place = torch.argsort(order[first])  # groups in the order in which they come
-    sizes, first = sizes[place], first[place]
-
-    def bucketed(most: float) -> list[tuple[Tensor, Tensor]]:
-        found = []
-        for chosen, width in _buckets(sizes, most):
-            step, size = torch.arange(width, device=device), sizes[chosen][:, None]
-            found.append((order[first[chosen][:, None] + torch.minimum(step, size - 1)], step < size))
-        return found
-
     in_place = torch.arange(tokens, device=device)
     # Groups that stand one behind the other are slices if none is padded.
-    buckets = bucketed(0) if rows is None and len(sizes.unique()) <= MOST_SLICES else []
+    buckets = groups.bucketed(0) if rows is None and len(sizes.unique()) <= MOST_SLICES else []
     if not (buckets and torch.equal(_flat(buckets), in_place)):
-        buckets = bucketed(CALL_SCORES / (problem.heads * (1 if rows else problem.batch)))
+        buckets = groups.bucketed(CALL_SCORES / (problem.heads * (1 if rows else problem.batch)))
     every, calls = _flat(buckets), list[Tiles]()
     if rows is None and torch.equal(every, in_place):
         for index, _ in buckets:
@@ -265,6 +253,45 @@ def _grouped(
         for index, there in buckets:
             calls += [Gathered(*lists, tokens, rows) for lists in _lists(index, there, exact, most)]
     yield Structure("blocks" if int(sizes.min()) == int(sizes.max()) else "packed", tuple(calls), exact)
+
+
+class _Groups:
+    """The groups of tokens of a label, in the order in which they come; tokens of a negative one are in none.
+
+    Attributes:
+        sizes: how many tokens each group has.
+    """
+
+    def __init__(self, labels: Int[Tensor, " tokens"]) -> None:
+        order = torch.argsort(labels, stable=True)
+        self._order = order[int((labels < 0).sum()) :]
+        sizes = torch.unique_consecutive(labels[self._order], return_counts=True)[1]
+        first = sizes.cumsum(0) - sizes
+        place = torch.argsort(self._order[first])
+        self.sizes, self._first = sizes[place], first[place]
+
+    def bucketed(self, most: float) -> list[tuple[Int[Tensor, "n width"], Bool[Tensor, "n width"]]]:
+        """The tokens of groups of about the same size, and which of them are not repeated to fill one up; larger ones first.
+
+        No more than ``most`` pairs of a bucket are computed for nothing.
+        """
+        found = []
+        for chosen, width in _buckets(self.sizes, most):
+            step, size = torch.arange(width, device=chosen.device), self.sizes[chosen][:, None]
+            found.append((self._order[self._first[chosen][:, None] + torch.minimum(step, size - 1)], step < size))
+        return found
+
+
+def order_of_slices(mask: Mask, domain: Domain, device: torch.device) -> Int[Tensor, " tokens"] | None:
+    """All tokens in the order in which the groups of a mask are slices; None where they are, or where it makes no groups of few sizes."""
+    labels = None if domain.items is not None else _labels(mask, domain, device)
+    if labels is None or labels.ndim == 2 or labels.numel() == 0 or int(labels.min()) < 0:
+        return None
+    groups = _Groups(labels)
+    if len(groups.sizes.unique()) > MOST_SLICES:
+        return None
+    order = _flat(groups.bucketed(0))
+    return None if torch.equal(order, torch.arange(len(order), device=device)) else order
 
 
 def _flat(buckets: list[tuple[Tensor, Tensor]]) -> Int[Tensor, " tokens"]:

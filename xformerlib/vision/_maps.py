@@ -91,14 +91,7 @@ def attention_maps(
             )
         tokens, domain = args
         options = {name: value for name, value in options.items() if name in OPTIONS}
-        if isinstance(domain, Subset) and domain.index.ndim == 1 and domain.num_tokens == domain.whole.num_tokens:
-            # All tokens in another order: a model that puts them window by window.
-            places = domain.index.argsort()
-            asked = places if rows is None else places[torch.as_tensor(rows, device=places.device)]
-            weights, domain = attention.weights(tokens, domain, asked, **options)[..., places], domain.whole
-        else:
-            weights = attention.weights(tokens, domain, rows, **options)
-        found[index] = AttentionMap(weights, domain)
+        found[index] = AttentionMap(attention.weights(tokens, domain, rows, **options), domain)
 
     hooks = [
         blocks[index].attention.register_forward_pre_hook(partial(look, index), with_kwargs=True)

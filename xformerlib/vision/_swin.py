@@ -18,7 +18,7 @@ from .._inputs import place, rates_of_layers
 from .._pooling import Pooling
 from .._sublayers import NormLayer, Residual, norm_factory
 from ..blocks import Encoder
-from ..domains import Grid, Subset
+from ..domains import Grid
 from ..masks import Windows
 from ..positions import ContinuousBias, Position, RelativeBias
 from ._patches import Images, PatchEmbed, check_list
@@ -242,7 +242,7 @@ class Swin(nn.Module):
                 x, domain = self.merges[stage - 1](x, domain)
             encoder, size = self.stages[stage], self.windows[stage]
             turns = (Windows(size), Windows(size, shift=shifts[stage]))
-            x = _encoded(encoder, x, domain, turns)  # type: ignore[arg-type]
+            x = encoder(x, domain, mask=[turns[block % 2] for block in range(len(encoder.blocks))])  # type: ignore[arg-type]
             if stage in asked:
                 found[stage] = Features(x, domain)
         return found
@@ -261,61 +261,6 @@ def _check_version(version: int, pretrained_window: object) -> None:
         raise ValueError(f"version must be 1 or 2; got version={version!r}")
     if version == 1 and pretrained_window is not None:
         raise ValueError("pretrained_window is for version=2: the table of version 1 counts whole steps. Leave it out")
-
-
-def _encoded(encoder: Encoder, x: Tensor, domain: Grid, turns: tuple[Windows, Windows]) -> Tensor:
-    """Tokens through a stage, whose blocks attend within each of two windows in turn.
-
-    For each block tokens are put window by window, so that its attention finds windows as slices, and at the end they are put back: one
-    copy of the tokens in place of four, of queries, keys, values and results.
-    """
-    x, here = encoder.embed(x, domain), None
-    arranged = [_arranged(domain, mask, x.device) for mask in turns]
-    for index in range(len(encoder.blocks)):
-        there = arranged[index % 2]
-        order = None if there is None else there.index
-        x = encoder.layer(index, _moved(x, here, order), there or domain, mask=turns[index % 2])
-        here = order
-    return domain.zero_padding(encoder.norm(_moved(x, here, None)))
-
-
-class _Moved(torch.autograd.Function):
-    """Tokens in another order, which takes no sum in the backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor) -> Tensor:
-        ctx.order = order
-        return x.index_select(-2, order)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.index_select(-2, ctx.order.argsort()), None
-
-
-def _moved(x: Tensor, here: Tensor | None, there: Tensor | None) -> Tensor:
-    """Tokens that stand in the order ``here``, in the order ``there``; None is that of the grid."""
-    if here is there:
-        return x
-    back = None if here is None else here.argsort()
-    order = there if back is None else back if there is None else back[there]
-    return _Moved.apply(x, order)
-
-
-def _arranged(domain: Grid, mask: Windows, device: torch.device) -> Subset | None:
-    """The tokens window by window, larger windows first; None where there is one window, or grids differ from image to image."""
-    if domain.offsets is not None or domain.valid is not None or torch.compiler.is_compiling():
-        return None
-
-    def make() -> Subset | None:
-        size, shift = torch.tensor(mask.size), torch.tensor(mask.shift)
-        windows = torch.div(domain.coordinates - shift, size, rounding_mode="floor")
-        _, label, count = windows.unique(dim=0, return_inverse=True, return_counts=True)
-        if len(count) == 1:
-            return None
-        order = torch.argsort((len(label) - count[label]) * len(count) + label, stable=True)
-        return domain.subset(order.to(device))
-
-    return domain.fact(("arranged", mask, device), make)
 
 
 def _position(version: int, heads: int, window: tuple[int, ...], trained: tuple[int, ...]) -> Callable[[], Position]:
