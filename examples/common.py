@@ -83,11 +83,13 @@ def check_shares(options: Any, *names: str) -> None:
 
 
 def check_different(options: Any, *names: str) -> None:
-    """Raise ValueError unless each of the options is one value or several, none of them twice."""
+    """Raise ValueError unless each of the options is one value or several, none of them twice, and no number below 0."""
     for name in names:
         values = getattr(options, name)
         if not values or len(set(values)) < len(values):
             raise ValueError(f"--{name.replace('_', '-')} must be one or several different ones; got {values}")
+        if any(isinstance(value, int) and value < 0 for value in values):
+            raise ValueError(f"--{name.replace('_', '-')} must be 0 or above; got {values}")
 
 
 @contextmanager

@@ -24,7 +24,6 @@ curves.png and, where nodes have a place and the model attends along edges, atte
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from statistics import mean, stdev
 
@@ -65,28 +64,23 @@ def task_of(o: Options, found: data.Data, number: int, device: torch.device) -> 
 
 def run_one(o: Options, task: Task, number: int, seed: int) -> float:
     """Train with one split and seed, score once on test, and draw."""
-    directory = o.run / f"split-{number}" if len(o.splits) > 1 else o.run
-    directory = directory / f"seed-{seed}" if len(o.seeds) > 1 else directory
-    own = dataclasses.replace(o, run=directory, splits=(number,))
-    run = common.Run(directory, common.what_determines(own, seed))
+    folders = [f"split-{number}"] if len(o.splits) > 1 else []
+    run, own = common.own_run(dataclasses.replace(o, splits=(number,)), seed, *folders)
     common.seed_everything(seed)
     model = models.build(o, task.data).to(task.device)
-    # What was never begun has nothing to continue: a run after others.
-    own = dataclasses.replace(own, resume=o.resume and (run.state.exists() or directory == o.run))
     best, spent = training.train(model, task, run, own)
 
     # The weights that did best on validation, scored once on the whole of test.
     run.load_weights(model)
-    course = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    course = run.records()
     ours = training.score(model, task, list(training.batches(task, "test", o.eval_batch_size)))
     metric, name = task.data.metric, training.NAMES[task.data.metric]
     run.log(epoch=o.epochs, **{f"test_{metric}": ours.value, "test_loss": ours.loss}, seconds=spent)
     title = f"{task.data.name}, {o.model}: {name} {ours.value:.4f} on test"
-    figure.curves(directory / "curves.png", title, metric, name, course)
+    figure.curves(run.directory / "curves.png", title, metric, name, course)
     draw_attention(model, task, run)
-    written = ", ".join(path.name for path in sorted(directory.iterdir()))
     print(f"\ntest {name} {ours.value:.4f}, validation {best:.4f}")
-    print(f"{o.model}, split {number}, seed {seed}, {spent:.0f} seconds; in {directory}: {written}")
+    print(f"{o.model}, split {number}, seed {seed}, {spent:.0f} seconds; in {run.directory}: {run.written()}")
     return ours.value
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import common
+
 Model = Literal["gps", "graph-transformer", "graphormer", "exphormer", "sgformer", "gcn", "gin", "gine", "gat"]
 BASELINES = ("gcn", "gin", "gine", "gat")
 
@@ -80,22 +82,10 @@ class Options:
         """Raise ValueError for what cannot work."""
         if self.data is not None and self.pyg is not None:
             raise ValueError("--data and --pyg both say what to train on: give one of them")
-        for name in ("dim", "depth", "heads", "epochs", "batch_size", "eval_batch_size", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be >= 1; got {getattr(self, name)}")
+        common.check_least(self, 1, "dim", "depth", "heads", "epochs", "batch_size", "eval_batch_size", "threads")
+        common.check_least(self, 0, "weight_decay")
+        common.check_shares(self, "validation", "test", "dropout", "warmup")
+        common.check_positive(self, "validation", "test", "lr", "clip")
+        common.check_different(self, "seeds", "splits")
         if self.dim % self.heads:
             raise ValueError(f"--heads must divide --dim; got --heads {self.heads}, --dim {self.dim}")
-        for name in ("validation", "test"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be between 0 and 1; got {getattr(self, name)}")
-        for name in ("dropout", "warmup"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be in [0, 1); got {getattr(self, name)}")
-        if self.weight_decay < 0:
-            raise ValueError(f"--weight-decay must be >= 0; got {self.weight_decay}")
-        if self.lr <= 0 or self.clip <= 0:
-            raise ValueError(f"--lr and --clip must be > 0; got --lr {self.lr}, --clip {self.clip}")
-        for name in ("seeds", "splits"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values) or min(values) < 0:
-                raise ValueError(f"--{name} must be one or several different ones, none below 0; got {values}")

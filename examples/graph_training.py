@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import common
 import graph_data as data
@@ -13,7 +13,7 @@ from graph_options import Options
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
+from training import Rank, Trained, fit
 
 NAMES: dict[data.Metric, str] = {"accuracy": "accuracy", "auc": "ROC-AUC", "mae": "MAE", "rmse": "RMSE"}
 
@@ -52,7 +52,7 @@ class Task(NamedTuple):
         error = out[:, 0].double() * self.deviation + self.mean - y
         return float(error.abs().mean() if self.data.metric == "mae" else error.square().mean().sqrt())
 
-    def rank(self, score: Score) -> tuple[float, float]:
+    def rank(self, score: Score) -> Rank:
         """Greater for a better score; of those that are as good, for the surest."""
         return (score.value if self.data.metric in ("accuracy", "auc") else -score.value), -score.loss
 
@@ -70,7 +70,7 @@ def task_of(found: data.Data, parts: data.Parts, device: torch.device, edges: bo
     return Task(found, parts, device, edges, mean, deviation)
 
 
-def batches(task: Task, part: str, size: int, *, shuffle: bool = False) -> Any:
+def batches(task: Task, part: str, size: int, *, shuffle: bool = False) -> Iterator[data.Batch]:
     """The batches of a part, one after the other, on the device. Those that are not drawn anew can be kept in a list."""
     for index in data.batches(task.data, task.parts[part], size, shuffle=shuffle):
         yield data.batch_of(task.data, index).to(task.device)
@@ -93,61 +93,39 @@ def score(model: nn.Module, task: Task, made: list[data.Batch]) -> Score:
 
 
 def train(model: nn.Module, task: Task, run: common.Run, o: Options) -> tuple[float, float]:
-    """Train epoch by epoch, each followed by a score on validation, and by everything saved.
+    """Train, and keep the weights that did best on validation.
 
     Returns:
         The best score on validation, and the seconds it took, those before a run was continued included.
     """
-    began, whole = time.perf_counter(), task.data.of_nodes
+    whole = task.data.of_nodes
     steps = o.epochs * (1 if whole else math.ceil(len(task.parts["train"]) / o.batch_size))
     optimizer = torch.optim.AdamW(model.parameters(), o.lr, weight_decay=o.weight_decay, fused=True)
     schedule = common.cosine_schedule(optimizer, warmup=round(o.warmup * steps), steps=steps)
-    trained = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    epoch, best, spent = 0, (-math.inf, -math.inf), 0.0
-    if o.resume:
-        with common.plain_errors():
-            epoch, saved = run.resume(trained)
-        best, spent = (saved["rank"], saved["sureness"]), saved["seconds"]
-    else:
-        run.begin()
+    trained = Trained(model, optimizer, schedule, o.clip)
     validation = list(batches(task, "validation", o.eval_batch_size))
     kept = list(batches(task, "train", o.batch_size)) if whole else None
-    name = f"validation_{task.data.metric}"
-    bar = tqdm(initial=epoch, total=o.epochs, desc="train", unit="epoch", mininterval=0.5)
-    while epoch < o.epochs:
-        lr = optimizer.param_groups[0]["lr"]
+
+    def train_once() -> float:
         drawn = kept if kept is not None else batches(task, "train", o.batch_size, shuffle=True)
-        loss = train_epoch(trained, task, drawn, o)
-        epoch += 1
-        if not math.isfinite(loss):
-            raise SystemExit(f"error: the training loss is {loss} in epoch {epoch}; try a smaller --lr")
-        reached = score(model, task, validation)
-        seconds = spent + time.perf_counter() - began
-        record = {"train_loss": loss, "validation_loss": reached.loss, name: reached.value}
-        run.log(epoch=epoch, **record, lr=lr, seconds=seconds)
-        bar.set_postfix({key.replace("_", " "): f"{value:.3f}" for key, value in record.items()})
-        bar.update()
-        if task.rank(reached) > best:
-            best = task.rank(reached)
-            run.save_weights(model)
-        run.save_state(epoch, trained, rank=best[0], sureness=best[1], seconds=seconds)
-    bar.close()
-    return abs(best[0]), spent + time.perf_counter() - began
+        return train_epoch(trained, task, drawn)
+
+    def validate() -> tuple[dict[str, float], Rank]:
+        found = score(model, task, validation)
+        return {"validation_loss": found.loss, f"validation_{task.data.metric}": found.value}, task.rank(found)
+
+    best, seconds = fit(trained, run, epochs=o.epochs, resume=o.resume, train=train_once, validate=validate)
+    return abs(best), seconds
 
 
-def train_epoch(trained: dict[str, Any], task: Task, drawn: Any, o: Options) -> float:
+def train_epoch(trained: Trained, task: Task, drawn: Iterable[data.Batch]) -> float:
     """Go through all batches once; the mean loss of a step."""
-    model = trained["model"]
-    model.train()
+    trained.model.train()
     losses = []
     for batch in drawn:
         if len(batch.x) < 2:
             continue  # batch norms have nothing to tell of a single node
-        loss = task.loss(predict(model, task, batch), batch.y)
-        trained["optimizer"].zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), o.clip)
-        trained["optimizer"].step()
-        trained["schedule"].step()
+        loss = task.loss(predict(trained.model, task, batch), batch.y)
+        trained.step(loss)
         losses.append(loss.detach())
     return float(torch.stack(losses).mean())

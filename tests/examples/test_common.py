@@ -148,6 +148,7 @@ class Numbers:
         (lambda o: common.check_shares(o, "share"), {"share": -0.1}, r"--share must be in \[0, 1\); got -0.1"),
         (lambda o: common.check_different(o, "seeds"), {"seeds": ()}, r"--seeds must be one or several different ones"),
         (lambda o: common.check_different(o, "seeds"), {"seeds": (1, 1)}, r"got \(1, 1\)"),
+        (lambda o: common.check_different(o, "seeds"), {"seeds": (0, -1)}, r"--seeds must be 0 or above; got \(0, -1\)"),
     ],
 )  # fmt: skip
 def test_options_are_checked_one_by_one(check: Callable[[Numbers], None], given: dict[str, Any], message: str) -> None:
