@@ -70,18 +70,12 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
-        rows = grad.reshape(-1, grad.shape[-1])
-        if not of_x:
-            to_x = None
-        elif torch.is_grad_enabled():  # it will be differentiated in its turn
-            to_x = grad @ weight
-        else:
-            to_x = _product(grad.contiguous(), weight.T)
-        return (
-            to_x,
-            rows.T @ x.reshape(-1, x.shape[-1]) if of_weight else None,
-            rows.sum(0) if of_bias else None,
-        )
+        grad = grad.reshape(-1, len(weight)).contiguous()
+        to_x = None
+        if of_x:  # by a product of torch's where it will be differentiated in its turn
+            to_x = (grad @ weight if torch.is_grad_enabled() else _product(grad, weight.T)).view(x.shape)
+        to_weight = grad.T @ x.reshape(-1, x.shape[-1]) if of_weight else None
+        return to_x, to_weight, grad.sum(0) if of_bias else None
 
 
 def in_pieces(
