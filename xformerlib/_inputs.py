@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Callable, Sequence as SequenceOf
 
 import torch
 from torch import Tensor
@@ -10,9 +10,11 @@ from torch import Tensor
 from .domains import Domain, Sequence
 from .masks import Mask
 from .positions import Bias, Position
+from .positions._base import together
 
 BiasLike = Tensor | Bias
 Masks = Mask | SequenceOf[Mask | None] | None
+Positions = Position | Callable[[], Position] | SequenceOf[Position | Callable[[], Position]] | None
 
 
 def place(name: str, x: Tensor, dim: int, domain: Domain | None) -> Domain:
@@ -192,6 +194,25 @@ def check_bias_heads(position: Position, heads: int) -> None:
             raise ValueError(
                 f"position must score as many heads as the layer has, {heads}; got {bias!r} of {bias.heads}"
             )
+
+
+def positions_of_layers(given: Positions, depth: int, heads: int) -> tuple[Position | None, list[Position | None]]:
+    """The position that all layers share, and that of each alone."""
+    every = given if isinstance(given, (list, tuple)) else [] if given is None else [given]
+    for each in every:
+        if not isinstance(each, Position) and not callable(each):
+            raise TypeError(
+                "position must be a position, a function that makes one for each layer, or a list of these; got "
+                f"{type(each).__name__}"
+            )
+    shared = together(*(each for each in every if isinstance(each, Position)))
+    if shared is not None:
+        check_bias_heads(shared, heads)
+    makers = [each for each in every if not isinstance(each, Position)]
+    own = [[make() for make in makers] for _ in range(depth)]
+    for each in (position for positions in own for position in positions):
+        check_position(each, heads)
+    return shared, [together(*positions) for positions in own]
 
 
 def masks_of_layers(mask: object, depth: int) -> SequenceOf[Mask | None]:

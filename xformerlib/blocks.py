@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence as SequenceOf
+from collections.abc import Sequence as SequenceOf
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ._cache import Cache
-from ._inputs import Masks, check_bias_heads, check_last, masks_of_layers, place, rates_of_layers
+from ._inputs import Masks, Positions, check_last, masks_of_layers, place, positions_of_layers, rates_of_layers
 from ._sublayers import (
     Activation as Activation,
     DropPath as DropPath,
@@ -166,7 +166,7 @@ class _Stack(nn.Module):
         heads: int,
         *,
         mask: Masks,
-        position: Position | Callable[[], Position] | None,
+        position: Positions,
         norm: str,
         norm_layer: NormLayer,
         final_norm: bool | None,
@@ -178,22 +178,15 @@ class _Stack(nn.Module):
         if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
             raise ValueError(f"depth must be a whole number >= 1; got depth={depth!r}")
         layer_masks = masks_of_layers(mask, depth)
-        shared = position is None or isinstance(position, Position)
-        if not shared and not callable(position):
-            raise TypeError(
-                f"position must be a position, or a function that makes one for each layer; got {type(position).__name__}"
-            )
-        if isinstance(position, Position):
-            check_bias_heads(position, heads)
         self.dim = dim
-        self.position = position if isinstance(position, Position) else None
+        self.position, own = positions_of_layers(position, depth, heads)
         self.checkpoint = checkpoint
         self.blocks = nn.ModuleList(
             Block(
-                dim, heads, mask=layer_mask, position=None if shared else position(), norm=norm, norm_layer=norm_layer,  # type: ignore[arg-type, misc]
+                dim, heads, mask=layer_mask, position=layer_position, norm=norm, norm_layer=norm_layer,  # type: ignore[arg-type]
                 drop_path=rate, **copy.deepcopy(block),  # an activation that learns is each block's own
             )
-            for layer_mask, rate in zip(layer_masks, rates_of_layers(drop_path, depth), strict=True)
+            for layer_mask, layer_position, rate in zip(layer_masks, own, rates_of_layers(drop_path, depth), strict=True)
         )  # fmt: skip
         last = norm != "post" if final_norm is None else final_norm
         self.norm = norm_factory(norm_layer)(dim) if last else nn.Identity()
@@ -238,7 +231,8 @@ class Encoder(_Stack):
         dim, depth, heads: channels, number of blocks, attention heads.
         mask: one mask for all blocks, or a list of one for each (such as windows and, now and then, ``Full()``).
         position: how tokens know where they are. A position is shared by all blocks (T5) and its embeddings are added to the input; a
-            function that makes one, such as ``lambda: positions.RelativeBias(heads)``, gives each block its own (Swin).
+            function that makes one, such as ``lambda: positions.RelativeBias(heads)``, gives each block its own (Swin). Or a list of
+            both kinds, which are used together.
         norm, norm_layer: as in ``Block``.
         final_norm: whether a norm follows the last block; unless given, yes except after post-norm blocks, which end in one.
         drop_path: rate of the last block; it rises linearly from 0 at the first. Or a list of one for each.
@@ -261,7 +255,7 @@ class Encoder(_Stack):
         heads: int,
         *,
         mask: Masks = None,
-        position: Position | Callable[[], Position] | None = None,
+        position: Positions = None,
         norm: NormPlace = "pre",
         norm_layer: NormLayer = "layer",
         final_norm: bool | None = None,
@@ -315,7 +309,7 @@ class Decoder(_Stack):
         *,
         mask: Mask | SequenceOf[Mask | None] = Causal(),  # noqa: B008  (a frozen value)
         cross: bool = True,
-        position: Position | Callable[[], Position] | None = None,
+        position: Positions = None,
         norm: NormPlace = "pre",
         norm_layer: NormLayer = "layer",
         final_norm: bool | None = None,
@@ -377,7 +371,7 @@ class EncoderDecoder(nn.Module):
         decoder_depth: int = 6,
         mask: Mask | None = None,
         decoder_mask: Mask = Causal(),  # noqa: B008  (a frozen value)
-        position: Position | Callable[[], Position] | None = None,
+        position: Positions = None,
         norm: NormPlace = "post",
         activation: Activation = "relu",
         **stack: Any,
@@ -386,8 +380,8 @@ class EncoderDecoder(nn.Module):
         stack = {"position": position, "norm": norm, "activation": activation, **stack}
         self.encoder = Encoder(dim, encoder_depth, heads, mask=mask, **stack)
         # Each has a position of its own, as in T5: what source and target learn of distance differs.
-        own = copy.deepcopy(position) if isinstance(position, Position) else position
-        self.decoder = Decoder(dim, decoder_depth, heads, mask=decoder_mask, **{**stack, "position": own})
+        own = {**stack, "position": copy.deepcopy(position)}
+        self.decoder = Decoder(dim, decoder_depth, heads, mask=decoder_mask, **own)
 
     def forward(
         self,

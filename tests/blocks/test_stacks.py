@@ -122,6 +122,28 @@ def test_a_position_is_shared_and_a_function_makes_one_for_each_layer() -> None:
     assert not torch.allclose(own(x), shared(x), atol=1e-4)
 
 
+def test_a_list_mixes_positions_that_are_shared_with_those_of_each_layer() -> None:
+    def table() -> positions.RelativeBias:
+        return positions.RelativeBias(HEADS)
+
+    shared, rotary = table(), positions.Rotary(DIM // HEADS)
+    mixed = xf.Encoder(DIM, 2, HEADS, position=[shared, table, rotary, table])
+    names = [name for name, _ in mixed.named_parameters() if name.endswith("table")]
+    own = [f"blocks.{i}.attention.position.terms.{j}.table" for i in range(2) for j in range(2)]
+    assert sorted(names) == sorted(["position.terms.0.table", *own])
+    x = torch.randn(2, 5, DIM)
+    with torch.no_grad():
+        for parameter in mixed.parameters():
+            parameter.normal_()
+    summed = xf.Encoder(DIM, 2, HEADS, position=[table])
+    summed.load_state_dict({k: v for k, v in mixed.state_dict().items() if "position" not in k}, strict=False)
+    summed.position = rotary
+    with torch.no_grad():
+        for here, there in zip(summed.blocks, mixed.blocks, strict=True):
+            here.attention.position.table.copy_(sum(p.table for p in (shared, *there.attention.position)))
+    assert_equal(mixed(x), summed(x), 1e-5)
+
+
 def test_embeddings_are_added_once_and_rotations_and_biases_in_every_layer() -> None:
     position = positions.Sinusoidal(DIM) + positions.Rotary(DIM // HEADS) + positions.DistanceDecay(HEADS)
     encoder = redrawn(xf.Encoder(DIM, 2, HEADS, position=position))

@@ -24,6 +24,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "distilled": {"distillation": True},
     "rotary": {"registers": 3, "position": positions.Rotary(8, coordinates="normalized", theta=100)},
+    "mixed": {"position": ["learned", positions.Rotary(8), lambda: positions.RelativeBias(4, size=(4, 4))]},
     "sin-cos": {"position": positions.Sinusoidal(32), "norm": "sandwich"},
     "continuous": {"position": lambda: positions.ContinuousBias(4), "qk_norm": "cosine", "norm": "res-post"},
     "windows": {"mask": [masks.Windows(2) | masks.Global(1), None], "layer_scale": 0.1},

@@ -14,7 +14,8 @@ from torch import nn
 from .._pooling import MultiheadPooling, Pool, Pooling
 from ..attention import Attention
 from ..blocks import Block
-from ..positions import Position, Sum
+from ..positions import Position
+from ..positions._base import together
 from ..vision import PatchDropout, PatchEmbed, ViT
 from . import _timm_positions as positions
 from ._timm_blocks import block, feed_forward_of
@@ -73,20 +74,15 @@ def _blocks(weights: Weights, model: Any, prefix: int) -> tuple[list[Block], Pos
         ours = block(weights, theirs, order)
         attn = getattr(theirs, "attn", None)
         relative = None if attn is None else positions.bias(weights, getattr(attn, "rel_pos", None) or attn)
-        ours.attention.position = _together(turned[index] if isinstance(turned, list) else None, relative)
+        ours.attention.position = together(turned[index] if isinstance(turned, list) else None, relative)
         blocks.append(ours)
     table = getattr(model, "pos_embed", None)
-    shared = _together(
+    shared = together(
         None if table is None else positions.learned(weights, table, model.patch_embed.grid_size, prefix),
         None if isinstance(turned, list) else turned,
         *(positions.bias(weights, getattr(model, name, None)) for name in ("rel_pos_bias", "shared_rel_pos")),
     )
     return blocks, shared
-
-
-def _together(*parts: Position | None) -> Position | None:
-    present = [part for part in parts if part is not None]
-    return Sum(*present) if len(present) > 1 else present[0] if present else None
 
 
 def patch_embed(weights: Weights, theirs: Any) -> PatchEmbed:

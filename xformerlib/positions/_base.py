@@ -263,6 +263,12 @@ class Sum(Position):
         return SumPair(tuple(bias.pair(domain, key_domain, dtype=dtype) for bias in self.biases))
 
 
+def together(*parts: Position | None) -> Position | None:
+    """The sum of those that are there; None where there is none, and itself where there is one."""
+    present = [part for part in parts if part is not None]
+    return Sum(*present) if len(present) > 1 else present[0] if present else None
+
+
 class SumPair(PairBias):
     """Biases added up, bound to one pair of domains."""
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from .._inputs import Positions
 from ..blocks import Encoder
 from ..domains import Grid
-from ..positions import Position, Sinusoidal
+from ..positions import Sinusoidal
 from ._kept import Features, random_tokens
 from ._patches import PatchEmbed
 from ._vit import LAYER_NORM, ViT, _without_holes
@@ -73,7 +73,7 @@ class MaskedAutoencoder(nn.Module):
         decoder_heads: int = 16,
         ratio: float = 0.75,
         norm_targets: bool = True,
-        position: Position | Callable[[], Position] | None = None,
+        position: Positions = None,
         **decoder: Any,
     ) -> None:
         super().__init__()

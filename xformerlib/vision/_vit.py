@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence as SequenceOf
+from collections.abc import Sequence as SequenceOf
 from functools import partial
 from typing import Any, Literal
 
@@ -12,11 +12,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .._dropout import Dropout
+from .._inputs import Positions
 from .._pooling import Pool, Pooling
 from .._sublayers import NormLayer, norm_factory
 from ..blocks import Encoder
 from ..domains import Grid
-from ..positions import Learned, Position
+from ..positions import Learned
 from ._kept import Features as Features, PatchDropout
 from ._patches import Images, PatchEmbed, Tokenizer, check_list, draw_linear
 
@@ -44,7 +45,8 @@ class ViT(nn.Module):
         distillation: put another one behind it, with a head of its own (DeiT, Touvron et al. 2020, arXiv:2012.12877); see ``logits``.
         registers: further learned tokens (Darcet et al. 2023, arXiv:2309.16588).
         pool: what the head sees, as in ``Pooling``; default ``"token"``, or ``"mean"`` without a class token.
-        position: ``"learned"`` (``Learned`` on the grid of ``size``), None, or as in ``Encoder``.
+        position: ``"learned"`` (``Learned`` on the grid of ``size``), None, or as in ``Encoder``; of a list, too: EVA-02 (Fang et al. 2023,
+            arXiv:2303.11331) has ``["learned", positions.Rotary(dim // heads)]``.
         embed: makes tokens of images in place of patches, such as ``ConvStem(dim)``.
         embed_norm: a norm of the tokens before the first block (CLIP).
         pool_norm: whether the last norm follows the pooling; default: where tokens are averaged.
@@ -78,7 +80,7 @@ class ViT(nn.Module):
         distillation: bool = False,
         registers: int = 0,
         pool: Pool | Pooling | None = None,
-        position: Position | Callable[[], Position] | Literal["learned"] | None = "learned",
+        position: Positions | Literal["learned"] | SequenceOf[Positions | Literal["learned"]] = "learned",
         embed: Tokenizer | None = None,
         embed_norm: NormLayer | None = None,
         pool_norm: bool | None = None,
@@ -98,14 +100,16 @@ class ViT(nn.Module):
             raise ValueError(f"embed must make tokens of dim={dim} channels; got {self.embed.dim}")
         self.class_token, self.prefix = class_token, class_token + distillation + registers
         self.prefix_tokens = nn.Parameter(torch.empty(self.prefix, dim)) if self.prefix else None
-        if position == "learned":
+        every = position if isinstance(position, (list, tuple)) else [] if position is None else [position]
+        if "learned" in every:
             sizes = (size,) * self.embed.ndim if isinstance(size, int) else tuple(size)
-            position = Learned(dim, self.embed.grid(sizes), prefix=self.prefix)
+            learned = Learned(dim, self.embed.grid(sizes), prefix=self.prefix)
+            every = [learned if each == "learned" else each for each in every]
         pool = ("token" if class_token else "mean") if pool is None else pool
         self.pool = pool if isinstance(pool, Pooling) else _pooling(dim, heads, pool, norm_layer)
         after = self.pool.pool in ("mean", "max", "mean-max") if pool_norm is None else pool_norm
         self.encoder = Encoder(
-            dim, depth, heads, position=position, norm_layer=norm_layer, dropout=dropout,
+            dim, depth, heads, position=every, norm_layer=norm_layer, dropout=dropout,  # type: ignore[arg-type]
             final_norm=final_norm and not after, **encoder,
         )  # fmt: skip
         self.embed_norm = nn.Identity() if embed_norm is None else norm_factory(embed_norm)(dim)
