@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import xformerlib as xf
+from xformerlib import graph, masks
 
 from ._measure import Line, Setting, Target, Work, attention_flops
 from .graphs import molecules, protein_sizes, unique_edges, zinc_sizes
@@ -121,6 +122,21 @@ def hetero(setting: Setting) -> Work:
     return beside(setting, theirs, fed, names, "sparse", 3 * pairs, HEADS, CHANNELS // HEADS)
 
 
+def million_edges(setting: Setting) -> Work:
+    """The graph whole: nothing is sampled."""
+    nodes, count, layers = setting.size(100_000, 200), setting.size(1_000_000, 2000), 3
+    mask = masks.Edges(self_loops=True)
+    model = graph.GraphTransformer(16, CHANNELS, 8, layers, HEADS, mask=mask).to(setting.device, setting.dtype)
+    x, edge_index = setting.random(nodes, 16), unique_edges(nodes, count).to(setting.device)
+    placed = xf.Graph(edge_index, nodes)
+    dim = CHANNELS // HEADS
+    plan = xf.plan(mask, placed, heads=HEADS, head_dim=dim, dtype=setting.dtype, device=setting.device)
+    flops = 6.0 * nodes * sum(p.numel() for p in model.parameters() if p.ndim == 2)
+    flops += layers * attention_flops(count + nodes, HEADS, dim)
+    side = Training(model, lambda: model(x, edge_index), setting.random(nodes, 8, seed=1), ())
+    return Work(side, None, plan.kernel, flops, 0.0)
+
+
 GPS_WORK = "GPS layer (GINE, batch norm, {} channels, {} heads): 128 {}".format(CHANNELS, HEADS, "{}")
 LINES = (
     Line(
@@ -138,5 +154,10 @@ LINES = (
     Line(
         "hgt", "whole layer, 5,000 and 8,000 nodes of 64 channels, 3 kinds of 40,000 random edges, 4 heads x 16", "PyG HGTConv", hetero,
         Target(faster=2),
+    ),
+    Line(
+        "million-edges",
+        f"GraphTransformer along edges, 3 layers of {CHANNELS} channels, {HEADS} heads, a step of training: 100,000 nodes, a million edges",
+        "-", million_edges, Target(bytes=2e9),
     ),
 )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -14,7 +14,8 @@ from ..domains import Domain, Graph, Points
 from ..positions import Bias, PairBias
 from ..positions._base import at_least_fp32, check_positive, check_width, no_meaning
 from ..positions._bias import in_blocks, small_network
-from ..positions._tables import TablePair, rows_of_batch
+from ..positions._tables import rows_of_batch
+from ._pairs import NodePairBias, network_of
 
 # Values of the columns of an atom and of a bond in the Open Graph Benchmark: atomic number, chirality, degree, formal charge, hydrogens,
 # radical electrons, hybridisation, aromatic, in a ring; kind of bond, stereochemistry, conjugated.
@@ -22,14 +23,14 @@ ATOM_SIZES = (119, 5, 12, 12, 10, 6, 6, 2, 2)
 BOND_SIZES = (5, 6, 2)
 
 
-class RandomWalkBias(Bias):
+class RandomWalkBias(NodePairBias):
     """A small network of where random walks go, relative random-walk probabilities (RRWP) of GRIT (Ma et al. 2023, arXiv:2305.17589).
 
         b_ij = W2 relu(W1 [I, P, P^2, ..., P^(K - 1)]_ij + b1) + b2,   P = D^-1 A
 
     the probabilities that a walk from query i is at key j after 0, 1, ..., K - 1 steps. It is evaluated for the pairs within each graph
-    and no others, once in each layer. GRIT keeps a vector for each pair, which its layers change; this is a score for
-    each head, which any attention takes. Pairs with virtual nodes score 0.
+    and no others; in the models of this package once for all layers. GRIT keeps a vector for each pair, which its layers change; this is
+    a score for each head, which any attention takes. Pairs with virtual nodes score 0.
 
     Args:
         heads: attention heads, of the queries.
@@ -61,36 +62,18 @@ class RandomWalkBias(Bias):
         self.inner.reset_parameters()
         self.outer.reset_parameters()
 
-    def is_pointwise(self, domain: Domain) -> bool:
-        return True
-
-    def between(self, domain: Domain, keys: Domain, dtype: torch.dtype | None) -> PairBias:
+    def table(self, domain: Domain, dtype: torch.dtype | None) -> Float[Tensor, "pairs heads"]:
+        """The scores of all pairs within graphs."""
         if not isinstance(domain, Graph):
             raise no_meaning(
                 self, domain, "Walks need edges; use ContinuousBias(heads), which is defined on every domain."
             )
         dtype = at_least_fp32(dtype or self.inner.weight.dtype)
-        network = tuple(p.to(dtype) for p in (self.inner.weight, self.inner.bias, self.outer.weight, self.outer.bias))
         walks = domain._found(("walks", self.steps, dtype), lambda: domain.walks(self.steps).to(dtype))
-        return _WalkPair(domain, keys, small_network(walks, network, None), None)
+        return small_network(walks, network_of(self.inner, self.outer, dtype), None)
 
     def extra_repr(self) -> str:
         return f"{self.heads}, steps={self.steps}"
-
-
-class _WalkPair(TablePair):
-    """A row for each pair of nodes of the same graph."""
-
-    @property
-    def rows_key(self) -> Hashable:
-        return _WalkPair, self.rows, self.prefix_rows
-
-    def row(self, b: Tensor, q: Tensor, k: Tensor) -> Int[Tensor, "..."]:
-        assert isinstance(self.domain, Graph)
-        pairs = self.domain.pair_places
-        return pairs.row[q] + torch.minimum(
-            pairs.place[k], pairs.size[q] - 1
-        )  # keys of other graphs must stay within the table
 
 
 class GaussianBias(Bias):
@@ -148,8 +131,8 @@ class GaussianBias(Bias):
             )
         dtype = at_least_fp32(dtype or self.means.dtype)
         parts = (self.means, self.widths, self.factor, self.shift)
-        network = (self.inner.weight, self.inner.bias, self.outer.weight, self.outer.bias)
-        return _GaussianPair(domain, keys, tuple(p.to(dtype) for p in (*parts, *network)))
+        tensors = *(part.to(dtype) for part in parts), *network_of(self.inner, self.outer, dtype)
+        return _GaussianPair(domain, keys, tensors)
 
     def extra_repr(self) -> str:
         return f"{self.heads}, kernels={self.means.numel()}"

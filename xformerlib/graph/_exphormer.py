@@ -129,11 +129,14 @@ class ExpanderAttention(nn.Module):
         x: Float[Tensor, "tokens channels"],
         graph: Graph,
         edge_attr: Float[Tensor, "edges features"] | None = None,
+        *,
+        features: Float[Tensor, "links all_features"] | None = None,
     ) -> Float[Tensor, "tokens channels"]:
-        """Attend along links."""
+        """Attend along links. ``features`` are those of the links, where they are worked out once for several layers."""
         check_edge_features(edge_attr, self.edge_dim is not None)
         found = links(graph, self.degree, self.seed)
-        return self.out(self.along(x, found.edge_index, found.features(edge_attr).to(x.dtype)))
+        features = found.features(edge_attr) if features is None else features
+        return self.out(self.along(x, found.edge_index, features.to(x.dtype)))
 
     def extra_repr(self) -> str:
         return f"degree={self.degree}, seed={self.seed}"
@@ -199,6 +202,11 @@ class Exphormer(GPS):
             in_channels, hidden_channels, out_channels, num_layers, heads, conv=conv, edge_dim=edge_dim, position=position,
             pool=pool, virtual_nodes=virtual_nodes, passing=passing, links=own, **layer,
         )  # fmt: skip
+        self.degree, self.seed = degree, seed
+
+    def shared(self, graph: Graph, edges: Float[Tensor, "edges channels"] | None) -> dict[str, Any]:
+        """Features of the links."""
+        return {"features": links(graph, self.degree, self.seed).features(edges)}
 
     def make_layer(self, channels: int, conv: Callable[[], nn.Module], heads: int, **layer: Any) -> GPSLayer:
         """One of the layers."""

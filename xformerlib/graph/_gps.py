@@ -19,6 +19,7 @@ from ._edge_attention import EdgeAttention
 from ._edges import Adjacency
 from ._inputs import linear_from, place_nodes
 from ._model import GraphModel, check_edge_features
+from ._pairs import worked_out_once
 from ._readout import Readout
 from ._reset import reset
 
@@ -198,15 +199,17 @@ class GPS(GraphModel):
     ) -> Float[Tensor, "tokens channels"]:
         check_edge_features(edge_attr, self.embed_edges is not None)
         edges = None if self.embed_edges is None else self.embed_edges(edge_attr)
-        shared: dict[str, Any] = {}
-        if self.position is not None:
-            for embedding in self.position.embeddings:
-                x = embedding(x, graph)
-            if self.position.rotations or self.position.biases:
-                shared = {"position": self.position}
+        for embedding in () if self.position is None else self.position.embeddings:
+            x = embedding(x, graph)
+        shared = self.shared(graph, edges)
         for layer in self.layers:
             x = layer(x, graph, edges, **shared)
         return x
+
+    def shared(self, graph: Graph, edges: Float[Tensor, "edges channels"] | None) -> dict[str, Any]:
+        """What the attention of every layer is given beside tokens, worked out once."""
+        position = worked_out_once(self.position)
+        return {} if position is None else {"position": position}
 
 
 class _WithinGraphs(TokenNorm):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -14,13 +13,13 @@ from ..blocks import Block
 from ..domains import Domain, Graph
 from ..positions import Bias, Learned, PairBias, RelativeBias
 from ..positions._base import at_least_fp32, check_width, no_meaning
-from ..positions._tables import TablePair
 from ._model import GraphModel, check_edge_features
+from ._pairs import NodePairBias, NodePairs
 from ._paths import shortest_paths, size_of_pairs
 from ._readout import Readout
 
 
-class PathBias(Bias):
+class PathBias(NodePairBias):
     """A score for what lies on the shortest paths from a key to a query: Graphormer's edge encoding (Ying et al. 2021, arXiv:2106.05234).
 
         b_ij = mean over the shortest paths from j to i of   1/N sum_{n <= N} e_n . w_n,   N the smaller of its edges and ``steps``
@@ -58,26 +57,25 @@ class PathBias(Bias):
         """Draw the weights anew."""
         nn.init.trunc_normal_(self.weight, std=0.02)
 
-    def is_pointwise(self, domain: Domain) -> bool:
-        return True
-
-    def between(self, domain: Domain, keys: Domain, dtype: torch.dtype | None) -> PairBias:
+    def table(self, domain: Domain, dtype: torch.dtype | None) -> Float[Tensor, "pairs heads"]:
+        """The scores of all pairs within graphs."""
         if not isinstance(domain, Graph):
             raise no_meaning(self, domain, "Paths need edges; use RelativeBias(heads).")
         if domain.edge_attr is None:
             raise ValueError(f"PathBias asks for features of edges: give the Graph its edge_attr; got {domain!r}")
-        scores = self.table(domain, domain.edge_attr)
-        return _PairScores(domain, keys, scores.to(at_least_fp32(dtype or self.weight.dtype)), None)
+        return self.of_features(domain, domain.edge_attr, dtype)
 
-    def table(self, graph: Graph, edge_attr: Float[Tensor, "edges features"]) -> Float[Tensor, "pairs heads"]:
-        """The scores of all pairs, in the order of ``graph.hops``."""
+    def of_features(
+        self, graph: Graph, edge_attr: Float[Tensor, "edges features"], dtype: torch.dtype | None = None
+    ) -> Float[Tensor, "pairs heads"]:
+        """The same with features other than the graph's."""
         steps, width, _ = self.weight.shape
         if edge_attr.shape != (graph.num_edges, width) or not edge_attr.is_floating_point():
             raise ValueError(
                 f"edge_attr must be floating-point (edges, edge_dim) = {(graph.num_edges, width)}; got {edge_attr.dtype} "
                 f"{tuple(edge_attr.shape)}. Categories are given as 0 and 1 for each (torch.nn.functional.one_hot)."
             )
-        dtype = at_least_fp32(self.weight.dtype)
+        dtype = at_least_fp32(dtype or self.weight.dtype)
         with torch.autocast(edge_attr.device.type, enabled=False):
             by_step = edge_attr.to(dtype) @ self.weight.to(dtype).transpose(0, 1).flatten(1)
         return shortest_paths(graph).mean(by_step.unflatten(1, (steps, -1)))
@@ -152,7 +150,7 @@ class Graphormer(GraphModel):
         scores = self.hops.table[_hop_rows(graph, len(self.hops.table))]
         if self.paths is not None and edge_attr is not None:
             edges = edge_attr if self.embed_edges is None else self.embed_edges(edge_attr)
-            scores = scores + self.paths.table(graph, edges)
+            scores = scores + self.paths.of_features(graph, edges)
         shared = _Scores(scores, self.hops.prefix_table)
         x = self.degree(x, graph)
         for block in self.blocks:
@@ -163,28 +161,16 @@ class Graphormer(GraphModel):
 class _Scores(Bias):
     """Scores of all pairs that were computed for this call, once for all layers."""
 
-    def __init__(self, table: Float[Tensor, "pairs heads"], prefix_table: Tensor | None) -> None:
+    def __init__(self, scores: Float[Tensor, "pairs heads"], prefix_table: Tensor | None) -> None:
         super().__init__()
-        self.heads, self.table, self.prefix_table = table.shape[1], table, prefix_table
+        self.heads, self.scores, self.prefix_table = scores.shape[1], scores, prefix_table
 
     def is_pointwise(self, domain: Domain) -> bool:
         return True
 
     def between(self, domain: Domain, keys: Domain, dtype: torch.dtype | None) -> PairBias:
-        return _PairScores(domain, keys, self.table.to(at_least_fp32(dtype or self.table.dtype)), self.prefix_table)
-
-
-class _PairScores(TablePair):
-    """A row for each pair of nodes of a graph, in the order of its table of hops."""
-
-    @property
-    def rows_key(self) -> Hashable:
-        return _PairScores, self.prefix_rows
-
-    def row(self, b: Tensor, q: Tensor, k: Tensor) -> Int[Tensor, "..."]:
-        assert isinstance(self.domain, Graph)
-        hops = self.domain.hops
-        return hops.row[q] + torch.minimum(hops.place[k], hops.size[q] - 1)
+        dtype = at_least_fp32(dtype or self.scores.dtype)
+        return NodePairs(domain, keys, self.scores.to(dtype), self.prefix_table)
 
 
 def _hop_rows(graph: Graph, rows: int) -> Int[Tensor, " pairs"]:

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from .._pooling import Pooling
-from .._sublayers import NormLayer
+from .._sublayers import NormLayer, normed
 from ..blocks import Encoder
 from ..domains import Graph
 from ..masks import Mask
@@ -19,6 +19,7 @@ from ..positions import Position
 from ..positions._graph import on_nodes
 from ._edges import Adjacency, as_pairs, check_ends
 from ._inputs import linear_from, place_nodes
+from ._pairs import worked_out_once
 from ._readout import EdgeReadout, Readout
 from ._reset import reset
 
@@ -187,4 +188,9 @@ class GraphTransformer(GraphModel):
     ) -> Float[Tensor, "tokens channels"]:
         if edge_attr is not None and not self.reads_edge_features:
             raise ValueError("edge_attr has no use in GraphTransformer; leave it out, or use GPS with an EdgeAttention")
-        return self.encoder(x, graph)
+        if self.encoder.checkpoint:  # each block is computed again by itself, scores included
+            return self.encoder(x, graph)
+        x, shared = self.encoder.embed(x, graph), worked_out_once(self.encoder.position)
+        for block in self.encoder.blocks:
+            x = block(x, graph, position=shared)
+        return normed(self.encoder.norm, x, graph)
