@@ -9,8 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..kernels._scores import Scores
-from ..kernels._sparse import edge_attention
+from .._along_edges import along_edges
 from ._edges import Adjacency, as_pairs, sorted_edges
 from ._inputs import linear_from
 
@@ -113,24 +112,14 @@ class EdgeAttention(nn.Module):
         q = self._by_head(self.query(target))
         key, value = map(self._by_head, self.key_value(source).chunk(2, -1))
         pattern, order = sorted_edges(edge_index, len(source), len(target))
-        seed = torch.randint(1 << 31, (), device=q.device) if self.training and self.dropout else None
-        scores = Scores(
-            None, (), 1 / math.sqrt(self.out_channels), dropout_p=0.0 if seed is None else self.dropout, seed=seed
-        )
+        dropout = self.dropout if self.training else 0.0
         if self.edge is None:
-            y, _ = edge_attention(q, key, value, pattern, scores)
+            y, _ = along_edges(q, key, value, pattern, dropout_p=dropout)
         else:
             assert edge_attr is not None
             by_head = self.edge.weight.unflatten(0, (self.heads, -1))
-            y, sums = edge_attention(
-                q,
-                key,
-                value,
-                pattern,
-                scores,
-                self._edge_query(target, by_head),
-                edge_attr.index_select(0, order).to(q.dtype),
-            )
+            u, e = self._edge_query(target, by_head), edge_attr.index_select(0, order).to(q.dtype)
+            y, sums = along_edges(q, key, value, pattern, dropout_p=dropout, edge_query=u, edge_attr=e)
             y = y + sums @ by_head.transpose(1, 2)
         y = y[0].transpose(0, 1)
         out = self._rooted(y.flatten(1) if self.concat else y.mean(1), target)

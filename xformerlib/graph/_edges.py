@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from .._along_edges import Pattern
 from ..domains import Graph
-from ..kernels._pattern import Pattern
+from ._made_once import made_once
 
 # As in PyTorch Geometric: (2, edges) with sources above targets, an EdgeIndex, a sparse tensor of (targets, sources); or a Graph.
 Adjacency = Tensor | Graph
@@ -28,29 +28,12 @@ class SortedEdges(NamedTuple):
     order: Int[Tensor, " edges"]
 
 
-# What was made of an edge_index lives as long as the tensor, and is made anew where the tensor was changed in place.
-_MADE: Any = WeakTensorKeyDictionary()
-
-
 def sorted_edges(edge_index: Adjacency, sources: int, targets: int) -> SortedEdges:
     """The edges sorted by target, made at the first call with an ``edge_index`` and kept beside it."""
     if isinstance(edge_index, Graph):
         return edge_index.fact(("sorted_edges",), lambda: _sorted(edge_index.edge_index, sources, targets))
-    if not can_keep(edge_index):
-        return _sorted(as_pairs(edge_index), sources, targets)
-    version, key = edge_index._version, (sources, targets)
-    made = _MADE.get(edge_index)
-    if made is None or made[0] != version:
-        made = _MADE[edge_index] = (version, {})
-    if key not in made[1]:
-        with torch.inference_mode(False):  # what is kept may be needed in training later
-            made[1][key] = _sorted(as_pairs(edge_index), sources, targets)
-    return made[1][key]
-
-
-def can_keep(given: Any) -> bool:
-    """Whether what is made of a tensor may be kept: tensors of inference mode do not tell that they were changed in place."""
-    return isinstance(given, Tensor) and not given.is_inference()
+    what = ("sorted", sources, targets)
+    return made_once(what, [edge_index], lambda: _sorted(as_pairs(edge_index), sources, targets))
 
 
 def as_pairs(edge_index: Adjacency) -> Int[Tensor, "2 edges"]:

@@ -5,19 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from typing import Any
-from weakref import ref
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..kernels._pattern import Pattern
-from ..kernels._scores import Scores
-from ..kernels._sparse import edge_attention
+from .._along_edges import Pattern, along_edges
 from ..positions._base import check_width
-from ._edges import Adjacency, as_pairs, can_keep, sorted_edges
+from ._edges import Adjacency, as_pairs, sorted_edges
+from ._made_once import made_once
 
 EdgeType = tuple[str, str, str]
 
@@ -116,12 +113,9 @@ class HeteroAttention(nn.Module):
             if self.bias is not None:
                 scores.append(self.bias[r, :, None].expand(-1, source.shape[1]))
         if given:
-            biases = (torch.cat(scores, 1)[None, :, None],) if scores else ()
-            scale = 1 / math.sqrt(self.out_channels // self.heads)
-            y, _ = edge_attention(
-                query, torch.cat(keys, 1)[None], torch.cat(values, 1)[None],
-                self._pattern(counts, edge_index_dict), Scores(None, biases, scale),
-            )  # fmt: skip
+            bias = torch.cat(scores, 1)[None, :, None] if scores else None
+            key, value = (torch.cat(parts, 1)[None] for parts in (keys, values))
+            y, _ = along_edges(query, key, value, self._pattern(counts, edge_index_dict), bias=bias)
         else:
             y = torch.zeros_like(query)
         by_kind = y[0].transpose(0, 1).flatten(1).split(counts)
@@ -141,16 +135,8 @@ class HeteroAttention(nn.Module):
     def _pattern(self, counts: list[int], edge_index_dict: dict[EdgeType, Adjacency]) -> Pattern:
         """All edges in one: the queries are all nodes, the keys the sources of each kind of edge, one kind behind the other."""
         edges = {kind: edge_index_dict[kind] for kind in self.edge_types if kind in edge_index_dict}
-        if not all(can_keep(e) for e in edges.values()):
-            return self._made_pattern(counts, edges)
-        key = (tuple(self.node_types), tuple(counts), tuple(edges), tuple(e._version for e in edges.values()))  # type: ignore[union-attr]
-        first = next(iter(edges.values()))
-        kept = _MADE.get(first)
-        if kept is None or kept[0] != key or any(r() is not e for r, e in zip(kept[1], edges.values(), strict=True)):
-            with torch.inference_mode(False):  # what is kept may be needed in training later
-                made = self._made_pattern(counts, edges)
-            kept = _MADE[first] = (key, [ref(e) for e in edges.values()], made)
-        return kept[2]
+        what = ("kinds", tuple(self.node_types), tuple(counts), tuple(edges))
+        return made_once(what, [*edges.values()], lambda: self._made_pattern(counts, edges))
 
     def _made_pattern(self, counts: list[int], edges: dict[Any, Adjacency]) -> Pattern:
         size, parts, keys = dict(zip(self.node_types, counts, strict=True)), [], 0
@@ -180,7 +166,3 @@ class HeteroAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, heads={self.heads}"
-
-
-# The pattern of several kinds of edges lives as long as the edges of the first kind, and is made anew where any of them changed.
-_MADE: Any = WeakTensorKeyDictionary()

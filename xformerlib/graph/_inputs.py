@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-from weakref import ref
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..domains import Graph
-from ._edges import Adjacency, as_pairs, can_keep
+from ._edges import Adjacency, as_pairs
+from ._made_once import made_once
 
 
 class Placed(NamedTuple):
@@ -34,10 +33,6 @@ class Placed(NamedTuple):
         return x if self.order is None else x.index_select(0, self.order.argsort())
 
 
-# The graph that was made of an edge_index lives as long as the tensor.
-_MADE: Any = WeakTensorKeyDictionary()
-
-
 def place_nodes(
     edge_index: Adjacency,
     num_nodes: int,
@@ -54,16 +49,11 @@ def place_nodes(
                 f"got {edge_index!r}" + ("" if batch is None else " and batch")
             )
         return Placed(edge_index, None)
-    if not can_keep(edge_index) or not (batch is None or can_keep(batch)):
-        return _placed(as_pairs(edge_index), num_nodes, batch, virtual_nodes, num_graphs)
-    key = (edge_index._version, None if batch is None else batch._version, num_nodes, virtual_nodes, num_graphs)
-    kept = _MADE.get(edge_index)
-    if kept is None or kept[0]() is not batch or kept[1] != key:
-        whose = (lambda: None) if batch is None else ref(batch)
-        with torch.inference_mode(False):  # what is kept may be needed in training later
-            made = _placed(as_pairs(edge_index), num_nodes, batch, virtual_nodes, num_graphs)
-        kept = _MADE[edge_index] = (whose, key, made)
-    return kept[2]
+    return made_once(
+        ("placed", num_nodes, virtual_nodes, num_graphs),
+        [edge_index, batch],
+        lambda: _placed(as_pairs(edge_index), num_nodes, batch, virtual_nodes, num_graphs),
+    )
 
 
 def _placed(
