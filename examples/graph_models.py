@@ -37,7 +37,8 @@ def body(o: Options, data: Data) -> graph.GraphModel:
     place = encoding(o, data)
     if o.model == "gps":
         conv = (lambda: message(o, edges)) if o.messages == "gine" else None
-        return graph.GPS(**ends, **sizes, conv=conv, edge_dim=edges, position=place, dropout=o.dropout)
+        mask = masks.Edges() if o.attend == "edges" else None
+        return graph.GPS(**ends, **sizes, conv=conv, mask=mask, edge_dim=edges, position=place, dropout=o.dropout)
     if o.model == "exphormer":
         return graph.Exphormer(**ends, **sizes, edge_dim=edges, position=place, dropout=o.dropout)
     if o.model == "graph-transformer":

@@ -43,7 +43,9 @@ class Options:
     heads: int = 4
     """Attention heads of a layer."""
     messages: Literal["attention", "gine"] = "attention"
-    """How gps passes messages along edges, beside attention among all nodes: by attention too, or by sums (GINE)."""
+    """How gps passes messages along edges beside its attention: by attention too, or by sums (GINE)."""
+    attend: Literal["all", "edges"] = "all"
+    """Whom nodes of gps attend to: all nodes of their graph, which costs much on a large one, or those from which edges lead to them."""
     residual: bool = False
     """Add the input of each layer of gcn, gin, gine or gat to what comes out. The Transformers do so as a matter of course."""
     head: Literal["linear", "mlp"] = "linear"
@@ -53,7 +55,9 @@ class Options:
     dropout: float = 0.1
     """Share of the values dropped in training."""
     epochs: int = 25
-    """Times that training goes through all graphs; with one graph, its steps."""
+    """Times that training goes through all graphs, and is scored on validation."""
+    epoch_steps: int = 1
+    """With one graph: the steps of an epoch."""
     batch_size: int = 32
     """Graphs in a training step."""
     eval_batch_size: int = 256
@@ -82,7 +86,7 @@ class Options:
         """Raise ValueError for what cannot work."""
         if self.data is not None and self.pyg is not None:
             raise ValueError("--data and --pyg both say what to train on: give one of them")
-        common.check_least(self, 1, "dim", "depth", "heads", "epochs", "batch_size", "eval_batch_size", "threads")
+        common.check_least(self, 1, "dim", "depth", "heads", "epochs", "epoch_steps", "batch_size", "eval_batch_size", "threads")
         common.check_least(self, 0, "weight_decay")
         common.check_shares(self, "validation", "test", "dropout", "warmup")
         common.check_positive(self, "validation", "test", "lr", "clip")

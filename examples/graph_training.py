@@ -99,12 +99,12 @@ def train(model: nn.Module, task: Task, run: common.Run, o: Options) -> tuple[fl
         The best score on validation, and the seconds it took, those before a run was continued included.
     """
     whole = task.data.of_nodes
-    steps = o.epochs * (1 if whole else math.ceil(len(task.parts["train"]) / o.batch_size))
+    steps = o.epochs * (o.epoch_steps if whole else math.ceil(len(task.parts["train"]) / o.batch_size))
     optimizer = torch.optim.AdamW(model.parameters(), o.lr, weight_decay=o.weight_decay, fused=True)
     schedule = common.cosine_schedule(optimizer, warmup=round(o.warmup * steps), steps=steps)
     trained = Trained(model, optimizer, schedule, o.clip)
     validation = list(batches(task, "validation", o.eval_batch_size))
-    kept = list(batches(task, "train", o.batch_size)) if whole else None
+    kept = list(batches(task, "train", o.batch_size)) * o.epoch_steps if whole else None
 
     def train_once() -> float:
         drawn = kept if kept is not None else batches(task, "train", o.batch_size, shuffle=True)
