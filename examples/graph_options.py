@@ -86,7 +86,9 @@ class Options:
         """Raise ValueError for what cannot work."""
         if self.data is not None and self.pyg is not None:
             raise ValueError("--data and --pyg both say what to train on: give one of them")
-        common.check_least(self, 1, "dim", "depth", "heads", "epochs", "epoch_steps", "batch_size", "eval_batch_size", "threads")
+        common.check_least(
+            self, 1, "dim", "depth", "heads", "epochs", "epoch_steps", "batch_size", "eval_batch_size", "threads"
+        )
         common.check_least(self, 0, "weight_decay")
         common.check_shares(self, "validation", "test", "dropout", "warmup")
         common.check_positive(self, "validation", "test", "lr", "clip")
