@@ -1,4 +1,4 @@
-"""Layers of PyTorch Geometric as ours: the same weights, the same nodes.
+"""Layers of PyTorch Geometric as ours, and back: the same weights, the same nodes.
 
 >>> from torch_geometric.nn import TransformerConv
 >>> from xformerlib.interop.pyg import from_pyg
@@ -19,7 +19,7 @@ from torch import nn
 from torch_geometric.nn import GPSConv, HGTConv, TransformerConv
 from torch_geometric.nn.dense import Linear as TheirLinear
 
-from ..graph import EdgeAttention, GPSLayer, HeteroAttention
+from ..graph import EdgeAttention, ExpanderAttention, GPSLayer, HeteroAttention
 from .torch_nn import from_torch
 
 
@@ -100,6 +100,70 @@ def _hetero_attention(conv: HGTConv) -> HeteroAttention:
         for r, relation in enumerate(conv.edge_types):
             ours.factor[r] = conv.p_rel["__".join(relation)].squeeze(0)
     return ours.train(conv.training)
+
+
+def to_pyg(module: nn.Module) -> Any:
+    """A copy in which every ``EdgeAttention`` is PyTorch Geometric's ``TransformerConv``, with the same weights and outputs.
+
+    For tools that ask for layers which pass messages: masks of edges (``GNNExplainer``) and weights along them (``AttentionExplainer``)
+    then reach the layers along edges, and ``to_hetero`` knows them for what they are. An ``ExpanderAttention``, whose links are not the
+    graph's edges, stays what it is, as does all else. Speed and memory are those of PyTorch Geometric.
+
+    Args:
+        module: an ``EdgeAttention``, or a model or layer that has some in it.
+
+    Raises:
+        ValueError: nothing along edges in it; channels that are not known before the first call.
+
+    Example:
+        >>> from xformerlib.graph import GPS
+        >>> model, graph = GPS(16, 32, 2, num_layers=2, heads=4).eval(), (torch.randn(3, 16), torch.tensor([[0, 1], [1, 2]]))
+        >>> torch.allclose(to_pyg(model)(*graph), model(*graph), atol=1e-5)
+        True
+    """
+    if isinstance(module, EdgeAttention):
+        return _transformer_conv(module)
+    other = copy.deepcopy(module)
+    found = _put_in_place(other)
+    if not found:
+        raise ValueError(f"module must be an EdgeAttention or have one in it; got {type(module).__name__} without")
+    return other
+
+
+def _put_in_place(module: nn.Module) -> int:
+    """Replace layers along edges, and say how many there were."""
+    found = 0
+    for name, part in module.named_children():
+        if isinstance(part, EdgeAttention):
+            setattr(module, name, _transformer_conv(part))
+            found += 1
+        elif not isinstance(part, ExpanderAttention):
+            found += _put_in_place(part)
+    return found
+
+
+def _transformer_conv(layer: EdgeAttention) -> TransformerConv:
+    if any(isinstance(part, nn.LazyLinear) for part in (layer.query, layer.key_value)):
+        raise ValueError("in_channels must be known; got -1. Call the layer once, then take it over")
+    theirs = TransformerConv(
+        (layer.key_value.in_features, layer.query.in_features), layer.out_channels, layer.heads, layer.concat,
+        layer.gate is not None, layer.dropout, None if layer.edge is None else layer.edge.in_features,
+        layer.query.bias is not None, layer.root is not None,
+    ).to(layer.query.weight)  # fmt: skip
+    with torch.no_grad():
+        for parts, own in (
+            ((theirs.lin_query,), layer.query), ((theirs.lin_key, theirs.lin_value), layer.key_value),
+            ((theirs.lin_edge,), layer.edge), ((theirs.lin_skip,), layer.root), ((theirs.lin_beta,), layer.gate),
+        ):  # fmt: skip
+            if own is None:
+                continue
+            weights = own.weight.chunk(len(parts))
+            biases = [None] * len(parts) if own.bias is None else own.bias.chunk(len(parts))
+            for part, weight, bias in zip(parts, weights, biases, strict=True):
+                part.weight.copy_(weight)
+                if bias is not None:
+                    part.bias.copy_(bias)
+    return theirs.train(layer.training)
 
 
 def _copy(own: Any, *theirs: Any) -> None:
