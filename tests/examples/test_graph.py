@@ -111,6 +111,58 @@ def test_every_model_lowers_the_loss_on_nodes(model: graph_options.Model, tmp_pa
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize(("attend", "far"), [("edges", False), ("all", True)])
+def test_nodes_of_gps_attend_to_whom_they_are_told(attend: Any, far: bool, tmp_path: Path) -> None:
+    found = _saved(tmp_path, one_graph(3))  # a path
+    model = models.build(dataclasses.replace(TINY, attend=attend, messages="gine"), found).eval()
+    batch = data.batch_of(found, torch.arange(60))
+    moved = batch.x.clone()
+    moved[30] += 5
+    with torch.inference_mode():
+        changed = (model(batch) - model(batch._replace(x=moved))).abs().amax(1) > 0
+    near = torch.zeros(60, dtype=torch.bool)
+    near[29:32] = True
+    assert torch.equal(changed, torch.ones(60, dtype=torch.bool) if far else near)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"), [({"model": "gine"}, True), ({"messages": "gine"}, True), ({"model": "gin"}, False)]
+)
+def test_gine_is_told_the_features_of_edges(options: dict[str, Any], told: bool, tmp_path: Path) -> None:
+    found = _saved(tmp_path, rings(lambda size: size.astype(np.float32), scaffold=False))
+    o = dataclasses.replace(TINY, **options)
+    task, model = example.task_of(o, found, 0, torch.device("cpu")), models.build(o, found).eval()
+    batch = data.batch_of(found, torch.arange(4))
+    assert batch.edge_attr is not None
+    others = batch._replace(edge_attr=(batch.edge_attr + 1) % 3)
+    with torch.inference_mode():
+        assert torch.equal(training.predict(model, task, batch), training.predict(model, task, others)) != told
+
+
+def test_a_residual_layer_that_says_nothing_leaves_nodes_as_they_are(tmp_path: Path) -> None:
+    found = _saved(tmp_path, one_graph(3))
+    batch = data.batch_of(found, torch.arange(60))
+    for residual in (False, True):
+        model = models.build(dataclasses.replace(TINY, model="gcn", residual=residual, head="mlp"), found).eval()
+        for norm in model.norms:  # type: ignore[union-attr]
+            torch.nn.init.zeros_(norm.weight)  # type: ignore[union-attr, arg-type]
+        with torch.inference_mode():
+            nodes = model.embed(batch.x)
+            torch.testing.assert_close(model(batch), model.head(nodes if residual else torch.zeros_like(nodes)))
+
+
+def test_epochs_of_several_steps_are_the_same_steps(tmp_path: Path, no_picture: None) -> None:
+    np.savez(tmp_path / "tiny.npz", **one_graph(3))
+    o = dataclasses.replace(TINY, data=tmp_path / "tiny.npz", model="gcn", epochs=6, run=tmp_path / "single")
+    example.main(o)
+    example.main(dataclasses.replace(o, epochs=2, epoch_steps=3, run=tmp_path / "several"))
+    single, several = (
+        torch.load(tmp_path / name / "resume.pt", weights_only=True)["parts"]["model"] for name in ("single", "several")
+    )
+    assert all(torch.equal(single[name], several[name]) for name in single)
+    assert [record["epoch"] for record in common.Run(tmp_path / "several", {}).records()] == [1, 2, 2]
+
+
 def _saved(folder: Path, held: dict[str, Any]) -> data.Data:
     np.savez(folder / "tiny.npz", **held)
     return data.load(folder / "tiny.npz")
