@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..domains import Domain, Graph, Grid, Points
 from ._base import Bias, PairBias, at_least_fp32, check_positive, check_width, in_steps, no_meaning
+from ._remembered import remembered
 from ._tables import PREFIX_ENTRIES, HopPair, Offsets, StepPair, TablePair, largest_graph, row_in_table, rows_of_batch
 
 # Pairs whose hidden layer is held at a time where each pair is evaluated by itself.
@@ -246,12 +247,18 @@ class ContinuousBias(Bias):
         device = network[0].device
         if in_steps(domain):
             offsets = Offsets(domain, keys)
-            return StepPair(domain, keys, offsets, self._table(domain, offsets, network))
+            key = (offsets.low, offsets.counts, self.size, self.scale, self.bound)
+            table = remembered(self, key, network, lambda: self._table(domain, offsets, network))
+            return StepPair(domain, keys, offsets, table)
         if self.size is not None:
             raise no_meaning(self, domain, "size= counts whole steps; leave it out.")
         if isinstance(domain, Graph):
-            features = self._hop_features(largest_graph(domain), device)
-            return HopPair(domain, keys, small_network(features, network, self.bound), None)
+            largest = largest_graph(domain)
+
+            def table() -> Tensor:
+                return small_network(self._hop_features(largest, device), network, self.bound)
+
+            return HopPair(domain, keys, remembered(self, (largest, self.scale, self.bound), network, table), None)
         return _NetworkPair(self, domain, keys, network)
 
     def _table(self, domain: Domain, offsets: Offsets, network: tuple[Tensor, ...]) -> Float[Tensor, "offsets heads"]:
