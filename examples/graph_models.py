@@ -9,11 +9,12 @@ import torch
 from graph_data import Data
 from graph_options import BASELINES, Options
 from torch import Tensor, nn
-from torch_geometric.nn import GATv2Conv, GCNConv, GINConv, GINEConv
+from torch_geometric.nn import APPNP, GATv2Conv, GCNConv, GINConv, GINEConv
 
 from xformerlib import domains, graph, masks, positions
 
 WALK, EIGENVECTORS, HOPS = 16, 16, 16
+PROPAGATIONS, TELEPORT = 10, 0.1
 
 
 def build(o: Options, data: Data) -> graph.GraphModel:
@@ -28,15 +29,15 @@ def build(o: Options, data: Data) -> graph.GraphModel:
 
 def body(o: Options, data: Data) -> graph.GraphModel:
     """The model with a linear head."""
-    embed, edges = encoder(o.dim, data.graphs.x), None
+    embed, edges = encoder(o.dim, data.graphs.x, o.input_dropout), None
     if data.graphs.edge_attr is not None:
         edges = encoder(o.dim, data.graphs.edge_attr)
     pool = None if data.of_nodes else o.pool
     ends: dict[str, Any] = {"in_channels": embed, "hidden_channels": o.dim, "out_channels": data.outputs, "pool": pool}
     sizes: dict[str, Any] = {"num_layers": o.depth, "heads": o.heads}
     place = encoding(o, data)
+    conv = None if o.messages in (None, "attention") else lambda: message(o.messages, o, edges)
     if o.model == "gps":
-        conv = (lambda: message(o, edges)) if o.messages == "gine" else None
         mask = masks.Edges() if o.attend == "edges" else None
         return graph.GPS(**ends, **sizes, conv=conv, mask=mask, edge_dim=edges, position=place, dropout=o.dropout)
     if o.model == "exphormer":
@@ -53,7 +54,10 @@ def body(o: Options, data: Data) -> graph.GraphModel:
         ends["pool"] = None if data.of_nodes else "token"
         return graph.Graphormer(**ends, **sizes, edge_dim=edges, dropout=o.dropout)
     if o.model == "sgformer":
-        return graph.SGFormer(**ends, trans_num_heads=o.heads, trans_dropout=o.dropout, gnn_dropout=o.dropout)
+        return graph.SGFormer(
+            **ends, trans_num_layers=1, trans_num_heads=o.heads, trans_dropout=o.dropout,
+            gnn_num_layers=o.depth, gnn_dropout=o.dropout, graph_weight=o.graph_weight, conv=conv,
+        )  # fmt: skip
     return Network(o, edges, **ends, position=place)
 
 
@@ -62,10 +66,10 @@ def uses_edges(o: Options) -> bool:
     return o.model in ("gps", "exphormer", "graphormer", "gat", "gine")
 
 
-def encoder(dim: int, values: Tensor) -> nn.Module:
+def encoder(dim: int, values: Tensor, dropout: float = 0.0) -> nn.Module:
     """What makes ``dim`` channels of numbers, or of categories, of which there are as many as the data has."""
     if values.is_floating_point():
-        return nn.Linear(values.shape[1], dim)
+        return nn.Sequential(nn.Dropout(dropout), nn.Linear(values.shape[1], dim))
     return graph.AtomEncoder(dim, [int(size) + 1 for size in values.amax(0)])
 
 
@@ -84,14 +88,16 @@ def encoding(o: Options, data: Data) -> positions.Position | None:
     return make[name]()
 
 
-def message(o: Options, edges: nn.Module | None) -> nn.Module:
+def message(kind: str, o: Options, edges: nn.Module | None) -> nn.Module:
     """A layer of PyTorch Geometric's for messages along edges."""
-    if o.model == "gcn":
+    if kind == "gcn":
         return GCNConv(o.dim, o.dim)
-    if o.model == "gat":
+    if kind == "appnp":
+        return APPNP(PROPAGATIONS, TELEPORT)
+    if kind == "gat":
         return GATv2Conv(o.dim, o.dim // o.heads, o.heads, edge_dim=None if edges is None else o.dim)
     perceptron = nn.Sequential(nn.Linear(o.dim, o.dim), nn.ReLU(), nn.Linear(o.dim, o.dim))
-    return GINConv(perceptron) if o.model == "gin" or edges is None else GINEConv(perceptron)
+    return GINConv(perceptron) if kind == "gin" or edges is None else GINEConv(perceptron)
 
 
 class Network(graph.GraphModel):
@@ -107,7 +113,7 @@ class Network(graph.GraphModel):
         super().__init__(**ends)
         assert o.model in BASELINES
         self.embed_edges, self.position = edges if uses_edges(o) else None, position
-        self.convs = nn.ModuleList(message(o, edges) for _ in range(o.depth))
+        self.convs = nn.ModuleList(message(o.model, o, edges) for _ in range(o.depth))
         self.norms = nn.ModuleList(nn.BatchNorm1d(o.dim) for _ in range(o.depth))
         self.dropout, self.residual = nn.Dropout(o.dropout), o.residual
 

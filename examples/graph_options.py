@@ -42,8 +42,11 @@ class Options:
     """Layers, one after the other."""
     heads: int = 4
     """Attention heads of a layer."""
-    messages: Literal["attention", "gine"] = "attention"
-    """How gps passes messages along edges beside its attention: by attention too, or by sums (GINE)."""
+    messages: Literal["attention", "gine", "gcn", "appnp"] | None = None
+    """How gps and sgformer pass messages along edges beside attention: by attention too (gps alone), by sums (gine), means (gcn), or ten
+    means in a row (appnp). Without it: attention for gps, gcn for sgformer."""
+    graph_weight: float = 0.5
+    """The share that messages have in sgformer; attention has the rest."""
     attend: Literal["all", "edges"] = "all"
     """Whom nodes of gps attend to: all nodes of their graph, which costs much on a large one, or those from which edges lead to them."""
     residual: bool = False
@@ -54,6 +57,8 @@ class Options:
     """How a graph is read from its nodes. graphormer reads it from a virtual node."""
     dropout: float = 0.1
     """Share of the values dropped in training."""
+    input_dropout: float = 0.0
+    """Share of the features of nodes dropped in training, where they are numbers."""
     epochs: int = 25
     """Times that training goes through all graphs, and is scored on validation."""
     epoch_steps: int = 1
@@ -90,8 +95,19 @@ class Options:
             self, 1, "dim", "depth", "heads", "epochs", "epoch_steps", "batch_size", "eval_batch_size", "threads"
         )
         common.check_least(self, 0, "weight_decay")
-        common.check_shares(self, "validation", "test", "dropout", "warmup")
+        common.check_shares(self, "validation", "test", "dropout", "input_dropout", "warmup")
         common.check_positive(self, "validation", "test", "lr", "clip")
         common.check_different(self, "seeds", "splits")
         if self.dim % self.heads:
             raise ValueError(f"--heads must divide --dim; got --heads {self.heads}, --dim {self.dim}")
+        if not 0 <= self.graph_weight <= 1:
+            raise ValueError(f"--graph-weight must be from 0 to 1; got {self.graph_weight}")
+        for option, given, takers in (
+            ("messages", self.messages is not None, ("gps",) if self.messages == "attention" else ("gps", "sgformer")),
+            ("attend", self.attend != "all", ("gps",)),
+            ("residual", self.residual, BASELINES),
+        ):
+            if given and self.model not in takers:
+                raise ValueError(
+                    f"--{option} {getattr(self, option)} is for {', '.join(takers)}; got --model {self.model}"
+                )

@@ -163,6 +163,44 @@ def test_epochs_of_several_steps_are_the_same_steps(tmp_path: Path, no_picture: 
     assert [record["epoch"] for record in common.Run(tmp_path / "several", {}).records()] == [1, 2, 2]
 
 
+@pytest.mark.parametrize("options", [{"messages": "gcn"}, {"messages": "appnp"}, {"graph_weight": 0.0}])
+def test_sgformer_passes_messages_as_it_is_told(options: dict[str, Any], tmp_path: Path) -> None:
+    found = _saved(tmp_path, one_graph(3))
+    o = dataclasses.replace(TINY, model="sgformer", **options)
+    model, batch = models.build(o, found).eval(), data.batch_of(found, torch.arange(60))
+    kinds = {"gcn": "GCNConv", "appnp": "APPNP"}
+    assert {type(conv).__name__ for conv in model.convs} == {kinds[o.messages or "gcn"]}  # type: ignore[union-attr]
+    with torch.inference_mode():
+        alone = model(batch._replace(edge_index=batch.edge_index[:, :0]))
+        assert torch.allclose(model(batch), alone, atol=1e-5) == (o.graph_weight == 0)
+
+
+def test_input_dropout_leaves_features_out_in_training(tmp_path: Path) -> None:
+    found = _saved(tmp_path, one_graph(3))
+    model = models.build(dataclasses.replace(TINY, model="gcn", dropout=0.0, input_dropout=0.9), found)
+    batch = data.batch_of(found, torch.arange(60))
+    assert isinstance(model.embed, torch.nn.Sequential)
+    torch.nn.init.zeros_(model.embed[1].bias)  # type: ignore[arg-type]
+    with torch.inference_mode():
+        assert not model.eval().embed(batch.x).eq(0).all(1).any()
+        assert model.train().embed(batch.x).eq(0).all(1).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"model": "gcn", "messages": "gine"}, "--messages"),
+        ({"model": "sgformer", "messages": "attention"}, "--messages"),
+        ({"model": "exphormer", "attend": "edges"}, "--attend"),
+        ({"model": "gps", "residual": True}, "--residual"),
+        ({"model": "sgformer", "graph_weight": 1.5}, "--graph-weight"),
+    ],
+)
+def test_options_that_a_model_has_no_use_for(options: dict[str, Any], name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        dataclasses.replace(TINY, **options).check()
+
+
 def _saved(folder: Path, held: dict[str, Any]) -> data.Data:
     np.savez(folder / "tiny.npz", **held)
     return data.load(folder / "tiny.npz")
