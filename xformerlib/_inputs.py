@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence as SequenceOf
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -198,7 +199,8 @@ def check_bias_heads(position: Position, heads: int) -> None:
 
 def positions_of_layers(given: Positions, depth: int, heads: int) -> tuple[Position | None, list[Position | None]]:
     """The position that all layers share, and that of each alone."""
-    every = given if isinstance(given, (list, tuple)) else [] if given is None else [given]
+    several = isinstance(given, (list, tuple))
+    every: list[Any] = list(given) if several else [] if given is None else [given]  # type: ignore[arg-type]
     for each in every:
         if not isinstance(each, Position) and not callable(each):
             raise TypeError(

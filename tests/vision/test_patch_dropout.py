@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import xformerlib as xf
-from tests.vision.test_vit import VARIANTS, images, made
+from tests.vision.cases import images
+from tests.vision.test_vit import VARIANTS, made
 from xformerlib import masks, vision
 from xformerlib.vision._kept import random_tokens
 

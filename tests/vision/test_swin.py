@@ -7,9 +7,16 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 import xformerlib as xf
+from tests.vision.cases import (
+    assert_a_padded_rim_does_not_count,
+    assert_close,
+    assert_only_valid_patches_count,
+    images,
+    redrawn,
+)
 from xformerlib import vision
 from xformerlib.positions import ContinuousBias, RelativeBias
 
@@ -24,19 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def made(name: str, **more: Any) -> vision.Swin:
     torch.manual_seed(0)
-    model = vision.Swin(5, **{**SMALL, **VARIANTS[name], **more}).double().eval()
-    for parameter in model.parameters():
-        nn.init.uniform_(parameter, -0.5, 0.5)
-    return model
-
-
-def images(*sizes: tuple[int, int]) -> list[Tensor]:
-    return [torch.randn(3, *size, dtype=torch.float64) for size in sizes]
-
-
-def assert_close(a: Tensor, b: Tensor, tolerance: float = 1e-11) -> None:
-    assert a.shape == b.shape
-    assert float((a - b).detach().abs().max()) <= tolerance
+    return redrawn(vision.Swin(5, **{**SMALL, **VARIANTS[name], **more}))
 
 
 SIDES = st.integers(1, 9).map(lambda n: 2 * n)
@@ -58,30 +53,12 @@ def test_images_in_a_list_give_what_each_gives_alone(name: str, sizes: list[tupl
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_patches_that_are_not_valid_do_not_exist(name: str) -> None:
-    model = made(name, checkpoint=True).train()
-    x = torch.randn(2, 3, 10, 14, dtype=torch.float64)
-    valid = torch.ones(2, 5, 7, dtype=torch.bool)
-    valid[0, :, 3] = valid[1, 2:] = False
-    other = torch.where(valid.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, None], x, torch.nan)
-    results = []
-    for content in (x, other):
-        model.zero_grad()
-        y = model(content, valid=valid)
-        y.square().sum().backward()
-        results.append([y, *(p.grad for p in model.parameters() if p.grad is not None)])
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
-    assert float((model(x) - results[0][0]).detach().abs().max()) > 1e-4
+    assert_only_valid_patches_count(made(name, checkpoint=True), (5, 7), 2)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_an_image_with_a_padded_rim_is_the_image_without(name: str) -> None:
-    model = made(name, window=2)
-    small = torch.randn(1, 3, 22, 18, dtype=torch.float64)
-    valid = torch.zeros(1, 14, 16, dtype=torch.bool)
-    valid[:, :11, :9] = True
-    padded = nn.functional.pad(small, (0, 14, 0, 6), value=7.0)
-    assert_close(model(padded, valid=valid), model(small))
+    assert_a_padded_rim_does_not_count(made(name, window=2), (11, 9), (3, 7), 2)
 
 
 def test_the_first_block_looks_into_windows_and_the_second_across_their_borders() -> None:

@@ -6,9 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import xformerlib as xf
+from tests.vision.cases import (
+    assert_a_padded_rim_does_not_count,
+    assert_close,
+    assert_only_valid_patches_count,
+    images,
+    redrawn,
+)
 from xformerlib import masks, positions, vision
 
 SMALL: dict[str, Any] = {"size": 16, "patch": 4, "dim": 32, "depth": 2, "heads": 4}
@@ -39,19 +46,7 @@ def made(name: str, **more: Any) -> vision.ViT:
     options = {**SMALL, **VARIANTS[name], **more}
     if options.get("embed") == "stem":
         options["embed"] = vision.ConvStem(32, layers=2, hidden=8)
-    model = vision.ViT(5, **options).double().eval()
-    for parameter in model.parameters():
-        nn.init.uniform_(parameter, -0.5, 0.5)
-    return model
-
-
-def images(*sizes: tuple[int, int]) -> list[Tensor]:
-    return [torch.randn(3, *size, dtype=torch.float64) for size in sizes]
-
-
-def assert_close(a: Tensor, b: Tensor, tolerance: float = 1e-11) -> None:
-    assert a.shape == b.shape
-    assert float((a - b).detach().abs().max()) <= tolerance
+    return redrawn(vision.ViT(5, **options))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -66,30 +61,13 @@ def test_images_in_a_list_give_what_each_gives_alone(name: str) -> None:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_patches_that_are_not_valid_do_not_exist(name: str) -> None:
-    model = made(name, checkpoint=True).train()
-    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
-    valid = torch.ones(2, 4, 4, dtype=torch.bool)
-    valid[0, :, 3] = valid[1, 2:] = False
-    other = torch.where(valid.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None], x, torch.nan)
-    results = []
-    for content in (x, other):
-        model.zero_grad()
-        y = model(content, valid=valid)
-        y.square().sum().backward()
-        results.append([y, *(p.grad for p in model.parameters() if p.grad is not None)])
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
-    assert float((model(x) - results[0][0]).detach().abs().max()) > 1e-4
+    assert_only_valid_patches_count(made(name, checkpoint=True), (4, 4), 4)
 
 
 def test_an_image_with_a_padded_rim_is_the_image_without() -> None:
     model = made("neighbourhood")
-    small = torch.randn(1, 3, 8, 12, dtype=torch.float64)
-    padded = nn.functional.pad(small, (0, 4, 0, 8), value=7.0)
-    valid = torch.zeros(1, 4, 4, dtype=torch.bool)
-    valid[:, :2, :3] = True
     model.encoder.position = None  # a learned position depends on the size of the grid
-    assert_close(model(padded, valid=valid), model(small))
+    assert_a_padded_rim_does_not_count(model, (2, 3), (2, 1), 4)
 
 
 @pytest.mark.parametrize(("sizes", "patch"), [((64,), (4,)), ((16, 12), 4), ((4, 8, 8), (2, 4, 4))])

@@ -255,10 +255,10 @@ class ContinuousBias(Bias):
         if isinstance(domain, Graph):
             largest = largest_graph(domain)
 
-            def table() -> Tensor:
+            def hops() -> Tensor:
                 return small_network(self._hop_features(largest, device), network, self.bound)
 
-            return HopPair(domain, keys, remembered(self, (largest, self.scale, self.bound), network, table), None)
+            return HopPair(domain, keys, remembered(self, (largest, self.scale, self.bound), network, hops), None)
         return _NetworkPair(self, domain, keys, network)
 
     def _table(self, domain: Domain, offsets: Offsets, network: tuple[Tensor, ...]) -> Float[Tensor, "offsets heads"]:

@@ -14,7 +14,8 @@ from ..domains import Grid
 from ..positions import Sinusoidal
 from ._kept import Features, random_tokens
 from ._patches import PatchEmbed
-from ._vit import LAYER_NORM, ViT, _without_holes
+from ._tokens import without_holes
+from ._vit import LAYER_NORM, ViT
 
 
 class Restored(NamedTuple):
@@ -111,7 +112,7 @@ class MaskedAutoencoder(nn.Module):
         valid: Bool[Tensor, "batch *grid"] | None = None,
     ) -> Restored:
         """Hide patches, drawn from ``generator`` or torch's own, and restore them."""
-        images = images if valid is None else _without_holes(images, valid)
+        images = images if valid is None else without_holes(images, valid)
         tokens = self.encoder.tokens(images, valid=valid)
         grid = tokens.grid
         index = random_tokens(tokens, self.ratio, generator)

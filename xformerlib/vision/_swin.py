@@ -15,14 +15,16 @@ from torch.nn import functional as F
 
 from .._dropout import Dropout
 from .._inputs import place, rates_of_layers
+from .._linear import applied
 from .._pooling import Pooling
 from .._sublayers import NormLayer, Residual, norm_factory
 from ..blocks import Encoder
 from ..domains import Grid
 from ..masks import Windows
 from ..positions import ContinuousBias, Position, RelativeBias
-from ._patches import Images, PatchEmbed, check_list
-from ._vit import Features, _without_holes
+from ._kept import Features
+from ._patches import Images, PatchEmbed, check_list, draw_linear
+from ._tokens import places_among, tokens_of
 
 Window = int | tuple[int, int]
 
@@ -72,7 +74,7 @@ class PatchMerging(nn.Module):
             items = x.split([math.prod(size) for size in domain.size_of_items])
             merged = torch.cat([_merged(item, size) for item, size in zip(items, domain.size_of_items, strict=True)])
             half = Grid.packed([_half(size) for size in domain.size_of_items]).to(x.device)
-        return Features(half.zero_padding(self.out_norm(self.reduction(self.norm(merged)))), half)
+        return Features(half.zero_padding(self.out_norm(applied(self.reduction, self.norm(merged)))), half)
 
 
 class Swin(nn.Module):
@@ -172,11 +174,8 @@ class Swin(nn.Module):
     def reset_parameters(self) -> None:
         """Draw linear maps anew, truncated normal of std 0.02, biases 0; in version 2 every block begins as the identity."""
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif self.version == 2 and isinstance(module, Residual) and module.branch_norm is not None:
+            draw_linear(module)
+            if self.version == 2 and isinstance(module, Residual) and module.branch_norm is not None:
                 nn.init.zeros_(module.branch_norm.weight)  # type: ignore[arg-type]
 
     def forward(
@@ -205,22 +204,13 @@ class Swin(nn.Module):
 
         ``maps`` makes a map of the tokens, for each image.
         """
-        depth = len(self.stages)
-        asked = list(range(depth)) if stages is None else [stage + depth * (stage < 0) for stage in stages]
-        if not asked or min(asked) < 0 or max(asked) >= depth:
-            raise ValueError(f"stages must be indices of the {depth} stages; got {stages}")
+        asked = places_among("stages", "stages", stages, len(self.stages))
         if isinstance(images, Tensor):
-            batch = self._batch(images, valid)
-            found = self._run(batch.tokens, batch.grid, asked)
+            found = self._run(*tokens_of(self.embed, images, valid), asked)  # type: ignore[arg-type]
         else:
             check_list(images, valid)
             found = self._run_list(images, asked)
         return [found[stage] for stage in asked]
-
-    def _batch(self, images: Tensor, valid: Tensor | None) -> Features:
-        domain = Grid(*self.embed.grid(images.shape[2:]), valid=valid)
-        x = self.embed(images if valid is None else _without_holes(images, valid)).flatten(1, -2)
-        return Features(domain.zero_padding(x), domain)
 
     def _run_list(self, images: SequenceOf[Tensor], asked: SequenceOf[int]) -> dict[int, Features]:
         """Images whose windows shift alike are packed together."""
@@ -230,8 +220,8 @@ class Swin(nn.Module):
             groups.setdefault(self._shifts(grid), []).append(index)
         runs = []
         for group in groups.values():
-            x = self.embed.packed([images[index] for index in group])
-            runs.append(self._run(x, Grid.packed([grids[index] for index in group]).to(x.device), asked))
+            tokens = tokens_of(self.embed, [images[index] for index in group])
+            runs.append(self._run(tokens.tokens, tokens.grid, asked))
         order = [index for group in groups.values() for index in group]
         return {stage: _in_order([run[stage] for run in runs], order) for stage in asked}
 

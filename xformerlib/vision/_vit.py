@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence as SequenceOf
 from functools import partial
 from typing import Any, Literal
@@ -16,10 +15,10 @@ from .._inputs import Positions
 from .._pooling import Pool, Pooling
 from .._sublayers import NormLayer, norm_factory
 from ..blocks import Encoder
-from ..domains import Grid
 from ..positions import Learned
 from ._kept import Features as Features, PatchDropout
-from ._patches import Images, PatchEmbed, Tokenizer, check_list, draw_linear
+from ._patches import Images, PatchEmbed, Tokenizer, draw_linear
+from ._tokens import places_among, tokens_of
 
 # As in the published models.
 LAYER_NORM: NormLayer = partial(nn.LayerNorm, eps=1e-6)
@@ -158,10 +157,7 @@ class ViT(nn.Module):
 
         ``norm`` applies the last norm to each. ``maps`` makes a map of the tokens, for each image.
         """
-        depth = len(self.encoder.blocks)
-        asked = list(range(depth)) if layers is None else [layer + depth * (layer < 0) for layer in layers]
-        if not asked or min(asked) < 0 or max(asked) >= depth:
-            raise ValueError(f"layers must be indices of the {depth} blocks; got {layers}")
+        asked = places_among("layers", "blocks", layers, len(self.encoder.blocks))
         x, domain = self.begin(images, valid=valid)
         found = {}
         for index in range(max(asked) + 1):
@@ -192,33 +188,7 @@ class ViT(nn.Module):
 
     def tokens(self, images: Images, *, valid: Bool[Tensor, "batch *grid"] | None = None) -> Features:
         """The tokens of the patches, and in front of them the learned ones; without positions."""
-        return self._batch(images, valid) if isinstance(images, Tensor) else self._packed(images, valid)
-
-    def _batch(self, images: Tensor, valid: Tensor | None) -> Features:
-        domain = Grid(*self.embed.grid(images.shape[2:]), prefix=self.prefix, valid=valid)
-        x = self.embed(images if valid is None else _without_holes(images, valid))
-        x = x.flatten(1, -2)
-        if self.prefix_tokens is not None:
-            x = torch.cat([self.prefix_tokens.to(x.dtype).expand(x.shape[0], -1, -1), x], 1)
-        return Features(domain.zero_padding(x), domain)
-
-    def _packed(self, images: SequenceOf[Tensor], valid: Tensor | None) -> Features:
-        check_list(images, valid)
-        grids = [self.embed.grid(image.shape[1:]) for image in images]
-        x = self.embed.packed(images)
-        domain = Grid.packed(grids, prefix=self.prefix).to(x.device)
-        if self.prefix_tokens is not None:
-            front = self.prefix_tokens.to(x.dtype)
-            x = torch.cat([part for image in x.split([math.prod(grid) for grid in grids]) for part in (front, image)])
-        return Features(x, domain)
-
-
-def _without_holes(images: Tensor, valid: Tensor) -> Tensor:
-    """Images with 0 in the patches that do not exist, whatever stood there."""
-    for axis, size in enumerate(images.shape[2:], 1):
-        patch = torch.arange(size, device=valid.device) * valid.shape[axis] // size
-        valid = valid.index_select(axis, patch)
-    return images.masked_fill(~valid[:, None], 0)
+        return tokens_of(self.embed, images, valid, self.prefix_tokens)
 
 
 def _second(features: Features) -> Float[Tensor, "batch dim"]:
