@@ -92,6 +92,12 @@ def check_different(options: Any, *names: str) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be 0 or above; got {values}")
 
 
+def check_heads(options: Any) -> None:
+    """Raise ValueError unless the width of the model can be shared out among the heads."""
+    if options.dim % options.heads:
+        raise ValueError(f"--heads must divide --dim; got --heads {options.heads}, --dim {options.dim}")
+
+
 @contextmanager
 def plain_errors() -> Iterator[None]:
     """End the program with the message alone where the user's input is at fault (ValueError); a traceback would only hide it."""

@@ -66,6 +66,7 @@ class Options:
         """Raise ValueError for what cannot work."""
         common.check_least(self, 1, "patch", "dim", "depth", "heads", "hidden", "batch_size", "epochs", "threads")
         common.check_positive(self, "lr")
+        common.check_heads(self)
 
 
 class Padded(nn.Module):

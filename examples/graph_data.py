@@ -98,7 +98,10 @@ class Data(NamedTuple):
 def load(path: Path | None, pyg: str | None = None, downloads: Path = Path()) -> Data:
     """The data set that was asked for; the digits where none was."""
     if pyg is not None:
-        return load_pyg(pyg, downloads)
+        try:
+            return load_pyg(pyg, downloads)
+        except OSError as error:  # of the network, or that nothing is there
+            raise ValueError(f"--pyg: {pyg} cannot be downloaded; is it the name of a data set? {error}") from error
     if path is None:
         return load_digits()
     if path.is_dir():

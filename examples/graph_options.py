@@ -98,8 +98,7 @@ class Options:
         common.check_shares(self, "validation", "test", "dropout", "input_dropout", "warmup")
         common.check_positive(self, "validation", "test", "lr", "clip")
         common.check_different(self, "seeds", "splits")
-        if self.dim % self.heads:
-            raise ValueError(f"--heads must divide --dim; got --heads {self.heads}, --dim {self.dim}")
+        common.check_heads(self)
         if not 0 <= self.graph_weight <= 1:
             raise ValueError(f"--graph-weight must be from 0 to 1; got {self.graph_weight}")
         for option, given, takers in (

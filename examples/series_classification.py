@@ -103,6 +103,7 @@ class Options:
         common.check_shares(self, "validation", "dropout", "warmup", "smoothing")
         common.check_positive(self, "lr")
         common.check_different(self, "seeds")
+        common.check_heads(self)
 
 
 # -- the task: series, and the model for them --------------------------------------------------------------------------

@@ -12,7 +12,8 @@ test/ if there are these. Nothing is downloaded.
 
 Where the data comes without a test part, one is held out, the same for every run. A share of the rest is held out for
 validation. The weights that do best on validation are scored once on test. What is written: metrics.jsonl, model.safetensors,
-resume.pt (for --resume), confusion.png and attention.png; with several --positions, positions.md.
+resume.pt (for --resume), confusion.png and attention.png; with several --positions, positions.md; with --pretrain, the first three
+of pre-training in a folder pretrain.
 """
 
 from __future__ import annotations

@@ -52,6 +52,8 @@ def load(folder: Path | None) -> Data:
     """The data set in a folder: CIFAR-10's batches, or images in one folder for each class; without one, the digits."""
     if folder is None:
         return load_digits()
+    if folder.is_file():
+        raise ValueError(f"--data must be a folder; {folder} is a file: unpack it first")
     if not folder.is_dir():
         raise ValueError(f"--data must be a folder; there is no folder {folder}")
     for inner in (folder, folder / "cifar-10-batches-py", folder / "cifar-10-batches-bin"):

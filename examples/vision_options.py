@@ -102,8 +102,11 @@ class Options:
         common.check_shares(self, "validation", "test", "dropout", "drop_path", "warmup", "smoothing", "ema")
         common.check_positive(self, "lr", "clip")
         common.check_different(self, "seeds", "positions")
+        common.check_heads(self)
         if self.patch is not None and self.stem is not None:
             raise ValueError("--patch and --stem both say how tokens are made: give one of them")
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise ValueError(f"--mixup and --cutmix mix pairs: --batch-size must be even; got {self.batch_size}")
         if self.pretrain and self.patch is None:
             raise ValueError("--pretrain hides patches and restores them: give their size with --patch")
         if not 0 < self.mask_ratio < 1:

@@ -397,6 +397,13 @@ def test_data_sets_of_pyg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert len(found.graphs) == 6 and torch.equal(found.graphs.x, torch.ones(12, 1)) and found.outputs == 2
     assert data.batch_of(found, torch.tensor([1, 5])).edge_index.tolist() == [[0, 1, 2, 3], [1, 0, 3, 2]]
 
+    def missing(root: str, name: str, **_: Any) -> None:
+        raise FileNotFoundError(f"https://there.is/none/{name}.zip")
+
+    monkeypatch.setattr(datasets, "TUDataset", missing)
+    with pytest.raises(ValueError, match=r"--pyg: PEARS cannot be downloaded; .* https://there.is/none/PEARS.zip"):
+        data.load(None, "PEARS", tmp_path)
+
     sizes = {"train": 4, "val": 1, "test": 2}
     monkeypatch.setattr(datasets, "ZINC", lambda root, subset, split: [made(9)] * sizes[split])
     parts = data.split(data.load(None, "ZINC", tmp_path), 0, 0.1, 0.1)

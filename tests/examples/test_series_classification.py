@@ -202,7 +202,7 @@ def test_packed_and_padded_give_the_same_at_each_step_of_training(
         ({"skip": -1}, "--skip must be >= 0; got -1"),
         ({"lr": 0.0}, "--lr must be > 0"),
         ({"seeds": (1, 1)}, "--seeds must be one or several different ones"),
-        ({"heads": 3}, "heads"),
+        ({"heads": 3}, "--heads must divide --dim; got --heads 3, --dim 8"),
         ({"device": "abacus"}, "--device must be auto or a device of this machine"),
     ],
 )
