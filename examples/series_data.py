@@ -49,6 +49,11 @@ def load_csv(path: Path, date_column: str, columns: tuple[str, ...], others: tup
         frame = pd.read_csv(path)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise ValueError(f"--data must be a CSV file that begins with column names; {path}: {error}") from error
+    frame.columns = frame.columns.str.strip()  # as in "date, load": the space is of the list, not of the name
+    if frame.columns.has_duplicates:
+        name = frame.columns[frame.columns.duplicated()][0]
+        raise ValueError(f"columns of {path} must have different names; {name!r} comes twice")
+    date_column, columns, others = date_column.strip(), *(tuple(map(str.strip, given)) for given in (columns, others))
     asked = [(date_column, "--date-column"), *((name, "--columns") for name in columns)]
     asked += [(name, "--past-columns and --future-columns") for name in others]
     for name, option in asked:

@@ -170,6 +170,7 @@ def test_gaps_in_a_table_are_told_and_scored_around(tmp_path: Path, capsys: pyte
         ("date,x\n2020-01-01,1\n2020-01-01,1\n", "dates must rise"),
         ("date,x\n2020-01-01,1\n2020-01-02,1\n2020-01-03 01:00,1\n", r"equal steps apart .*; row 3"),
         ("date,x\n2020-01-01,1\n2020-01-08,1\n", "7 days .* give --season in rows"),
+        ("date,x, x\n2020-01-01,1,2\n2020-01-02,1,2\n", "columns of .* must have different names; 'x' comes twice"),
     ],
 )
 def test_a_table_that_cannot_be_used_is_refused(text: str, message: str, tmp_path: Path) -> None:
@@ -228,6 +229,16 @@ def test_text_is_no_harm_in_columns_that_were_not_asked_for(tmp_path: Path) -> N
     frame().assign(weather="fine").reset_index(names="when").to_csv(tmp_path / "table.csv", index=False)
     loaded = data.load_csv(tmp_path / "table.csv", "when", ("b",))
     pd.testing.assert_frame_equal(loaded, frame()[["b"]], check_freq=False, check_names=False)
+
+
+def test_spaces_around_names_of_columns_do_not_matter(csv: Path, tmp_path: Path) -> None:
+    text = csv.read_text()
+    spaced = tmp_path / "spaced.csv"
+    spaced.write_text(text.replace("date,a,b", "date , a, b "))
+    for columns, others in (((), ("b",)), (("b",), ()), ((" b ",), (" a",))):
+        given = tuple(map(str.strip, columns)), tuple(map(str.strip, others))
+        want = data.load_csv(csv, "date", *given)
+        pd.testing.assert_frame_equal(data.load_csv(spaced, " date", columns, others), want)
 
 
 # -- data --------------------------------------------------------------------------------------------------------------

@@ -87,8 +87,7 @@ def test_it_is_its_formula_on_padded_rows(pool: str, mask: masks.Mask | None) ->
     elif pool == "max":
         pooled = h.masked_fill(~valid[..., None], -torch.inf).amax(1)
     else:
-        assert model.pooling.attention is not None
-        scores = (h @ model.pooling.attention.theta).masked_fill(~valid, -torch.inf)
+        scores = (h @ model.pooling.theta).masked_fill(~valid, -torch.inf)
         pooled = (scores.softmax(1)[..., None] * h).sum(1)
     close(model(torch.cat(rows), lengths=lengths), model.output(pooled))
 
@@ -249,7 +248,7 @@ def test_bad_inputs_are_refused() -> None:
         model(x, static=torch.randn(2, 1))
     with pytest.raises(ValueError, match="SeriesClassifier was declared with static=1: static must be given"):
         small(static=1)(x)
-    with pytest.raises(ValueError, match="pool must be 'mean', 'attention' or 'max'; got pool='sum'"):
+    with pytest.raises(ValueError, match="pool must be one of 'mean', 'max', 'attention'; got pool='sum'"):
         small(pool="sum")
     with pytest.raises(ValueError, match="patch must be >= 1; got patch=0"):
         small(patch=0)

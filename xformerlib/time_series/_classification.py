@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence as SequenceOf
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from .._dropout import Dropout
+from .._pooling import Pooling
 from ..blocks import Encoder
 from ..masks import Mask
 from ..positions import Position, Rotary
 from ._checks import check_size
 from ._inputs import covariates
 from ._packed import packed
-from ._pooling import Pool, Pooling
+from ._pooling import AttentionPooling
+
+Pool = Literal["mean", "max", "attention"]
 
 
 class SeriesClassifier(nn.Module):
@@ -88,7 +91,9 @@ class SeriesClassifier(nn.Module):
             dim, depth, heads, mask=mask, position=position, hidden=hidden, dropout=dropout, **(block or {})
         )
         self.dropout = Dropout(dropout)
-        self.pooling = Pooling(dim, pool)
+        if pool not in get_args(Pool):
+            raise ValueError(f"pool must be one of {', '.join(map(repr, get_args(Pool)))}; got pool={pool!r}")
+        self.pooling = AttentionPooling(dim) if pool == "attention" else Pooling(dim, pool)
         self.output = nn.Linear(dim + static, classes)
 
     def forward(
@@ -115,7 +120,11 @@ class SeriesClassifier(nn.Module):
         tokens = packed(x, self.channels, observed, times, lengths).patches(self.patch).existing()
         missing = (~tokens.observed).to(tokens.values.dtype)
         embedded = self.embed(torch.cat([tokens.values, missing], -1).flatten(1))
-        encoded = self.encoder(self.dropout(embedded), tokens.domain)
+        domain = tokens.domain
+        encoded = self.encoder(self.dropout(embedded), domain)
         known = covariates(type(self).__name__, "static", static, (len(tokens.lengths), self.static), x)
-        pooled = self.dropout(self.pooling(encoded, tokens.lengths))
-        return self.output(torch.cat([pooled, known], 1))
+        if isinstance(self.pooling, AttentionPooling):
+            pooled = self.pooling(encoded, lengths=tokens.lengths)
+        else:
+            pooled = self.pooling(encoded, domain)
+        return self.output(torch.cat([self.dropout(pooled), known], 1))

@@ -1,21 +1,15 @@
-"""One vector for many tokens: means, maxima, and attention with one learned query."""
+"""One vector for many tokens: attention with one learned query."""
 
 from __future__ import annotations
-
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..attention import attention
 from ..domains import Sequence
-from ..domains._base import offsets_of
 from ..masks import Keys
 from ._checks import check_size
-
-Pool = Literal["mean", "attention", "max"]
 
 
 class AttentionPooling(nn.Module):
@@ -82,25 +76,3 @@ class AttentionPooling(nn.Module):
             return (h @ self.theta.to(h.dtype)).softmax(-1)
         scores = (h.masked_fill(~valid[..., None], 0) @ self.theta.to(h.dtype)).masked_fill(~valid, float("-inf"))
         return scores.softmax(-1).masked_fill(~valid, 0)  # a row of nothing is NaN before
-
-
-class Pooling(nn.Module):
-    """One vector for each of many series of tokens, one behind the other: their mean or maximum, or ``AttentionPooling``; 0 of none."""
-
-    def __init__(self, dim: int, pool: Pool) -> None:
-        super().__init__()
-        if pool not in ("mean", "attention", "max"):
-            raise ValueError(f"pool must be 'mean', 'attention' or 'max'; got pool={pool!r}")
-        self.pool: Pool = pool
-        self.attention = AttentionPooling(dim) if pool == "attention" else None
-
-    def forward(self, h: Float[Tensor, "tokens dim"], lengths: Int[Tensor, " series"]) -> Float[Tensor, "series dim"]:
-        """Pool."""
-        if self.attention is not None:
-            return self.attention(h, lengths=lengths)
-        # Of all ways to reduce segments, this alone has a fast backward and no atomics.
-        tokens = torch.arange(len(h), device=h.device)
-        return F.embedding_bag(tokens, h, offsets_of(lengths)[:-1], mode=self.pool)
-
-    def extra_repr(self) -> str:
-        return f"{self.pool!r}"
