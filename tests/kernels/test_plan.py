@@ -71,6 +71,7 @@ HELD: dict[str, tuple[masks.Mask | None, xf.Domain, dict[str, Any]]] = {
     "a bias": (Local(64), xf.Sequence(8192), {"bias": positions.RelativeBias(2)}),
     "padding": (None, xf.Sequence.padded([3000]), {}),
     "edges": (Edges(), xf.Graph(torch.randint(0, 2000, (2, 200_000), generator=GENERATOR), 2000), {}),
+    "weights that are kept": (masks.Segments(torch.arange(8192) // 8), xf.Sequence(8192), {}),
     "nothing: flash attention in order": (Causal(), xf.Sequence.packed([1000, 200, 3000]), {}),
     "nothing: flash attention of whole groups": (Windows(7), xf.Grid(56, 56), {}),
 }

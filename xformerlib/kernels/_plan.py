@@ -265,7 +265,7 @@ def _part(structure: Structure | _Listed, own: Mask, alone: bool, problem: Probl
     """The part that computes a term by a structure."""
     if isinstance(structure, Structure):
         exact = structure.exact if alone else None
-        return TiledPart(structure.kernel, repr(own), structure.calls, exact, _is_fixed(own))
+        return TiledPart(structure.kernel, repr(own), structure.calls, exact, _is_fixed(own), alone)
     if structure.exact and alone:
         return SparsePart(structure.neighbours, repr(own), rows=structure.rows)
     fixed, extent = _is_fixed(own), own.extent()

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Int
 from torch import Tensor
 
-from ..domains._base import both
-from ..positions._base import PairBias
 from . import _flash, _formulas
+from ._kept import KeptWeights
 from ._merge import Gradients, Merged, Part
 from ._problem import Problem
-from ._scores import Pairs, Scores, without_hidden
+from ._scores import Scores
+from ._tile_pairs import TilePairs, by_row
 from ._tiles import Tiles, joined, pairs_of_row
 
-# Keys of tiles for which the formulas are faster than flash attention in the backward.
+# Keys of tiles for which the formulas are faster than flash attention: in the backward, and in both if the weights are kept.
 FEW_COLUMNS = 64
+# Keys of tiles, for each channel of a head, whose weights take no more memory than queries, keys, values and output.
+FEW_PER_CHANNEL = 4
 
 # What a part keeps between calls, of masks and of indices into tables.
 KEPT_BYTES = 2**24
@@ -34,6 +37,7 @@ class TiledPart(Part):
         calls: tiles, in batches.
         exact: "full" or "causal" where the tiles' pairs are just those of the part, all of them or in order.
         keep: whether the mask says the same at each call, so that what it says of the tiles may be kept.
+        whole: whether the part is all of the mask.
     """
 
     def __init__(
@@ -43,9 +47,10 @@ class TiledPart(Part):
         calls: Iterable[Tiles],
         exact: str | None = None,
         keep: bool = False,
+        whole: bool = True,
     ) -> None:
         self.kernel, self.what, self.calls = kernel, what, tuple(calls)
-        self.exact, self.keep = exact, keep
+        self.exact, self.keep, self.whole = exact, keep, whole
         self.batch = self.calls[0].batch if self.calls else None
         self.pairs = pairs_of_row(self.calls) * (0.5 if exact == "causal" else 1)
         self._own = all(tiles.own for tiles in self.calls)
@@ -53,10 +58,15 @@ class TiledPart(Part):
         self._room = KEPT_BYTES
 
     def held(self, problem: Problem) -> int:
-        flash = _flash.fits(problem.device, problem.softcap, problem.dropout_p)
+        tokens = problem.num_queries * (1 if self.batch is None else problem.batch)
+        whole = self.whole and not problem.sinks
+        keeps = whole and self._keeps_weights(problem.head_dim, problem.softcap, problem.dropout_p, tokens)
+        flash = not keeps and _flash.fits(problem.device, problem.softcap, problem.dropout_p)
         width, planes = max(4, problem.dtype.itemsize), problem.batch * problem.heads
         every, size = sum(tiles.size for tiles in self.calls), max((tiles.size for tiles in self.calls), default=0)
         scores = 0 if flash else _formulas.held(size * planes, width, problem.dropout_p)
+        if keeps:
+            scores = (size + every) * planes * width
         in_order = flash and self.exact == "causal"
         if problem.bias is None and (in_order or self.exact == "full"):
             return scores
@@ -69,9 +79,19 @@ class TiledPart(Part):
             added += of_mask * problem.heads // problem.kv_heads  # once more for the query heads that share a key head
         return scores + kept + added * size * width
 
+    def alone(self, scores: Scores, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
+        if not self._keeps_weights(query.shape[-1], scores.softcap is not None, scores.dropout_p, self._tokens(query)):
+            return None
+        return KeptWeights.apply(self, scores, query, key, value, *scores.tensors)
+
+    def calls_of(self, scores: Scores, query: Tensor) -> list[TilePairs]:
+        """The pairs of each call."""
+        return [TilePairs(self, i, scores, *query.shape[:2]) for i in range(len(self.calls))]
+
     def forward(self, scores: Scores, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         out = lse = None
-        vectors, nothing = self._ready(query, key, value), (None, None) if self._covers(query) else (0.0, float("-inf"))
+        vectors = self.ready(query, key, value)
+        nothing = (None, None) if self._covers(self._tokens(query)) else (0.0, float("-inf"))
         for i, tiles in enumerate(self.calls):
             o, log = _Tile(self, i, scores, *vectors).forward()
             out = tiles.put_queries(out, o, query.shape[2], nothing[0])
@@ -85,7 +105,7 @@ class TiledPart(Part):
     def backward(
         self, scores: Scores, query: Tensor, key: Tensor, value: Tensor, merged: Merged, into: Gradients
     ) -> None:
-        vectors, fill = self._ready(query, key, value), None if self._covers(query) else 0.0
+        vectors, fill = self.ready(query, key, value), None if self._covers(self._tokens(query)) else 0.0
         if self.calls:
             ready = self.calls[0].ready
             merged = replace(merged, out=None if merged.out is None else ready(merged.out), grad=ready(merged.grad))
@@ -104,16 +124,35 @@ class TiledPart(Part):
         if self._own:
             into.add(found.query, found.key, found.value)
 
-    def _ready(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def ready(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The inputs in a layout from which tiles are fetched fast."""
         if not self.calls or (self._own and joined((query, key, value)) is not None):
             return query, key, value
         ready = self.calls[0].ready
         return ready(query), ready(key), ready(value)
 
-    def _covers(self, query: Tensor) -> bool:
+    def _covers(self, tokens: int) -> bool:
         """Whether every token is in a tile."""
-        everyone = query.shape[2] * (1 if self.batch is None else query.shape[0])
-        return self._own and sum(tiles.placed for tiles in self.calls) == everyone
+        return self._own and sum(tiles.placed for tiles in self.calls) == tokens
+
+    def _tokens(self, query: Tensor) -> int:
+        """Of one row, or of all where each has tiles of its own."""
+        return query.shape[2] * (1 if self.batch is None else query.shape[0])
+
+    def _keeps_weights(self, dim: int, capped: bool, dropout_p: float, tokens: int) -> bool:
+        """Whether the weights of the forward are kept for the backward, where this part is all there is."""
+        columns = max((tiles.columns for tiles in self.calls), default=0)
+        few = 0 < columns <= min(FEW_COLUMNS, FEW_PER_CHANNEL * dim)
+        return few and not capped and not dropout_p and self._covers(tokens)
+
+    @cached_property
+    def order(self) -> Int[Tensor, " tokens"] | None:
+        """Where each token is among those of all tiles, one tile after the other; None where that is its own place."""
+        found = [tiles.stood() for tiles in self.calls]
+        *first, every = itertools.accumulate((tiles.n * tiles.rows for tiles in self.calls), initial=0)
+        places = torch.cat([place + begin for (_, place), begin in zip(found, first, strict=True)])
+        order = places[torch.cat([tokens for tokens, _ in found]).argsort()]
+        return None if torch.equal(order, torch.arange(every, device=order.device)) else order
 
     def recall(self, name: Hashable, make: Callable[[], Tensor | None]) -> Tensor | None:
         """What ``make`` gives, kept for the next call as long as there is room."""
@@ -133,12 +172,12 @@ class _TileGradients(NamedTuple):
     value: Tensor
 
 
-class _Tile:
-    """One call's tiles: their vectors ``(B, n, H, rows, D)``, which pairs count, and the two ways to compute with them."""
+class _Tile(TilePairs):
+    """One call's tiles: their vectors ``(B, n, H, rows, D)``, and the two ways to compute with them."""
 
     def __init__(self, part: TiledPart, i: int, scores: Scores, query: Tensor, key: Tensor, value: Tensor) -> None:
-        self.part, self.i, self.scores, self.tiles = part, i, scores, part.calls[i]
-        self.batch, self.heads = query.shape[:2]
+        super().__init__(part, i, scores, *query.shape[:2])
+        self.wide = torch.promote_types(query.dtype, torch.float32)
         self.query, self.key, self.value = self.tiles.vectors(query, key, value)
         self.flash = (
             _flash.fits(query.device.type, scores.softcap is not None, scores.dropout_p)
@@ -147,78 +186,13 @@ class _Tile:
         )
         # In order without a mask: what is missing from a tile stands behind everything else.
         self.in_order = self.flash and part.exact == "causal" and not scores.biases
-        self.fixed = part.keep and not any(isinstance(bias, Tensor) for bias in scores.biases)
-        self.allowed = None
-        if not self.in_order:
-            self.allowed = part.recall(("mask", i), self._allowed) if self.fixed else self._allowed()
-        if self.allowed is not None and not scores.clean:
-            whole = self.allowed.expand(*self.allowed.shape[:3], self.tiles.rows, self.tiles.columns)
-            self.query, self.key, self.value = without_hidden(self.query, self.key, self.value, whole)
-
-    @cached_property
-    def pairs(self) -> Pairs:
-        """The indices of the tiles' pairs, broadcastable to ``(n, B, H, rows, columns)``."""
-        return self.tiles.pairs(self.batch, self.heads)
-
-    def _allowed(self) -> Bool[Tensor, "#batch #n #heads #rows #columns"] | None:
-        """Which pairs count; None where all do."""
-        queries, keys = self.tiles.query_there, self.tiles.key_there
-        there = None if keys is None else keys[:, None, None, None, :]
-        if self.part.exact == "full" and not any(isinstance(bias, Tensor) for bias in self.scores.biases):
-            return None if there is None else there.transpose(0, 1)  # rows that are no tokens are left behind
-        if queries is not None:
-            there = both(there, queries[:, None, None, :, None])
-        allowed = both(self.scores.allowed(self.pairs), there)
-        return None if allowed is None else _by_row(allowed)
-
-    @property
-    def _has_empty_rows(self) -> bool:
-        if self.allowed is None:
-            return False
-        return not self.scores.reflexive or self.tiles.query_there is not None
-
-    def _bias(self, scores: Scores) -> tuple[Float[Tensor, "#batch #n #heads #rows #columns"] | None, bool]:
-        """What the biases add, and whether that is minus infinity already where a pair does not count."""
-        hidden = False
-
-        def recall(bias: PairBias, make: Callable[[], Tensor]) -> tuple[Tensor, bool]:
-            nonlocal hidden
-            rows = self.part.recall(
-                ("rows", self.i, bias.rows_key, self.fixed), lambda: self._hiding(bias, _once(make()))
-            )
-            assert rows is not None
-            hides = self._hides(rows)
-            hidden = hidden or hides
-            return rows, hides
-
-        bias = scores.bias_by(lambda: self.pairs, recall)
-        return (None if bias is None else _by_row(bias)), hidden
-
-    def _hides(self, rows: Tensor) -> bool:
-        """Whether the rows of a table tell which pairs count, too: where that is the same at each call and makes them no more."""
-        if not self.fixed or self.allowed is None or rows.ndim != 5:
-            return False
-        there = self.allowed.transpose(0, 1).shape
-        return all(few in (1, many) for few, many in zip(there, rows.shape, strict=True))
-
-    def _hiding(self, bias: PairBias, rows: Tensor) -> Tensor:
-        """The rows of pairs, and behind the last row of the table those that do not count."""
-        if self.allowed is None or not self._hides(rows):
-            return rows
-        return torch.where(self.allowed.transpose(0, 1), rows, len(bias.tensors[0]))
-
-    def _additive(self, bias: Tensor | None, hidden: bool) -> Tensor | None:
-        """Bias and mask as one tensor to add to the scores."""
-        wide = torch.promote_types(self.query.dtype, torch.float32)
-        bias = None if bias is None else bias.to(wide)
-        if self.allowed is None or hidden:
-            return bias
-        bias = torch.zeros((), dtype=wide, device=self.allowed.device) if bias is None else bias
-        return torch.where(self.allowed, bias, float("-inf"))
+        if self.in_order:
+            self.allowed = None
+        self.query, self.key, self.value = self.without_hidden(self.query, self.key, self.value)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp."""
-        mask = None if self.in_order else self._additive(*self._bias(self.scores))
+        mask = self._mask()
         if not self.flash:
             return _formulas.forward(self.query, self.key, self.value, self._parameters(mask))
         out, lse = _flash.forward(self.query, self.key, self.value, mask, self.in_order, self.scores.scale)
@@ -241,39 +215,22 @@ class _Tile:
         vectors, trained = (self.query, self.key, self.value), any(total is not None for total in biases)
         by_flash = self.flash and not trained and (self.in_order or self.tiles.columns > FEW_COLUMNS)
         rows = self._rows(merged, by_flash)
+        if by_flash:
+            return _TileGradients(*_flash.backward(*vectors, self._mask(), self.in_order, self.scores.scale, rows))
         if not trained:
-            mask = None if self.in_order else self._additive(*self._bias(self.scores))
-            if by_flash:
-                return _TileGradients(*_flash.backward(*vectors, mask, self.in_order, self.scores.scale, rows))
-            return _TileGradients(*_formulas.backward(*vectors, self._parameters(mask), rows, None))
-        every = self.scores.tensors
-        leaves = {i: every[i].detach().requires_grad_() for i, total in enumerate(biases) if total is not None}
-        with torch.enable_grad():
-            bias, hidden = self._bias(self.scores.using(tuple(leaves.get(i, t) for i, t in enumerate(every))))
-        assert bias is not None
-        bias_grad = torch.zeros_like(bias, dtype=torch.promote_types(bias.dtype, torch.float32))
-        mask = self._additive(bias.detach(), hidden)
-        grads = _formulas.backward(*vectors, self._parameters(mask), rows, bias_grad)
-        found = torch.autograd.grad(bias, list(leaves.values()), bias_grad.to(bias.dtype), allow_unused=True)
-        for i, grad in zip(leaves, found, strict=True):
-            total = biases[i]
-            if grad is not None and total is not None:
-                total += grad
-        return _TileGradients(*grads)
+            return _TileGradients(*_formulas.backward(*vectors, self._parameters(self._mask()), rows, None))
+
+        def compute(bias: Tensor, hidden: bool, bias_grad: Tensor) -> _TileGradients:
+            mask = self.additive(bias, hidden, self.wide)
+            return _TileGradients(*_formulas.backward(*vectors, self._parameters(mask), rows, bias_grad))
+
+        return self.with_bias_gradients(biases, compute)
+
+    def _mask(self) -> Tensor | None:
+        """What is added to the scores; nothing where tokens see each other in order."""
+        return None if self.in_order else self.additive(*self.bias(self.scores), self.wide)
 
     def _parameters(self, mask: Tensor | None) -> _formulas.Parameters:
         scores = self.scores
-        kept = (lambda: _by_row(scores.kept(self.pairs))) if scores.dropout_p else None
-        return _formulas.Parameters(scores.scale, scores.softcap, mask, self._has_empty_rows, scores.dropout_p, kept)
-
-
-def _by_row(x: Tensor) -> Shaped[Tensor, "#batch #n #heads #rows #columns"]:
-    """What was asked of ``Pairs``, in the order of the tiles' vectors."""
-    return x.reshape((1,) * (5 - x.ndim) + x.shape).transpose(0, 1)
-
-
-def _once(index: Tensor) -> Tensor:
-    """An index that is the same for all tiles, once."""
-    if index.ndim == 5 and index.shape[0] > 1 and bool((index == index[:1]).all()):
-        return index[:1].clone()
-    return index
+        kept = (lambda: by_row(scores.kept(self.pairs))) if scores.dropout_p else None
+        return _formulas.Parameters(scores.scale, scores.softcap, mask, self.has_empty_rows, scores.dropout_p, kept)

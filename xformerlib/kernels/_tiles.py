@@ -63,6 +63,10 @@ class Tiles(ABC):
         """Which keys of a tile are tokens; None where all are."""
         return None
 
+    def stood(self) -> tuple[Int[Tensor, " tokens"], Int[Tensor, " tokens"]]:
+        """The tokens in the tiles, and where the vector of each is among all that the tiles hold, tile by tile. For tiles of their own."""
+        raise AssertionError("keys of these tiles are not their queries")
+
     @abstractmethod
     def queries(self, x: Float[Tensor, "batch heads tokens dim"]) -> Float[Tensor, "batch n heads rows dim"]:
         """The tiles' queries."""
@@ -142,6 +146,10 @@ class _Listed:
     def fetch(self, x: Float[Tensor, "batch heads tokens dim"]) -> Float[Tensor, "batch n heads width dim"]:
         return _fetch(x, self.index.flatten()).unflatten(2, self.shape).transpose(1, 2)
 
+    def places(self) -> Int[Tensor, " targets"]:
+        """Where each of ``targets`` is among the tokens of all tiles."""
+        return torch.arange(self.index.numel(), device=self.index.device) if self._places is None else self._places
+
     def flat(self, tile: Float[Tensor, "batch n heads width dim"]) -> Float[Tensor, "batch heads targets dim"]:
         """The vectors of a tensor of tiles one after the other, without those that only fill a tile."""
         return _flat(tile) if self._places is None else _fetch(_flat(tile), self._places)
@@ -177,6 +185,9 @@ class Gathered(Tiles):
             return pairs
         b = torch.div(pairs.q[..., :1, :], self._tokens, rounding_mode="floor")  # all of a tile are in one row
         return Pairs(b, pairs.h, pairs.q % self._tokens, pairs.k % self._tokens)
+
+    def stood(self) -> tuple[Tensor, Tensor]:
+        return self._q.targets, self._q.places()
 
     @property
     def query_there(self) -> Tensor | None:
@@ -322,6 +333,10 @@ class Slices(Tiles):
     def __init__(self, first: int, n: int, width: int, device: torch.device) -> None:
         self.first, self.n, self.rows, self.columns, self.device = first, n, width, width, device
         self.placed = n * width
+
+    def stood(self) -> tuple[Tensor, Tensor]:
+        every = torch.arange(self.placed, device=self.device)
+        return every + self.first, every
 
     @property
     def _all(self) -> slice:

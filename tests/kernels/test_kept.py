@@ -1,0 +1,122 @@
+"""Tiles of few keys, whose weights are kept for the backward, against the oracle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+import xformerlib as xf
+from xformerlib import masks, positions
+
+S = xf.Sequence
+WAYS = {
+    "all": (None, None),
+    "in order": (masks.Causal(), None),
+    "near": (masks.Local(2), None),
+    "some see nothing": (masks.Causal() & ~masks.Local(0), None),
+    "a bias that is trained": (None, positions.RelativeBias),
+    "a bias that is trained, and a mask": (masks.Local(3), positions.RelativeBias),
+    "a bias that is not trained": (masks.Causal(), positions.DistanceDecay),
+}
+
+
+def inputs(tokens, heads=4, kv_heads=2, dim=5, value_dim=3, batch=1, dtype=torch.float64):
+    shapes = (heads, dim), (kv_heads, dim), (kv_heads, value_dim)
+    return [torch.randn(batch, h, tokens, d, dtype=dtype, requires_grad=True) for h, d in shapes]
+
+
+def keeps_weights(mask, domain, **options):
+    ((part, _),) = xf.plan(mask, domain, **options)._run
+    return part._keeps_weights(options["head_dim"], False, 0.0, domain.num_tokens)
+
+
+def outputs(q, k, v, mask, domain, bias, kernel):
+    out = xf.attention(q, k, v, mask=mask, domain=domain, bias=bias, kernel=kernel)
+    trained = [] if bias is None else [p for p in bias.parameters() if p.requires_grad]
+    wanted = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    return [out, *torch.autograd.grad(out, [q, k, v, *trained], wanted)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@settings(max_examples=12, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 9), min_size=2, max_size=12).filter(any),
+    batch=st.integers(1, 2),
+    seed=st.integers(0, 99),
+)
+def test_output_and_gradients_are_those_of_the_oracle(way, lengths, batch, seed):
+    torch.manual_seed(seed)
+    mask, make = WAYS[way]
+    bias = None if make is None else make(4).double()
+    if bias is not None:
+        for parameter in bias.parameters():
+            torch.nn.init.normal_(parameter)
+    domain, given = S.packed(lengths), inputs(sum(lengths), batch=batch)
+    found = outputs(*given, mask, domain, bias, "blocks" if len(set(lengths) - {0}) == 1 else "packed")
+    for got, want in zip(found, outputs(*given, mask, domain, bias, "reference"), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_weights_are_kept_where_few_tokens_meet_and_only_there(way):
+    mask, make = WAYS[way]
+    bias = None if make is None else make(4)
+    assert keeps_weights(mask, S.packed([5, 9, 7] * 200), heads=4, head_dim=16, bias=bias)
+    assert not keeps_weights(mask, S.packed([90, 97] * 100), heads=4, head_dim=64, bias=bias)
+    assert not keeps_weights(mask, S.packed([33] * 200), heads=4, head_dim=8, bias=bias)  # they would take more memory
+
+
+@pytest.mark.parametrize("domain", [xf.Grid(9, 7), S(64)], ids=repr)
+@pytest.mark.parametrize("shift", [0, 1])
+def test_windows_of_rows_of_a_batch(domain, shift):
+    given = inputs(domain.num_tokens, batch=3)
+    mask = masks.Windows(4, shift=shift)
+    kernel = "blocks" if domain == S(64) and not shift else "packed"
+    assert keeps_weights(mask, domain, batch=3, heads=4, head_dim=5, kernel=kernel)
+    for got, want in zip(
+        *(outputs(*given, mask, domain, None, kernel) for kernel in (kernel, "reference")), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+def test_rows_with_segments_of_their_own():
+    ids = (
+        torch.tensor([[0] * 20 + [1] * 12, [0] * 7 + [1] * 25]).repeat(8, 4) + torch.arange(4).repeat_interleave(32) * 2
+    )
+    given, mask = inputs(128, batch=16), masks.Segments(ids)
+    for got, want in zip(
+        *(outputs(*given, mask, S(128), None, kernel) for kernel in ("packed", "reference")), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-6), (torch.bfloat16, 2e-2)])
+def test_precision(dtype, tolerance):
+    domain = S.packed([7, 12, 3, 9] * 8)
+    given = [x.to(dtype).detach().requires_grad_() for x in inputs(domain.num_tokens)]
+    exact = outputs(*(x.detach().double().requires_grad_() for x in given), None, domain, None, "reference")
+    for got, want in zip(outputs(*given, None, domain, None, "packed"), exact, strict=True):
+        assert got.dtype == dtype
+        assert (got.double() - want).abs().max() <= tolerance * want.abs().max()
+
+
+def test_what_nobody_may_see_does_not_matter():
+    domain, mask = S.packed([4, 6] * 20), masks.Keys(torch.arange(200) % 5 != 0)
+    q, k, v = inputs(200)
+    with torch.no_grad():
+        k[:, :, ::5], v[:, :, ::5] = torch.nan, torch.inf
+    assert keeps_weights(mask, domain, heads=4, head_dim=5, kernel="packed")
+    found = outputs(q, k, v, mask, domain, None, "packed")
+    assert all(x.isfinite().all() for x in found)
+    assert not found[2][:, :, ::5].any() and not found[3][:, :, ::5].any()
+
+
+def test_a_second_gradient_is_refused():
+    domain = S.packed([4, 6] * 20)
+    q, k, v = inputs(200)
+    (grad,) = torch.autograd.grad(
+        xf.attention(q, k, v, domain=domain, kernel="packed").square().sum(), q, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
