@@ -196,7 +196,8 @@ class Packed(nn.Module):
         return self.head(latent + self.pool(self.query_norm(latent), queries, context=x, context_domain=domain))
 
 
-def against_navit(setting: Setting, train: bool) -> Work:
+def against_navit(setting: Setting, train: bool, grouped: bool) -> Work:
+    """NaViT that puts images into rows of at most 2,048 patches, or as it is called without options: all of them into one row."""
     from vit_pytorch.na_vit import NaViT
 
     dim, depth, heads = setting.size(192, 48), setting.size(DEPTH, 1), 3
@@ -208,7 +209,7 @@ def against_navit(setting: Setting, train: bool) -> Work:
     images = mixed(setting)
     ours = Packed(theirs, dim, depth, heads).to(setting.device, setting.dtype).eval()
     kernel = xf.plan(None, packed_grid(images), head_dim=64, dtype=setting.dtype, device=setting.device).kernel
-    return Work(*sides(setting, ours, theirs, train, images, (images, True), NAVIT), kernel, 0.0, 0.0)
+    return Work(*sides(setting, ours, theirs, train, images, (images, grouped), NAVIT), kernel, 0.0, 0.0)
 
 
 def lines(name: str, what: str, peer: str, build: Callable[..., Work], faster: float) -> tuple[Line, Line]:
@@ -230,5 +231,9 @@ LINES = (
     *lines("swin-tiny", "Swin-T, 8 images of 224 x 224", "timm", partial(swin, name="swin_tiny_patch4_window7_224", window=7), 1.2),
     *lines("swin2-tiny", "Swin v2-T, 8 images of 256 x 256", "timm", partial(swin, name="swinv2_tiny_window8_256", window=8), 1.5),
     *lines("mixed-sizes", "64 images of 64 to 384 pixels a side, 4 blocks of ViT-Ti", "timm, padded, attn_mask", packed_and_padded, 2),
-    *lines("mixed-sizes-navit", "the same images, NaViT of that size", "vit-pytorch, group_images=True", against_navit, 8),
+    *lines("mixed-sizes-navit", "the same images, NaViT", "vit-pytorch, group_images=True", partial(against_navit, grouped=True), 8),
+    Line(
+        "mixed-sizes-navit-default", "the same, forward alone", "vit-pytorch, its default: one row of all images",
+        partial(against_navit, grouped=False, train=False), Target(faster=8),
+    ),
 )  # fmt: skip

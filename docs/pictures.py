@@ -1,13 +1,15 @@
-"""The pictures of the documentation, each drawn by ``xformerlib.plot``.
+"""The pictures of the documentation.
 
-    python docs/pictures.py        # draws the one that the README shows again
+    python docs/pictures.py                 # draws the one that the README shows again
+    python docs/pictures.py restored        # draws restored.svg, or others by their names
 
-The others are drawn whenever the documentation is built.
+All but the README's are drawn whenever the documentation is built.
 """
 
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Callable, Sequence as SequenceOf
 from pathlib import Path
 
@@ -220,14 +222,19 @@ def tasks() -> Figure:
     )
 
 
-def looked_at() -> Figure:
-    """Digits, and what a small Vision Transformer looks at that was trained on others like them."""
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    """scikit-learn's handwritten digits, 8 x 8 pixels from -1 to 1, and which digit each is."""
     from sklearn.datasets import load_digits
 
+    found = load_digits()
+    return torch.tensor(found.images[:, None] / 8 - 1).float(), torch.tensor(found.target)
+
+
+def looked_at() -> Figure:
+    """Digits, and what a small Vision Transformer looks at that was trained on others like them."""
     from xformerlib import vision
 
-    found = load_digits()
-    images, labels = torch.tensor(found.images[:, None] / 8 - 1).float(), torch.tensor(found.target)
+    images, labels = digits()
     torch.manual_seed(0)
     model = vision.ViT(10, size=8, embed=vision.ConvStem(32, channels=1, pool=False), dim=32, depth=2, heads=4)
     optimizer = torch.optim.AdamW(vision.parameter_groups(model, weight_decay=0.05, lr=4e-3))
@@ -247,7 +254,47 @@ def looked_at() -> Figure:
         for (name, attention), line in zip(lines, axes, strict=True):
             for image, seen, ax in zip(shown, attention, line, strict=True):
                 plot.attention_on_image(image, seen, ax=ax)
-            line[0].text(-0.08, 0.5, name, transform=line[0].transAxes, rotation=90, ha="right", va="center")
+            beside(line[0], name)
+    return figure
+
+
+def beside(ax: Axes, name: str) -> None:
+    """What a line of pictures shows, in front of the first."""
+    ax.text(-0.08, 0.5, name, transform=ax.transAxes, rotation=90, ha="right", va="center")
+
+
+def restored() -> Figure:
+    """Digits of which half of the patches are hidden, and restored by a small masked autoencoder that was trained on others."""
+    from xformerlib import vision
+
+    images, _ = digits()
+    torch.manual_seed(0)
+    encoder = vision.ViT(None, size=8, patch=2, channels=1, dim=64, depth=2, heads=4, position=Sinusoidal(64))
+    model = vision.MaskedAutoencoder(
+        encoder, decoder_dim=64, decoder_depth=2, decoder_heads=4, ratio=0.5, norm_targets=False
+    )
+    optimizer = torch.optim.AdamW(vision.parameter_groups(model, weight_decay=0.05, lr=3e-3))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 500)
+    for _ in range(500):
+        optimizer.zero_grad()
+        model(images[torch.randint(1500, (64,))]).loss.backward()
+        optimizer.step()
+        schedule.step()
+
+    shown = images[1500:1508]
+    with torch.no_grad():
+        _, whole, hidden = model.eval()(shown)
+    hidden = hidden[:, None].repeat_interleave(2, 2).repeat_interleave(2, 3)
+    lines = [("image", shown), ("seen", shown.masked_fill(hidden, torch.nan)), ("restored", whole)]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(3, len(shown), figsize=(8, 3.2), layout="constrained")
+        for (name, pictures), line in zip(lines, axes, strict=True):
+            for picture, ax in zip(pictures, line, strict=True):
+                ax.set_facecolor("lightsteelblue")
+                ax.imshow(picture[0], cmap="gray", vmin=-1, vmax=1)
+                ax.set(xticks=[], yticks=[])
+                ax.spines[:].set_visible(False)
+            beside(line[0], name)
     return figure
 
 
@@ -286,6 +333,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {
     "forecast": forecast,
     "tasks": tasks,
     "looked-at": looked_at,
+    "restored": restored,
 }
 
 
@@ -299,7 +347,11 @@ def as_svg(figure: Figure) -> bytes:
 
 
 if __name__ == "__main__":
-    path = Path(__file__).parent / "assets" / "one-mask.png"
-    path.parent.mkdir(exist_ok=True)
-    one_mask().savefig(path, dpi=110, metadata={"Software": None})
-    print(f"drew {path}")
+    for name in sys.argv[1:]:
+        Path(f"{name}.svg").write_bytes(as_svg(PICTURES[name]()))
+        print(f"drew {name}.svg")
+    if not sys.argv[1:]:
+        path = Path(__file__).parent / "assets" / "one-mask.png"
+        path.parent.mkdir(exist_ok=True)
+        one_mask().savefig(path, dpi=110, metadata={"Software": None})
+        print(f"drew {path}")
