@@ -121,6 +121,7 @@ class EdgeAttention(nn.Module):
             by_head = self.edge.weight.unflatten(0, (self.heads, -1))
             u, e = self._edge_query(target, by_head), edge_attr.index_select(0, order).to(q.dtype)
             y, sums = along_edges(q, key, value, pattern, dropout_p=dropout, edge_query=u, edge_attr=e)
+            assert sums is not None
             y = torch.baddbmm(y[0], sums[0], by_head.transpose(1, 2))[None]
         y = y[0].transpose(0, 1)
         out = self._rooted(y.flatten(1) if self.concat else y.mean(1), target)

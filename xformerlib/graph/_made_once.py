@@ -37,7 +37,7 @@ def made_once(what: Hashable, given: Sequence[Any], make: Callable[[], Made]) ->
     same = found is not None and found.versions == versions
     if not same or any(other() is not x for other, x in zip(found.others, given[1:], strict=True)):
         with torch.inference_mode(False):  # what is kept may be needed in training later
-            others = [_nothing if x is None else ref(x) for x in given[1:]]
+            others: list[Callable[[], Tensor | None]] = [_nothing if x is None else ref(x) for x in given[1:]]
             found = entries[what] = _Entry(versions, others, make())
     return found.made
 

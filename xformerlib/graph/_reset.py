@@ -12,8 +12,9 @@ def reset(module: nn.Module) -> None:
         TypeError: a part with parameters of its own that does not say how they are drawn.
     """
     for name, part in module.named_children():
-        if hasattr(part, "reset_parameters"):
-            part.reset_parameters()
+        draw = getattr(part, "reset_parameters", None)
+        if callable(draw):
+            draw()
         elif next(part.parameters(recurse=False), None) is not None:
             raise TypeError(
                 f"{name} of {type(module).__name__} cannot be drawn anew: {type(part).__name__} has parameters but no "
