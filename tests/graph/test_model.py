@@ -196,3 +196,23 @@ def test_channels_that_are_known_at_the_first_call() -> None:
     assert isinstance(layer.query, nn.Linear) and layer.query.in_features == 4
     with pytest.raises(ValueError, match=r"x must be \(nodes, 7\) for sources"):
         layer((x[:, 1:], x[:3, :4]), graph.edge_index % 3, edges)
+
+
+@pytest.mark.parametrize("name", ["GraphTransformer", "GPS", "Graphormer", "Exphormer", "SGFormer"])
+def test_every_model_has_every_readout(name: str) -> None:
+    make = {
+        "GraphTransformer": lambda **o: GraphTransformer(7, 8, 3, 1, 2, **o),
+        "GPS": lambda **o: GPS(7, 8, 3, 1, 2, **o),
+        "Graphormer": lambda **o: Graphormer(7, 8, 3, 1, 2, **o),
+        "Exphormer": lambda **o: Exphormer(7, 8, 3, 1, 2, **o),
+        "SGFormer": lambda **o: SGFormer(7, 8, 3, **o),
+    }[name]
+    batch = Batch.from_data_list([drawn(4, 6), drawn(5, 7)])
+    given = batch.x.float(), batch.edge_index, None, batch.batch
+    for pool, rows in {None: 9, "edge": 13, "mean": 2, "sum": 2, "max": 2, "mean-max": 2, "attention": 2}.items():
+        for options in ({},) if name == "SGFormer" else ({"virtual_nodes": 0}, {"virtual_nodes": 2}):
+            assert make(pool=pool, **options)(*given).shape == (rows, 3)
+    if name != "SGFormer":
+        assert make(pool="token", virtual_nodes=1)(*given).shape == (2, 3)
+    with pytest.raises(ValueError, match="row of a virtual node"):
+        make(pool="token", **({} if name == "SGFormer" else {"virtual_nodes": 0}))
