@@ -49,7 +49,7 @@ class KeptWeights(torch.autograd.Function):
         tensors, into = saved[count:], Gradients.of(saved[count:], ctx.needs_input_grad[5:])
         grad = part.calls[0].ready(grad)
         calls = enumerate(part.calls_of(ctx.scores.using(tensors), grad))
-        found = [_backward(pairs, *saved[_KEPT * i : _KEPT * (i + 1)], grad, into.biases) for i, pairs in calls]
+        found = [_backward(pairs, saved[_KEPT * i : _KEPT * (i + 1)], grad, into.biases) for i, pairs in calls]
         grads = (
             _put(part, tiles, shape).to(dtype)
             for tiles, (shape, dtype) in zip(zip(*found, strict=True), ctx.inputs, strict=True)
@@ -76,9 +76,10 @@ def _forward(pairs: TilePairs, query: Tensor, key: Tensor, value: Tensor) -> tup
 
 
 def _backward(
-    pairs: TilePairs, q: Tensor, k: Tensor, v: Tensor, p: Tensor, grad: Tensor, biases: list[Tensor | None]
+    pairs: TilePairs, kept: SequenceOf[Tensor], grad: Tensor, biases: list[Tensor | None]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of the tiles' queries, keys and values, from that of the output; those of the biases are added to ``biases``."""
+    q, k, v, p = kept
     there, rows = pairs.tiles.query_there, pairs.tiles.queries(grad)
     batch, n, heads, count, _ = rows.shape
     # What only fills a tile repeats a token, whose gradient must not count twice.
@@ -91,13 +92,10 @@ def _backward(
             bias_grad += ds.view(batch, n, heads, count, -1).sum_to_size(bias_grad.shape)
 
         pairs.with_bias_gradients(biases, add)
-    dq, dk, dv = (
-        torch.bmm(ds, k).mul_(pairs.scores.scale),
-        torch.bmm(ds.transpose(1, 2), q),
-        torch.bmm(p.transpose(1, 2), do),
-    )
-    kv_heads = len(k) // (batch * n)
-    return dq.view(batch, n, heads, count, -1), *(x.view(batch, n, kv_heads, *x.shape[1:]) for x in (dk, dv))
+    dq = torch.bmm(ds, k).mul_(pairs.scores.scale).view(batch, n, heads, count, -1)
+    dk, dv = torch.bmm(ds.transpose(1, 2), q), torch.bmm(p.transpose(1, 2), do)
+    shape = batch, n, len(k) // (batch * n)
+    return dq, dk.view(*shape, *dk.shape[1:]), dv.view(*shape, *dv.shape[1:])
 
 
 def _put(
