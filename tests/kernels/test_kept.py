@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import xformerlib as xf
+from benchmarks._measure import Setting, memory
 from xformerlib import masks, positions
+from xformerlib.kernels import _formulas
 
 S = xf.Sequence
 WAYS = {
@@ -64,7 +66,36 @@ def test_weights_are_kept_where_few_tokens_meet_and_only_there(way):
     bias = None if make is None else make(4)
     assert keeps_weights(mask, S.packed([5, 9, 7] * 200), heads=4, head_dim=16, bias=bias)
     assert not keeps_weights(mask, S.packed([90, 97] * 100), heads=4, head_dim=64, bias=bias)
-    assert not keeps_weights(mask, S.packed([33] * 200), heads=4, head_dim=8, bias=bias)  # they would take more memory
+    assert not keeps_weights(mask, S.packed([33] * 200), heads=4, head_dim=4, bias=bias)  # they would take more memory
+
+
+@pytest.mark.parametrize("room", [1, 60, 500, 4000])
+@pytest.mark.parametrize("way", WAYS)
+def test_pieces_of_any_size(way, room, monkeypatch):
+    monkeypatch.setattr(_formulas, "PIECE", room)  # a query's scores are 4 to 9
+    torch.manual_seed(0)
+    mask, make = WAYS[way]
+    bias = None if make is None else make(4).double()
+    domain, given = S.packed([5, 9, 4, 9, 5, 5] * 3), inputs(111, batch=2)
+    for got, want in zip(
+        *(outputs(*given, mask, domain, bias, kernel) for kernel in ("packed", "reference")), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+def test_nothing_is_kept_where_nothing_is_learned():
+    domain, given = S.packed([30, 20] * 200), [x.float() for x in inputs(10_000)]
+
+    def held(grad):
+        def forward():
+            with torch.set_grad_enabled(grad):
+                return (xf.attention(*given, domain=domain, kernel="packed"),)
+
+        forward()
+        return memory(forward, Setting())[0]
+
+    weights = 200 * (30**2 + 20**2) * 4 * 4
+    assert held(grad=True) - held(grad=False) >= weights / 2
 
 
 @pytest.mark.parametrize("domain", [xf.Grid(9, 7), S(64)], ids=repr)

@@ -81,10 +81,13 @@ HELD: dict[str, tuple[masks.Mask | None, xf.Domain, dict[str, Any]]] = {
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_bytes_are_what_is_held(name: str, kv_heads: int) -> None:
     mask, domain, options = HELD[name]
-    query, key = (torch.randn(1, domain.num_tokens, heads, 2).transpose(1, 2) for heads in (2, kv_heads))
+    query, key = (
+        torch.randn(1, domain.num_tokens, heads, 2).transpose(1, 2).requires_grad_("kept" in name)
+        for heads in (2, kv_heads)
+    )
 
     def forward() -> tuple[torch.Tensor]:
-        with torch.no_grad():
+        with torch.set_grad_enabled("kept" in name):
             return (xf.attention(query, key, key, mask=mask, domain=domain, **options),)
 
     forward()  # what is kept for the next call is there

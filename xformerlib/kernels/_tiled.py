@@ -22,8 +22,8 @@ from ._tiles import Tiles, joined, pairs_of_row
 
 # Keys of tiles for which the formulas are faster than flash attention: in the backward, and in both if the weights are kept.
 FEW_COLUMNS = 64
-# Keys of tiles, for each channel of a head, whose weights take no more memory than queries, keys, values and output.
-FEW_PER_CHANNEL = 4
+# Keys of tiles, for each channel of a head, whose weights take no more than twice the memory of queries, keys, values and output.
+FEW_PER_CHANNEL = 8
 
 # What a part keeps between calls, of masks and of indices into tables.
 KEPT_BYTES = 2**24
@@ -66,7 +66,7 @@ class TiledPart(Part):
         every, size = sum(tiles.size for tiles in self.calls), max((tiles.size for tiles in self.calls), default=0)
         scores = 0 if flash else _formulas.held(size * planes, width, problem.dropout_p)
         if keeps:
-            scores = (size + every) * planes * width
+            scores = (min(size * planes, 2 * _formulas.PIECE) + every * planes) * width
         in_order = flash and self.exact == "causal"
         if problem.bias is None and (in_order or self.exact == "full"):
             return scores
@@ -82,7 +82,7 @@ class TiledPart(Part):
     def alone(self, scores: Scores, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
         if not self._keeps_weights(query.shape[-1], scores.softcap is not None, scores.dropout_p, self._tokens(query)):
             return None
-        return KeptWeights.apply(self, scores, query, key, value, *scores.tensors)
+        return KeptWeights.apply(self, scores, torch.is_grad_enabled(), query, key, value, *scores.tensors)
 
     def calls_of(self, scores: Scores, query: Tensor) -> list[TilePairs]:
         """The pairs of each call."""
