@@ -31,6 +31,7 @@ EDGES = masks.Edges() | masks.Local(0)
 MODELS: dict[str, Any] = {
     "nodes": lambda: GraphTransformer(7, 16, 3, 2, 4),
     "edges, mean": lambda: GraphTransformer(7, 16, 3, 2, 4, mask=EDGES, pool="mean", position=positions.Learned(16, 5)),
+    "masks of each layer": lambda: GraphTransformer(7, 16, 3, 2, 4, mask=[EDGES, None], pool="sum"),
     "virtual node": lambda: GraphTransformer(
         7, 16, None, 1, 4, mask=EDGES | masks.Global(1), pool="token", virtual_nodes=1
     ),

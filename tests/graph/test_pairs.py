@@ -25,6 +25,9 @@ MODELS: dict[str, Any] = {
     "virtual node": lambda: GraphTransformer(5, 16, 3, LAYERS, 2, position=position(), virtual_nodes=1),
     "checkpointed": lambda: GraphTransformer(5, 16, 3, LAYERS, 2, position=position(), checkpoint=True),
     "each its own": lambda: GraphTransformer(5, 16, 3, LAYERS, 2, position=lambda: RandomWalkBias(2, 4)),
+    "some of each": lambda: GraphTransformer(
+        5, 16, 3, LAYERS, 2, position=[position(), lambda: positions.RelativeBias(2)]
+    ),
     "GPS": lambda: GPS(5, 16, 3, LAYERS, 2, edge_dim=2, position=position(), norm="layer"),
 }
 TIMES = {"checkpointed": 2 * LAYERS, "each its own": LAYERS}

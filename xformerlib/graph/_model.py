@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from .._inputs import Masks, Positions
 from .._pooling import Pooling
 from .._sublayers import NormLayer, normed
 from ..blocks import Encoder
 from ..domains import Graph
-from ..masks import Mask
-from ..positions import Position
 from ..positions._graph import on_nodes
 from ._edges import Adjacency, as_pairs, check_ends
 from ._inputs import linear_from, place_nodes
@@ -152,7 +150,8 @@ class GraphTransformer(GraphModel):
     Args:
         in_channels, hidden_channels, out_channels, pool, virtual_nodes: as in ``GraphModel``.
         num_layers, heads: blocks, attention heads.
-        mask, position, **encoder: arguments of ``Encoder`` and ``Block``: dropout, drop_path, norm_layer, activation, ...
+        mask, position: of all layers or of each, as in ``Encoder``.
+        **encoder: further arguments of ``Encoder`` and ``Block``: dropout, drop_path, norm_layer, activation, ...
 
     Example:
         >>> model = GraphTransformer(7, 32, 3, num_layers=2, heads=4, pool="mean")
@@ -169,8 +168,8 @@ class GraphTransformer(GraphModel):
         num_layers: int,
         heads: int,
         *,
-        mask: Mask | None = None,
-        position: Position | Callable[[], Position] | None = None,
+        mask: Masks = None,
+        position: Positions = None,
         pool: Readout = None,
         virtual_nodes: int = 0,
         norm_layer: NormLayer = "layer",
