@@ -35,13 +35,16 @@ def body(o: Options, data: Data) -> graph.GraphModel:
     pool = None if data.of_nodes else o.pool
     ends: dict[str, Any] = {"in_channels": embed, "hidden_channels": o.dim, "out_channels": data.outputs, "pool": pool}
     sizes: dict[str, Any] = {"num_layers": o.depth, "heads": o.heads}
+    norm = None if o.norm == "none" else o.norm
     place = encoding(o, data)
     conv = None if o.messages in (None, "attention") else lambda: message(o.messages, o, edges)
     if o.model == "gps":
         mask = masks.Edges() if o.attend == "edges" else None
-        return graph.GPS(**ends, **sizes, conv=conv, mask=mask, edge_dim=edges, position=place, dropout=o.dropout)
+        return graph.GPS(
+            **ends, **sizes, conv=conv, mask=mask, edge_dim=edges, position=place, norm=norm, dropout=o.dropout
+        )
     if o.model == "exphormer":
-        return graph.Exphormer(**ends, **sizes, edge_dim=edges, position=place, dropout=o.dropout)
+        return graph.Exphormer(**ends, **sizes, edge_dim=edges, position=place, norm=norm, dropout=o.dropout)
     if o.model == "graph-transformer":
         # Nodes of a large graph look along edges, those of a small one at all others, and count the hops between.
         own: dict[str, Any] = {"mask": masks.Edges(self_loops=True), "position": place}
@@ -103,7 +106,7 @@ def message(kind: str, o: Options, edges: nn.Module | None) -> nn.Module:
 class Network(graph.GraphModel):
     """A graph neural network of layers of PyTorch Geometric's, which starts and ends as xformerlib's models do.
 
-    Each layer is followed by batch norm, ReLU and dropout, and with --residual added to its input: what tuned ones are made of
+    Each layer is followed by a norm, ReLU and dropout, and with --residual added to its input: what tuned ones are made of
     (Luo et al. 2024, arXiv:2406.08993).
     """
 
@@ -114,7 +117,8 @@ class Network(graph.GraphModel):
         assert o.model in BASELINES
         self.embed_edges, self.position = edges if uses_edges(o) else None, position
         self.convs = nn.ModuleList(message(o.model, o, edges) for _ in range(o.depth))
-        self.norms = nn.ModuleList(nn.BatchNorm1d(o.dim) for _ in range(o.depth))
+        norm = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm, "none": nn.Identity}[o.norm]
+        self.norms = nn.ModuleList(norm(o.dim) for _ in range(o.depth))
         self.dropout, self.residual = nn.Dropout(o.dropout), o.residual
 
     def run(self, x: Tensor, graph: domains.Graph, edge_attr: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Literal
 import common
 
 Model = Literal["gps", "graph-transformer", "graphormer", "exphormer", "sgformer", "gcn", "gin", "gine", "gat"]
+Optimizer = Literal["adamw", "adam"]
 BASELINES = ("gcn", "gin", "gine", "gat")
 
 
@@ -45,6 +46,8 @@ class Options:
     messages: Literal["attention", "gine", "gcn", "appnp"] | None = None
     """How gps and sgformer pass messages along edges beside attention: by attention too (gps alone), by sums (gine), means (gcn), or ten
     means in a row (appnp). Without it: attention for gps, gcn for sgformer."""
+    norm: Literal["batch", "layer", "none"] = "batch"
+    """What follows the layers of gps and exphormer, and of the graph neural networks: a norm over nodes, or over channels, or none."""
     graph_weight: float = 0.5
     """The share that messages have in sgformer; attention has the rest."""
     attend: Literal["all", "edges"] = "all"
@@ -71,8 +74,11 @@ class Options:
     """Highest learning rate."""
     warmup: float = 0.1
     """Share of training over which the learning rate rises. After it it falls to 0 along half a cosine."""
+    optimizer: Optimizer = "adamw"
+    """AdamW, or Adam, which takes weight decay for a part of the gradient: it leads weights that nothing else moves to 0 in few
+    steps, such as those of words that no labelled node has."""
     weight_decay: float = 1e-2
-    """Weight decay of AdamW."""
+    """Weight decay."""
     clip: float = 1.0
     """Greatest norm of the gradient."""
     seeds: tuple[int, ...] = (0,)
@@ -105,6 +111,7 @@ class Options:
             ("messages", self.messages is not None, ("gps",) if self.messages == "attention" else ("gps", "sgformer")),
             ("attend", self.attend != "all", ("gps",)),
             ("residual", self.residual, BASELINES),
+            ("norm", self.norm != "batch", ("gps", "exphormer", *BASELINES)),
         ):
             if given and self.model not in takers:
                 raise ValueError(

@@ -100,7 +100,8 @@ def train(model: nn.Module, task: Task, run: common.Run, o: Options) -> tuple[fl
     """
     whole = task.data.of_nodes
     steps = o.epochs * (o.epoch_steps if whole else math.ceil(len(task.parts["train"]) / o.batch_size))
-    optimizer = torch.optim.AdamW(model.parameters(), o.lr, weight_decay=o.weight_decay, fused=True)
+    kind = torch.optim.AdamW if o.optimizer == "adamw" else torch.optim.Adam
+    optimizer = kind(model.parameters(), o.lr, weight_decay=o.weight_decay, fused=True)
     schedule = common.cosine_schedule(optimizer, warmup=round(o.warmup * steps), steps=steps)
     trained = Trained(model, optimizer, schedule, o.clip)
     validation = list(batches(task, "validation", o.eval_batch_size))

@@ -15,7 +15,7 @@ import graph_training as training
 import numpy as np
 import pytest
 import torch
-from graph_options import Options
+from graph_options import Optimizer, Options
 from hypothesis import given, strategies as st
 
 from tests.examples import checks
@@ -151,6 +151,19 @@ def test_a_residual_layer_that_says_nothing_leaves_nodes_as_they_are(tmp_path: P
             torch.testing.assert_close(model(batch), model.head(nodes if residual else torch.zeros_like(nodes)))
 
 
+def test_adam_leads_weights_that_nothing_moves_to_zero(tmp_path: Path, no_picture: None) -> None:
+    held = one_graph(3)
+    held["node_features"][:, 0] = 0  # a feature that no node has
+    np.savez(tmp_path / "tiny.npz", **held)
+    left = {}
+    for optimizer in get_args(Optimizer):
+        o = dataclasses.replace(TINY, model="gcn", epochs=2, epoch_steps=10, lr=0.02, optimizer=optimizer)
+        example.main(dataclasses.replace(o, data=tmp_path / "tiny.npz", run=tmp_path / optimizer))
+        weights = torch.load(tmp_path / optimizer / "resume.pt", weights_only=True)["parts"]["model"]
+        left[optimizer] = float(weights["embed.1.weight"][:, 0].abs().mean())
+    assert left["adam"] < 0.9 * left["adamw"]
+
+
 def test_epochs_of_several_steps_are_the_same_steps(tmp_path: Path, no_picture: None) -> None:
     np.savez(tmp_path / "tiny.npz", **one_graph(3))
     o = dataclasses.replace(TINY, data=tmp_path / "tiny.npz", model="gcn", epochs=6, run=tmp_path / "single")
@@ -175,6 +188,17 @@ def test_sgformer_passes_messages_as_it_is_told(options: dict[str, Any], tmp_pat
         assert torch.allclose(model(batch), alone, atol=1e-5) == (o.graph_weight == 0)
 
 
+@pytest.mark.parametrize("model", ["gps", "exphormer", "gcn"])
+@pytest.mark.parametrize("norm", ["batch", "layer", "none"])
+def test_layers_have_the_norm_that_was_asked_for(model: Any, norm: Any, tmp_path: Path) -> None:
+    found = _saved(tmp_path, one_graph(3))
+    built = models.build(dataclasses.replace(TINY, model=model, norm=norm), found)
+    kinds = {type(module).__name__ for module in built.modules()}
+    assert {"BatchNorm1d": "BatchNorm1d" in kinds, "LayerNorm": "LayerNorm" in kinds} == {
+        "BatchNorm1d": norm == "batch", "LayerNorm": norm == "layer"
+    }  # fmt: skip
+
+
 def test_input_dropout_leaves_features_out_in_training(tmp_path: Path) -> None:
     found = _saved(tmp_path, one_graph(3))
     model = models.build(dataclasses.replace(TINY, model="gcn", dropout=0.0, input_dropout=0.9), found)
@@ -193,6 +217,7 @@ def test_input_dropout_leaves_features_out_in_training(tmp_path: Path) -> None:
         ({"model": "sgformer", "messages": "attention"}, "--messages"),
         ({"model": "exphormer", "attend": "edges"}, "--attend"),
         ({"model": "gps", "residual": True}, "--residual"),
+        ({"model": "sgformer", "norm": "layer"}, "--norm"),
         ({"model": "sgformer", "graph_weight": 1.5}, "--graph-weight"),
     ],
 )
