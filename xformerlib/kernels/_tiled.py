@@ -80,7 +80,8 @@ class TiledPart(Part):
         return scores + kept + added * size * width
 
     def alone(self, scores: Scores, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
-        if not self._keeps_weights(query.shape[-1], scores.softcap is not None, scores.dropout_p, self._tokens(query)):
+        keeps = self._keeps_weights(query.shape[-1], scores.softcap is not None, scores.dropout_p, self._tokens(query))
+        if not keeps or 0 in (query.numel(), value.numel()):
             return None
         return KeptWeights.apply(self, scores, torch.is_grad_enabled(), query, key, value, *scores.tensors)
 
