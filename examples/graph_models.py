@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def body(o: Options, data: Data) -> graph.GraphModel:
     sizes: dict[str, Any] = {"num_layers": o.depth, "heads": o.heads}
     norm = None if o.norm == "none" else o.norm
     place = encoding(o, data)
-    conv = None if o.messages in (None, "attention") else lambda: message(o.messages, o, edges)
+    conv = None if o.messages is None or o.messages == "attention" else partial(message, o.messages, o, edges)
     if o.model == "gps":
         mask = masks.Edges() if o.attend == "edges" else None
         return graph.GPS(

@@ -56,7 +56,7 @@ class GraphModel(nn.Module, ABC):
         self.embed = linear_from(in_channels, hidden_channels) if isinstance(in_channels, int) else in_channels
         self.virtual = nn.Parameter(torch.empty(virtual_nodes, hidden_channels)) if virtual_nodes else None
         self.pool = _readout(pool, hidden_channels, heads)
-        self.head = nn.Identity() if out_channels is None else nn.Linear(hidden_channels, out_channels)
+        self.head: nn.Module = nn.Identity() if out_channels is None else nn.Linear(hidden_channels, out_channels)
         self._draw_virtual_nodes()
 
     def _draw_virtual_nodes(self) -> None:
