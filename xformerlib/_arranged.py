@@ -45,15 +45,9 @@ def arrangement(mask: Mask | None, domain: Domain, device: torch.device) -> Arra
 
 
 def moved(
-    x: Float[Tensor, "*batch tokens dim"], here: Arrangement | None, there: Arrangement | None
+    x: Float[Tensor, "*batch tokens dim"], order: Int[Tensor, " tokens"], back: Int[Tensor, " tokens"]
 ) -> Float[Tensor, "*batch tokens dim"]:
-    """Tokens that stand in the order ``here``, in the order ``there``; None is that of the domain."""
-    if here is there:
-        return x
-    if here is None or there is None:
-        order, back = (there.order, there.back) if there is not None else (here.back, here.order)  # type: ignore[union-attr]
-    else:
-        order, back = here.back[there.order], there.back[here.order]
+    """Tokens in an order, of which ``back`` is the inverse."""
     return _Moved.apply(x, order, back)
 
 

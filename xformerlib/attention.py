@@ -238,8 +238,8 @@ class Attention(nn.Module):
         if context is None and context_domain is None and cache is None and last is None:
             there = self._arranged(x, domain, mask, position)
             if there is not None:
-                y = self.forward(moved(x, None, there), there.domain, mask=mask, position=position)
-                return moved(y, there, None)
+                y = self.forward(moved(x, there.order, there.back), there.domain, mask=mask, position=position)
+                return moved(y, there.back, there.order)
         q, key, value, domain, keys = self._project(x, domain, context, context_domain, position, cache, last)
         x = x if last is None else x[..., -last:, :]
         if mask is not None and cache is not None and (gone := cache.forgotten(self)):
