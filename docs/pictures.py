@@ -291,7 +291,7 @@ def restored() -> Figure:
         for (name, pictures), line in zip(lines, axes, strict=True):
             for picture, ax in zip(pictures, line, strict=True):
                 ax.set_facecolor("lightsteelblue")
-                ax.imshow(picture[0], cmap="gray", vmin=-1, vmax=1)
+                ax.imshow(picture[0].numpy(), cmap="gray", vmin=-1, vmax=1)
                 ax.set(xticks=[], yticks=[])
                 ax.spines[:].set_visible(False)
             beside(line[0], name)
