@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as fwAD
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ._unwatched import unwatched
 
 # Below so many numbers the checks cost more than they gain.
 SMALL = 2**13
@@ -42,7 +43,7 @@ def linear(
     ``torch.nn.functional.linear`` first copies the bias to every token, an activation takes another pass, and the products of its
     backward are slower too.
     """
-    if not torch.compiler.is_compiling() and x.numel() >= SMALL and _is_plain(x, weight):
+    if not torch.compiler.is_compiling() and x.numel() >= SMALL and _fits(x, weight):
         if not torch.is_grad_enabled():
             return _product(x, weight, bias, activation)
         if x.numel() * len(weight) >= SMALL_PRODUCT:
@@ -89,17 +90,12 @@ def in_pieces(
     return torch.cat(pieces).unflatten(0, x.shape[:-1])
 
 
-def _is_plain(x: Tensor, weight: Tensor) -> bool:
-    """Whether nothing but the numbers is asked for: of one type on a CPU, with no one who counts, transforms or replaces operations."""
+def _fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN may compute a product."""
     return (
-        x.device.type == "cpu"
+        unwatched(x, weight)
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)
-        and type(x) is Tensor
-        and type(weight) in (Tensor, nn.Parameter)
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and fwAD._current_level < 0
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence as SequenceOf
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -235,8 +236,9 @@ class Attention(nn.Module):
                 which need then be given only at the first call.
             last: attend from only so many tokens at the end of ``x``, to all as before; the output is theirs. For sequences and timelines.
         """
-        if context is None and context_domain is None and cache is None and last is None:
-            there = self._arranged(x, domain, mask, position)
+        if domain is not None and context is None and context_domain is None and cache is None and last is None:
+            here, rows = place("x", x, self.dim, domain), len(x) if x.ndim == 3 else 1
+            there = self._arranged(here, mask, position, batch=rows, dtype=x.dtype, device=x.device)
             if there is not None:
                 y = self.forward(moved(x, there.order, there.back), there.domain, mask=mask, position=position)
                 return moved(y, there.back, there.order)
@@ -299,35 +301,37 @@ class Attention(nn.Module):
     def _plan(
         self,
         domain: Domain,
-        key_domain: Domain | None = None,
-        *,
+        keys: Domain | None = None,
         mask: Mask | None = None,
         position: Position | None = None,
-        batch: int = 1,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
+        **call: Any,
     ) -> Plan:
-        """How the layer would compute its attention."""
-        biases = self._biases(position)
-        return plan(
-            self._mask(mask), domain, key_domain, batch=batch, heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim,
-            dtype=self.qkv.weight.dtype if dtype is None else dtype, device=device, bias=biases or None,
-            dropout_p=self.dropout if self.training else 0.0, softcap=self.softcap, sinks=self.sinks is not None, kernel=self.kernel,
-        )  # fmt: skip
+        """How the layer computes its attention for a ``call`` (batch, dtype, device), with tokens in the order in which it does."""
+        there = self._arranged(domain, mask, position, **call) if keys is None else None
+        return self._plan_in_place(domain if there is None else there.domain, keys, mask, position, **call)
 
     def _arranged(
-        self, x: Tensor, domain: Domain | None, mask: Mask | None, position: Position | None
+        self, domain: Domain, mask: Mask | None = None, position: Position | None = None, **call: Any
     ) -> Arrangement | None:
-        """The order of tokens in which to attend from ``x`` to itself; None for the one that they are in."""
-        own = self._mask(mask)
-        if domain is None or own is None or self.kernel not in ("auto", "blocks", "packed"):
+        """The order of tokens in which to attend from them to themselves; None for the one that they are in."""
+        device = torch.device(call.get("device", "cpu"))
+        if device.type != "cpu" or self.kernel not in ("auto", "blocks", "packed"):
             return None
-        there = arrangement(own, place("x", x, self.dim, domain), x.device) if x.is_cpu else None
+        there = arrangement(self._mask(mask), domain, device)
         if there is None:
             return None
-        batch = x.shape[0] if x.ndim == 3 else 1
-        planned = self._plan(there.domain, mask=mask, position=position, batch=batch, dtype=x.dtype, device=x.device)
+        planned = self._plan_in_place(there.domain, None, mask, position, **call)
         return there if planned.kernel in ("blocks", "packed") else None
+
+    def _plan_in_place(
+        self, domain: Domain, keys: Domain | None, mask: Mask | None, position: Position | None, **call: Any
+    ) -> Plan:
+        """The plan for tokens in the order in which they are."""
+        return plan(
+            self._mask(mask), domain, keys, heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim,
+            bias=self._biases(position) or None, dropout_p=self.dropout if self.training else 0.0, softcap=self.softcap,
+            sinks=self.sinks is not None, kernel=self.kernel, **{"dtype": self.qkv.weight.dtype, **call},
+        )  # fmt: skip
 
     def _project(
         self,

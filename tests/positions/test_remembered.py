@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
 from xformerlib import Domain, Graph, Grid, Sequence
@@ -97,3 +98,13 @@ def test_large_tables_are_not_kept(monkeypatch: pytest.MonkeyPatch, calls: list[
     for _ in range(2):
         scores(bias, Sequence(9))
     assert len(calls) == 2
+
+
+def test_tangents_of_weights_are_not_forgotten() -> None:
+    bias, domain = ContinuousBias(2, hidden=8), Sequence(5)
+    with torch.no_grad(), fwAD.dual_level():
+        assert fwAD.unpack_dual(scores(bias, domain)).tangent is None
+        weights = {name: fwAD.make_dual(weight, torch.ones_like(weight)) for name, weight in bias.named_parameters()}
+        with torch.nn.utils.stateless._reparametrize_module(bias, weights):
+            tangent = fwAD.unpack_dual(scores(bias, domain)).tangent
+    assert tangent is not None and tangent.any()

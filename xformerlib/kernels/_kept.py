@@ -4,7 +4,7 @@ With p the weights of a query, o = p v, and do the gradient of o,
 
     dv = p' do,   dp = do v',   ds = p (dp - sum(p dp)),   dq = scale ds k,   dk = scale ds' q.
 
-A token that meets few others has few weights: they take no more memory than its vectors do.
+A token that meets few others has few weights: they take about the memory that its vectors do.
 """
 
 from __future__ import annotations

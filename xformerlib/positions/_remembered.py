@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .._unwatched import unwatched
+
 # Tables of one network that are kept, and their numbers.
 MOST_TABLES = 4
 MOST_NUMBERS = 2**18
@@ -31,7 +33,7 @@ def remembered(
     Weights are compared by what is in them, number by number: they can be changed in ways that leave no trace (``.data``), and a
     comparison takes a small part of the time of the network. On a GPU it would wait for all that was asked of it before.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not all(map(_is_plain, weights)):
+    if torch.is_grad_enabled() or not unwatched(*weights):
         return make()
     tables = _TABLES.setdefault(owner, {})
     known = tables.get(key)
@@ -44,15 +46,6 @@ def remembered(
                 tables.pop(next(iter(tables)))
             tables[key] = known
     return known.values
-
-
-def _is_plain(weight: Tensor) -> bool:
-    return (
-        weight.is_cpu
-        and type(weight) in (Tensor, nn.Parameter)
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
