@@ -53,6 +53,18 @@ def assert_written(run: Path, *pictures: str) -> None:
     assert all((run / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
 
 
+def assert_command_trains(
+    script: str, run: Path, options: str, says: tuple[str, ...], pictures: tuple[str, ...]
+) -> None:
+    """A command of two epochs shows how far it is, says what it does, and writes a line for each epoch and one of the test."""
+    done = run_command(script, *options.split(), "--epochs", "2", "--run", str(run))
+    assert "2/2" in done.stderr  # the progress bar
+    for word in (*says, *pictures, "test accuracy"):
+        assert word in done.stdout
+    assert_written(run, *pictures)
+    assert [record["epoch"] for record in records(run)] == [1, 2, 2]
+
+
 def assert_help_explains(options: type, capsys: pytest.CaptureFixture[str]) -> None:
     """--help says of every option what it is."""
     with pytest.raises(SystemExit) as stop:
