@@ -59,7 +59,7 @@ def run_in_graph(
         scores = scores_of(problem, predicate, biases, scale, softcap, seed)
         with torch.autocast(query.device.type, enabled=False):
             return _sdpa.run(problem, scores, query, key, value)
-    if torch.compiler.is_exporting():
+    if torch.compiler._is_exporting_flag:  # is_exporting() is True in torch 2.11's compiler, too
         raise ValueError(
             f"torch.export keeps a graph beyond this process, which must not depend on what is planned here, and {problem.mask!r} on "
             f"{problem.domain!r} with kernel={kernel!r} is; it can hold attention to everything, or plainly causal, without padding, "

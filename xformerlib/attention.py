@@ -237,7 +237,7 @@ class Attention(nn.Module):
             last: attend from only so many tokens at the end of ``x``, to all as before; the output is theirs. For sequences and timelines.
         """
         if domain is not None and context is None and context_domain is None and cache is None and last is None:
-            here, rows = place("x", x, self.dim, domain), len(x) if x.ndim == 3 else 1
+            here, rows = place("x", x, self.dim, domain), x.shape[0] if x.ndim == 3 else 1
             there = self._arranged(here, mask, position, batch=rows, dtype=x.dtype, device=x.device)
             if there is not None:
                 y = self.forward(moved(x, there.order, there.back), there.domain, mask=mask, position=position)
