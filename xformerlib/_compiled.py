@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -22,12 +21,9 @@ from .domains import Domain
 from .domains._tickets import domain_of
 from .kernels import Plan, Problem, Scores, _sdpa
 from .kernels._merge import gradients, merged_parts
-from .masks._constants import Ingredients, asked_once, mask_of, number_of
+from .masks._constants import Ingredients, mask_of, number_of
 from .positions import Bias
-from .positions._base import PairBias
-
-_BIASES: WeakValueDictionary[int, Bias] = WeakValueDictionary()
-_BIAS_NUMBERS: WeakKeyDictionary[Bias, int] = WeakKeyDictionary()
+from .positions._base import BIASES, PairBias
 
 # Domains that backward passes may still need, and what lives as long as those do.
 _NEEDED: list[tuple[StorageWeakRef, tuple[Domain, Domain]]] = []
@@ -66,7 +62,7 @@ def run_in_graph(
             "sinks or softcap. Use torch.compile."
         )
     mask, (sizes, reals, mask_tensors) = number_of(problem.mask)
-    numbers = [-1 if isinstance(term, Tensor) else _number_of_bias(term) for term in terms]
+    numbers = [-1 if isinstance(term, Tensor) else _number_of(term) for term in terms]
     tensors = [t for bias in biases for t in ((bias,) if isinstance(bias, Tensor) else bias.tensors)]
     out, _ = attend(
         query, key, value, sinks, seed, tensors, mask_tensors, problem.domain.ticket(), problem.keys.ticket(), mask, sizes, reals,
@@ -89,17 +85,10 @@ def _is_plain(problem: Problem, kernel: str) -> bool:
     return known and problem.num_queries * problem.num_keys <= _sdpa.SMALL_PAIRS and _sdpa.refuse(problem) is None
 
 
-def _number_of_bias(bias: Bias) -> int:
-    """The number of a bias, asked while a graph is made for it."""
-    if bias not in _BIAS_NUMBERS:
-        number = len(_BIAS_NUMBERS)
-        while number in _BIASES:
-            number += 1
-        _BIAS_NUMBERS[bias], _BIASES[number] = number, bias
-    return _BIAS_NUMBERS[bias]
-
-
-asked_once(_number_of_bias)
+def _number_of(bias: Bias) -> int:
+    if bias.number is None:
+        raise ValueError(f"{type(bias).__name__} was made while the graph is; make it outside of the compiled function")
+    return bias.number
 
 
 class _Work(NamedTuple):
@@ -151,7 +140,7 @@ def _work(
     """What ``_ARGUMENTS`` ask for."""
     domain = domain_of(ticket)
     keys = domain if ticket == key_ticket else domain_of(key_ticket)
-    terms = [None if number < 0 else _BIASES[number] for number in biases]
+    terms = [None if number < 0 else BIASES[number] for number in biases]
     problem = Problem(
         mask=mask_of(mask, Ingredients(list(sizes), list(reals), list(mask_tensors))), domain=domain, keys=keys,
         batch=query.shape[0], heads=query.shape[1], kv_heads=key.shape[1], head_dim=query.shape[-1], value_dim=value.shape[-1],

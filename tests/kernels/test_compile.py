@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -113,6 +115,29 @@ def test_inductor(name: str) -> None:
     layer, domain, x = made(name)
     run, _ = compiled(layer, "inductor")
     assert_same(results(run, layer, x, domain), results(layer, layer, x, domain))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_a_copy_has_biases_of_its_own(copied: Callable[[xf.Attention], xf.Attention]) -> None:
+    layer, domain, x = made("windowed with a trained bias")
+    other = copied(layer)
+    for parameter in other.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    for each in (layer, other):
+        run, _ = compiled(each)
+        assert_same(results(run, each, x, domain), results(each, each, x, domain))
+
+
+def test_a_bias_made_inside_is_refused() -> None:
+    q = torch.randn(1, HEADS, 200, DIM // HEADS)
+
+    def attended(q: Tensor) -> Tensor:
+        bias = positions.DistanceDecay(HEADS)
+        return xf.attention(q, q, q, domain=xf.Sequence(200), mask=masks.Local(5), bias=bias)
+
+    assert attended(q).shape == q.shape
+    with pytest.raises(Exception, match="DistanceDecay was made while the graph is; make it outside"):
+        compiled(attended)[0](q)
 
 
 def test_models_of_several_layers() -> None:

@@ -396,10 +396,11 @@ def either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 def check_count(name: str, value: object, *, least: int = 0) -> int:
     """``value`` as an int, or an error that names the argument."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer; got {name}={value!r}")
     # A symbolic size stays one, so that a graph is compiled or exported for all sizes.
-    number: int = value if isinstance(value, (int, torch.SymInt)) else int(value.__index__())  # type: ignore[assignment]
+    whole = isinstance(value, (int, torch.SymInt))
+    if isinstance(value, bool) or not (whole or hasattr(value, "__index__")):
+        raise TypeError(f"{name} must be an integer; got {name}={value!r}")
+    number: int = value if whole else int(value.__index__())  # type: ignore[attr-defined, assignment]
     if number < least:
         raise ValueError(f"{name} must be >= {least}; got {name}={number}")
     return number

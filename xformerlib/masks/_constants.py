@@ -71,14 +71,6 @@ def _recipe(part: Any, rest: Ingredients, things: list[Any]) -> Recipe:
     return (kind, len(found) - 1)
 
 
-def asked_once(fn: Any) -> None:
-    """Mark a function to be called while a graph is made, its result being a constant of the graph.
-
-    As ``torch.compiler.assume_constant_result`` does, which would load the compiler, for seconds, when the package is imported.
-    """
-    fn._dynamo_marked_constant = True
-
-
 def _numbered(recipe: Recipe, *things: Any) -> int:
     """The number of a recipe: asked while a graph is made, of the very functions that it is made for."""
     recipe = (recipe, things)
@@ -88,7 +80,8 @@ def _numbered(recipe: Recipe, *things: Any) -> int:
     return _NUMBERS[recipe]
 
 
-asked_once(_numbered)
+# A constant of the graph. torch.compiler.assume_constant_result would load the compiler, for seconds, when the package is imported.
+_numbered._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _made(recipe: Recipe, rest: Ingredients) -> Mask:

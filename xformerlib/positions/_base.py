@@ -6,10 +6,12 @@ An ``Embedding`` is added to the tokens, a ``Rotation`` turns queries and keys, 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator
-from typing import cast
+from typing import Any, cast
+from weakref import WeakValueDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -180,6 +182,14 @@ class Bias(Position, ABC):
 
     heads: int
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = _enlisted(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.number = _enlisted(self)  # of a copy
+
     def pair(self, domain: Domain, key_domain: Domain | None = None, *, dtype: torch.dtype | None = None) -> PairBias:
         """The bias between queries on ``domain`` and keys on ``key_domain`` (default: the same).
 
@@ -199,6 +209,20 @@ class Bias(Position, ABC):
     def is_pointwise(self, domain: Domain) -> bool:
         """Whether the score of a pair is an entry of a table or a formula there, and ``PairBias.of_head`` computes just that."""
         return False
+
+
+# What a compiled graph holds of a bias is its number, a constant, by which it is found when the graph runs.
+BIASES: WeakValueDictionary[int, Bias] = WeakValueDictionary()
+_COUNT = itertools.count()
+
+
+def _enlisted(bias: Bias) -> int | None:
+    """A number of its own; None for what is made in a graph, which is gone when the graph runs."""
+    if torch.compiler.is_compiling():
+        return None
+    number = next(_COUNT)
+    BIASES[number] = bias
+    return number
 
 
 class Sum(Position):
