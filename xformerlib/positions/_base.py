@@ -6,10 +6,12 @@ An ``Embedding`` is added to the tokens, a ``Rotation`` turns queries and keys, 
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator
+from functools import reduce
+from itertools import count, islice
+from operator import add
 from typing import Any, cast
 from weakref import WeakValueDictionary
 
@@ -213,7 +215,7 @@ class Bias(Position, ABC):
 
 # What a compiled graph holds of a bias is its number, a constant, by which it is found when the graph runs.
 BIASES: WeakValueDictionary[int, Bias] = WeakValueDictionary()
-_COUNT = itertools.count()
+_COUNT = count()
 
 
 def _enlisted(bias: Bias) -> int | None:
@@ -307,25 +309,15 @@ class SumPair(PairBias):
         )
         self.pairs = pairs
 
+    def using(self, tensors: tuple[Tensor, ...]) -> SumPair:
+        rest = iter(tensors)
+        return SumPair(tuple(pair.using(tuple(islice(rest, len(pair.tensors)))) for pair in self.pairs))
+
     def scores(self, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        start, total = 0, None
-        for pair in self.pairs:
-            end = start + len(pair.tensors)
-            scores = pair.using(self.tensors[start:end]).at(q, k, b)
-            total = scores if total is None else total + scores
-            start = end
-        assert total is not None
-        return total
+        return reduce(add, (pair.at(q, k, b) for pair in self.pairs))
 
     def of_head(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        start, total = 0, None
-        for pair in self.pairs:
-            end = start + len(pair.tensors)
-            score = pair.using(self.tensors[start:end]).of_head(b, h, q, k)
-            total = score if total is None else total + score
-            start = end
-        assert total is not None
-        return total
+        return reduce(add, (pair.of_head(b, h, q, k) for pair in self.pairs))
 
 
 class SubsetPair(PairBias):
@@ -336,15 +328,18 @@ class SubsetPair(PairBias):
         super().__init__(domain, keys, whole.tensors, heads=whole.heads, batch_size=rows[0] if rows else None)
         self.whole = whole
 
+    def using(self, tensors: tuple[Tensor, ...]) -> SubsetPair:
+        return SubsetPair(self.whole.using(tensors), self.domain, self.keys)
+
     def _kept(self, b: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return b, self.domain.token(b, q), self.keys.token(b, k)
 
     def scores(self, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return self.whole.using(self.tensors).scores(*self._kept(b, q, k))
+        return self.whole.scores(*self._kept(b, q, k))
 
     def of_head(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         b, q, k = self._kept(b, q, k)
-        return self.whole.using(self.tensors).of_head(b, h, q, k)
+        return self.whole.of_head(b, h, q, k)
 
     @property
     def rows_key(self) -> Hashable:
@@ -354,7 +349,7 @@ class SubsetPair(PairBias):
         return self.whole.index(*self._kept(b, q, k))
 
     def from_rows(self, index: Int[Tensor, "*pairs"]) -> Float[Tensor, "heads *pairs"]:
-        return self.whole.using(self.tensors).from_rows(index)
+        return self.whole.from_rows(index)
 
 
 def no_meaning(position: Position, domain: Domain, instead: str) -> ValueError:

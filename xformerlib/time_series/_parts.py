@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ._checks import check_size
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no truth value, nor a hash by what is in them
 class Affine:
     """The map ``y * scale + level``, one for each series: from normalised values back to the units of the data.
 
