@@ -86,9 +86,9 @@ def _is_plain(problem: Problem, kernel: str) -> bool:
 
 
 def _number_of(bias: Bias) -> int:
-    if bias.number is None:
+    if bias._number is None:
         raise ValueError(f"{type(bias).__name__} was made while the graph is; make it outside of the compiled function")
-    return bias.number
+    return bias._number
 
 
 class _Work(NamedTuple):

@@ -186,11 +186,11 @@ class Bias(Position, ABC):
 
     def __init__(self) -> None:
         super().__init__()
-        self.number = _enlisted(self)
+        self._number = _enlisted(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.number = _enlisted(self)  # of a copy
+        self._number = _enlisted(self)  # of a copy
 
     def pair(self, domain: Domain, key_domain: Domain | None = None, *, dtype: torch.dtype | None = None) -> PairBias:
         """The bias between queries on ``domain`` and keys on ``key_domain`` (default: the same).
