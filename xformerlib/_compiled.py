@@ -62,7 +62,7 @@ def run_in_graph(
             "sinks or softcap. Use torch.compile."
         )
     mask, (sizes, reals, mask_tensors) = number_of(problem.mask)
-    numbers = [-1 if isinstance(term, Tensor) else _number_of(term) for term in terms]
+    numbers = [-1 if isinstance(term, Tensor) else _number_of_bias(term) for term in terms]
     tensors = [t for bias in biases for t in ((bias,) if isinstance(bias, Tensor) else bias.tensors)]
     out, _ = attend(
         query, key, value, sinks, seed, tensors, mask_tensors, problem.domain.ticket(), problem.keys.ticket(), mask, sizes, reals,
@@ -85,7 +85,7 @@ def _is_plain(problem: Problem, kernel: str) -> bool:
     return known and problem.num_queries * problem.num_keys <= _sdpa.SMALL_PAIRS and _sdpa.refuse(problem) is None
 
 
-def _number_of(bias: Bias) -> int:
+def _number_of_bias(bias: Bias) -> int:
     if bias._number is None:
         raise ValueError(f"{type(bias).__name__} was made while the graph is; make it outside of the compiled function")
     return bias._number
