@@ -122,6 +122,31 @@ def hetero(setting: Setting) -> Work:
     return beside(setting, theirs, fed, names, "sparse", 3 * pairs, HEADS, CHANNELS // HEADS)
 
 
+def agnn(setting: Setting) -> Work:
+    """Attention by likeness alone, ten layers."""
+    from torch_geometric.nn import AGNNConv
+
+    nodes, count, layers = setting.size(20_000, 200), setting.size(200_000, 2000), 10
+    ours = graph.AGNN(CHANNELS, CHANNELS, CHANNELS, layers, dropout=0.0).to(setting.device, setting.dtype)
+    peers = nn.ModuleList(AGNNConv() for _ in range(layers)).to(setting.device, setting.dtype)
+    peers.requires_grad_(False)  # their temperatures stay 1
+
+    def theirs(x: Tensor, edge_index: Tensor) -> Tensor:
+        z = ours.embed(x).relu()
+        for layer in peers:
+            z = layer(z, edge_index)
+        return ours.head(z)
+
+    x, edge_index = setting.random(nodes, CHANNELS), unique_edges(nodes, count).to(setting.device)
+    grad = setting.random(nodes, CHANNELS, seed=1)
+    plan = xf.plan(ours.mask, xf.Graph(edge_index, nodes), head_dim=CHANNELS, dtype=setting.dtype, device=setting.device)
+    flops = layers * attention_flops(count + nodes, 1, CHANNELS) + 12.0 * nodes * CHANNELS**2
+    sides = (
+        Training(ours, partial(way, x, edge_index), grad, ("embed.weight", "head.weight")) for way in (ours, theirs)
+    )
+    return Work(*sides, plan.kernel, flops, 0.0)
+
+
 def million_edges(setting: Setting) -> Work:
     """The graph whole: nothing is sampled."""
     nodes, count, layers = setting.size(100_000, 200), setting.size(1_000_000, 2000), 3
@@ -154,6 +179,9 @@ LINES = (
     Line(
         "hgt", "whole layer, 5,000 and 8,000 nodes of 64 channels, 3 kinds of 40,000 random edges, 4 heads x 16", "PyG HGTConv", hetero,
         Target(faster=2),
+    ),
+    Line(
+        "agnn", f"AGNN, 10 layers: 20,000 nodes of {CHANNELS} channels, 200,000 random edges", "PyG AGNNConv", agnn, Target(faster=1),
     ),
     Line(
         "million-edges",

@@ -62,6 +62,8 @@ def body(o: Options, data: Data) -> graph.GraphModel:
             **ends, trans_num_layers=1, trans_num_heads=o.heads, trans_dropout=o.dropout,
             gnn_num_layers=o.depth, gnn_dropout=o.dropout, graph_weight=o.graph_weight, conv=conv,
         )  # fmt: skip
+    if o.model == "agnn":
+        return graph.AGNN(**ends, num_layers=o.depth, teleport=o.teleport, dropout=o.dropout)
     return Network(o, edges, **ends, position=place)
 
 
@@ -80,7 +82,7 @@ def encoder(dim: int, values: Tensor, dropout: float = 0.0) -> nn.Module:
 def encoding(o: Options, data: Data) -> positions.Position | None:
     """What nodes are told of the structure around them."""
     name = o.position or ("none" if data.of_nodes or data.graphs.places is not None else "walk")
-    if name != "none" and o.model in ("graphormer", "sgformer"):
+    if name != "none" and o.model in ("graphormer", "sgformer", "agnn"):
         if o.position is None:
             return None
         raise ValueError(f"--position {name} has no use in {o.model}; give none, or leave it out")

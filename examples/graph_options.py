@@ -8,7 +8,7 @@ from typing import Literal
 
 import common
 
-Model = Literal["gps", "graph-transformer", "graphormer", "exphormer", "sgformer", "gcn", "gin", "gine", "gat"]
+Model = Literal["gps", "graph-transformer", "graphormer", "exphormer", "sgformer", "agnn", "gcn", "gin", "gine", "gat"]
 Optimizer = Literal["adamw", "adam"]
 BASELINES = ("gcn", "gin", "gine", "gat")
 
@@ -32,7 +32,7 @@ class Options:
     validation: float = 0.1
     """Share of the training graphs that is held out to choose the weights by, where the data does not say which."""
     model: Model = "gps"
-    """Transformers of xformerlib (gps, graph-transformer, graphormer, exphormer, sgformer), or graph neural networks of PyTorch Geometric
+    """Transformers of xformerlib (gps, graph-transformer, graphormer, exphormer, sgformer, agnn), or graph neural networks of PyTorch Geometric
     (gcn, gin, gat; and gine, which is gin told of the features of edges)."""
     position: Literal["none", "walk", "laplacian"] | None = None
     """What nodes are told of the structure around them: nothing, random walks, or Laplacian eigenvectors. Without it: walk for graphs, none
@@ -50,6 +50,8 @@ class Options:
     """What follows the layers of gps and exphormer, and of the graph neural networks: a norm over nodes, or over channels, or none."""
     graph_weight: float = 0.5
     """The share that messages have in sgformer; attention has the rest."""
+    teleport: float = 0.1
+    """The share that each layer of agnn leads back to what a node itself has."""
     attend: Literal["all", "edges"] = "all"
     """Whom nodes of gps attend to: all nodes of their graph, which costs much on a large one, or those from which edges lead to them."""
     residual: bool = False
@@ -107,13 +109,17 @@ class Options:
         common.check_heads(self)
         if not 0 <= self.graph_weight <= 1:
             raise ValueError(f"--graph-weight must be from 0 to 1; got {self.graph_weight}")
+        if not 0 <= self.teleport < 1:
+            raise ValueError(f"--teleport must be from 0 to less than 1; got {self.teleport}")
         for option, given, takers in (
             ("messages", self.messages is not None, ("gps",) if self.messages == "attention" else ("gps", "sgformer")),
+            ("graph-weight", self.graph_weight != 0.5, ("sgformer",)),
+            ("teleport", self.teleport != 0.1, ("agnn",)),
             ("attend", self.attend != "all", ("gps",)),
             ("residual", self.residual, BASELINES),
             ("norm", self.norm != "batch", ("gps", "exphormer", *BASELINES)),
         ):
             if given and self.model not in takers:
                 raise ValueError(
-                    f"--{option} {getattr(self, option)} is for {', '.join(takers)}; got --model {self.model}"
+                    f"--{option} {getattr(self, option.replace('-', '_'))} is for {', '.join(takers)}; got --model {self.model}"
                 )

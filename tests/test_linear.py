@@ -112,8 +112,71 @@ def test_a_feed_forward_layer_in_pieces_is_one_whole(options: dict[str, Any], mo
             torch.testing.assert_close(layer(x), wanted, atol=1e-5, rtol=1e-5)
 
 
+HIDDEN: dict[str, dict[str, Any]] = {
+    "gelu": {}, "relu": {"activation": "relu"}, "no biases": {"bias": False}, "swiglu": {"activation": "swiglu"},
+    "geglu, no biases": {"activation": "geglu", "bias": False},
+}  # fmt: skip
+
+
+def by_hidden(y: Tensor) -> bool:
+    return type(y.grad_fn).__name__ == "_HiddenBackward"
+
+
+def learned(layer: xf.FeedForward, x: Tensor) -> list[Tensor]:
+    """An output, its gradients, and those of a function of these."""
+    wanted = [value for value in (x, *layer.parameters()) if value.requires_grad]
+    y = layer(x)
+    plain = torch.autograd.grad(y, wanted, y.detach().cos(), retain_graph=True)
+    first = torch.autograd.grad(y.cos().sum(), wanted, create_graph=True)
+    second = torch.autograd.grad(sum(value.square().sum() for value in first), wanted)
+    return [y, *plain, *first, *second]
+
+
+@pytest.mark.parametrize("options", HIDDEN.values(), ids=HIDDEN)
+@pytest.mark.parametrize("frozen", ["", "up", "down", "up.bias", "x"])
+def test_a_feed_forward_layer_learns_in_pieces(options: dict[str, Any], frozen: str, monkeypatch: Any) -> None:
+    layer, x = xf.FeedForward(6, hidden=10, **options), torch.randn(3, 7, 6, requires_grad=frozen != "x")
+    for name, parameter in layer.named_parameters():
+        nn.init.uniform_(parameter, -0.4, 0.4)
+        parameter.requires_grad_(not frozen or not name.startswith(frozen))
+    wanted = learned(layer, x)
+    monkeypatch.setattr(_linear, "LARGE", 1)
+    assert by_hidden(layer(x))
+    for piece in (1, 45, 10_000):
+        monkeypatch.setattr(_linear, "PIECE", piece)
+        torch.testing.assert_close(learned(layer, x), wanted, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "layer", [xf.FeedForward(8, dropout=0.5), xf.FeedForward(8, norm="layer"), xf.FeedForward(8, activation=nn.PReLU())]
+)
+def test_what_has_more_between_its_maps_does_not_learn_in_pieces(layer: xf.FeedForward, monkeypatch: Any) -> None:
+    monkeypatch.setattr(_linear, "LARGE", 1)
+    x = torch.randn(3, 8)
+    torch.manual_seed(0)
+    y = layer(x)
+    assert not by_hidden(y)
+    assert torch.autograd.grad(y.sum(), list(layer.parameters()))
+    assert by_hidden(layer.eval()(x)) == (layer.dropout.p > 0)  # which there is none of
+
+
+def test_hidden_channels_are_kept_once(monkeypatch: Any) -> None:
+    layer, x = xf.FeedForward(8, hidden=32), torch.randn(64, 8, requires_grad=True)
+
+    def kept() -> int:
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            layer(x)
+        return sum(sizes)
+
+    whole = kept()
+    monkeypatch.setattr(_linear, "LARGE", 1)
+    assert kept() == whole - 64 * 32 + 32 + 8  # the biases are kept, too
+
+
 def test_hooks_and_other_layers_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_linear, "SMALL", 1)
+    monkeypatch.setattr(_linear, "LARGE", 1)
     block, x, seen = xf.Block(8, 2).eval(), torch.randn(1, 3, 8), []
     for layer in (block.feed_forward.up, block.feed_forward.down, block.attention.out):
         layer.register_forward_hook(lambda module, inputs, output: seen.append(module) or output * 2)
@@ -128,8 +191,9 @@ def test_hooks_and_other_layers_are_called(monkeypatch: pytest.MonkeyPatch) -> N
 
     layer = xf.FeedForward(8, hidden=16).eval()
     layer.down = Adapted(16, 8)
-    with torch.no_grad():
-        torch.testing.assert_close(layer(x), layer.down(F.gelu(layer.up(x))))
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(layer(x), layer.down(F.gelu(layer.up(x))))
 
 
 def test_autocast_and_fp64_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,5 @@
-"""Linear maps on a CPU: by oneDNN, in inference with bias and activation within the product and no more of the result than is used."""
+"""Linear maps on a CPU: by oneDNN, in inference with bias and activation within the product, and hidden channels no longer than they are
+used."""
 
 from __future__ import annotations
 
@@ -18,6 +19,8 @@ SMALL = 2**13
 SMALL_PRODUCT = 2**26
 # Hidden channels of so many numbers fit a cache, and new memory is not asked for again and again.
 PIECE = 2**20
+# Tensors of more than 32 MiB are new pages of the system each time (glibc's ``M_MMAP_THRESHOLD``), which take longer than to fill them.
+LARGE = 2**23
 # Activations that a product can apply, by their name there too.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 
@@ -25,8 +28,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.
 def applied(
     layer: nn.Linear, x: Float[Tensor, "*batch inner"], activation: str | None = None
 ) -> Float[Tensor, "*batch outer"]:
-    """A layer's linear map, and an activation of it; by ``linear`` where the layer is nothing else: no adapter, no hook."""
-    if type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks:
+    """A layer's linear map, and an activation of it; by ``linear`` where the layer is nothing else."""
+    if _plain(layer):
         return linear(x, layer.weight, layer.bias, activation)
     y = layer(x)
     return y if activation is None else ACTIVATIONS[activation](y)
@@ -88,6 +91,75 @@ def in_pieces(
         return rows_to_rows(x)
     pieces = [rows_to_rows(rows) for rows in x.flatten(0, -2).split(step)]
     return torch.cat(pieces).unflatten(0, x.shape[:-1])
+
+
+def learned_in_pieces(
+    x: Float[Tensor, "*batch inner"], up: nn.Linear, activation: Callable[[Tensor], Tensor], down: nn.Linear
+) -> Float[Tensor, "*batch outer"] | None:
+    """``down(activation(up(x)))`` with gradients, some tokens at a time; None where that is not faster, or a layer is more than its map.
+
+    ``activation`` maps each row alone and has no parameters. What it makes of the hidden channels is not kept, but made again in the
+    backward: a third or so less memory than torch takes.
+    """
+    wide = x.numel() // max(x.shape[-1], 1) * up.out_features if x.ndim else 0
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or wide < LARGE:
+        return None
+    if not (_plain(up) and _plain(down) and _fits(x, up.weight) and _fits(x, down.weight)):
+        return None
+    y: Tensor = _Hidden.apply(x, up.weight, up.bias, down.weight, down.bias, activation)
+    return y
+
+
+class _Hidden(torch.autograd.Function):
+    """Two linear maps and what is between, for one piece of the tokens after the other."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, activation: Any
+    ) -> Tensor:
+        step = max(PIECE // len(up), 1)
+        hidden = [_product(rows, up, up_bias) for rows in x.reshape(-1, x.shape[-1]).split(step)]
+        ctx.save_for_backward(x, up, up_bias, down, down_bias, *hidden)
+        ctx.step, ctx.activation = step, activation
+        return torch.cat([_product(activation(h), down, down_bias) for h in hidden]).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, up, up_bias, down, down_bias, *hidden = ctx.saved_tensors
+        if torch.is_grad_enabled():  # it will be differentiated in its turn
+            y = F.linear(ctx.activation(F.linear(x, up, up_bias)), down, down_bias)
+            inputs = (x, up, up_bias, down, down_bias)
+            asked = [one for one, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
+            found = iter(torch.autograd.grad(y, asked, grad, create_graph=True))
+            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:5]), None
+        of_x, of_up, of_up_bias, of_down, of_down_bias, _ = ctx.needs_input_grad
+        grad = grad.reshape(-1, len(down)).contiguous()
+        to_x, to_up, to_up_bias, to_down = [], None, None, None
+        pieces = zip(x.reshape(-1, x.shape[-1]).split(ctx.step), hidden, grad.split(ctx.step), strict=True)
+        for rows, h, g in pieces:
+            with torch.enable_grad():
+                a = ctx.activation(h.requires_grad_())
+            if of_down:
+                to_down = _added(to_down, g, a.detach())
+            (h,) = torch.autograd.grad(a, h, _product(g, down.T))
+            if of_up:
+                to_up = _added(to_up, h, rows)
+            if of_up_bias:
+                to_up_bias = h.sum(0) if to_up_bias is None else to_up_bias.add_(h.sum(0))
+            if of_x:
+                to_x.append(_product(h, up.T))
+        whole = torch.cat(to_x).view(x.shape) if of_x else None
+        return whole, to_up, to_up_bias, to_down, grad.sum(0) if of_down_bias else None, None
+
+
+def _added(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """``total + left' right``, in place."""
+    return left.T @ right if total is None else total.addmm_(left.T, right)
+
+
+def _plain(layer: nn.Linear) -> bool:
+    """Whether a layer is nothing but its linear map: no adapter, no hook."""
+    return type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
 
 
 def _fits(x: Tensor, weight: Tensor) -> bool:

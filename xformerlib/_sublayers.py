@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._dropout import Dropout
-from ._linear import ACTIVATIONS, applied, in_pieces
+from ._linear import ACTIVATIONS, applied, in_pieces, learned_in_pieces
 from .domains import Domain
 
 NormLayer = Literal["layer", "rms"] | Callable[[int], nn.Module]
@@ -68,16 +68,28 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         """Map each token."""
+        if self._only_activates():
+            y = learned_in_pieces(x, self.up, self._activated, self.down)
+            if y is not None:
+                return y
         return self._mapped(x) if self.training else in_pieces(self._mapped, x, self.up.out_features)
 
+    def _only_activates(self) -> bool:
+        """Whether nothing but a nonlinearity without parameters is between the linear maps."""
+        dropped = self.training and self.dropout.p > 0
+        return isinstance(self.activation, str) and type(self.norm) is nn.Identity and not dropped
+
+    def _activated(self, h: Tensor) -> Tensor:
+        if not self.gated:
+            return self.activation(h) if callable(self.activation) else ACTIVATIONS[self.activation](h)
+        gate, h = h.chunk(2, -1)
+        return _GATED[str(self.activation)](gate) * h
+
     def _mapped(self, x: Tensor) -> Tensor:
-        if self.gated:
-            gate, h = applied(self.up, x).chunk(2, -1)
-            h = _GATED[str(self.activation)](gate) * h
-        elif isinstance(self.activation, str):
+        if isinstance(self.activation, str) and not self.gated:
             h = applied(self.up, x, self.activation)
         else:
-            h = self.activation(applied(self.up, x))
+            h = self._activated(applied(self.up, x))
         return applied(self.down, self.norm(self.dropout(h)))
 
     def extra_repr(self) -> str:

@@ -132,6 +132,9 @@ def test_metrics_are_what_their_names_say() -> None:
         ({"model": "gps", "residual": True}, "--residual"),
         ({"model": "sgformer", "norm": "layer"}, "--norm"),
         ({"model": "sgformer", "graph_weight": 1.5}, "--graph-weight"),
+        ({"model": "gps", "graph_weight": 0.8}, "--graph-weight 0.8 is for sgformer; got --model gps"),
+        ({"model": "agnn", "teleport": 1.0}, "--teleport must be"),
+        ({"model": "gcn", "teleport": 0.2}, "--teleport 0.2 is for agnn; got --model gcn"),
     ],
 )
 def test_options_that_a_model_has_no_use_for(options: dict[str, Any], name: str) -> None:
@@ -155,6 +158,7 @@ def test_options_that_a_model_has_no_use_for(options: dict[str, Any], name: str)
         ({"splits": (-1,)}, "--splits must be 0 or above"),
         ({"splits": (1,)}, "--splits must be below 1 for digits; got 1"),
         ({"model": "sgformer", "position": "walk"}, "--position walk has no use in sgformer"),
+        ({"model": "agnn", "position": "walk"}, "--position walk has no use in agnn"),
         ({"device": "abacus"}, "--device must be auto or a device of this machine"),
         ({"resume": True}, "--resume continues a run, but there is no"),
     ],

@@ -143,6 +143,9 @@ def test_edge_weights_are_those_of_the_last_layer_and_sum_to_one() -> None:
 
 def test_the_models_are_those_of_the_library() -> None:
     found = data.load(None)
-    kinds = {"gps": graph.GPS, "graphormer": graph.Graphormer, "exphormer": graph.Exphormer, "sgformer": graph.SGFormer}
+    kinds = {
+        "gps": graph.GPS, "graphormer": graph.Graphormer, "exphormer": graph.Exphormer, "sgformer": graph.SGFormer,
+        "agnn": graph.AGNN,
+    }  # fmt: skip
     for name, kind in kinds.items():
         assert type(models.build(dataclasses.replace(TINY, model=name), found)) is kind

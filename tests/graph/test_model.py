@@ -14,6 +14,7 @@ from torch_geometric.data import Batch, Data
 import xformerlib as xf
 from xformerlib import masks, positions
 from xformerlib.graph import (
+    AGNN,
     GPS,
     EdgeAttention,
     EdgeReadout,
@@ -45,6 +46,8 @@ MODELS: dict[str, Any] = {
     "GPS, virtual node": lambda: GPS(7, 16, 3, 2, 4, edge_dim=2, pool="token", virtual_nodes=1, norm="layer"),
     "GPS, a row for each edge": lambda: GPS(7, 16, 3, 1, 4, edge_dim=2, pool=EdgeReadout(16, edge_dim=2)),
     "SGFormer": lambda: SGFormer(7, 16, 3, pool="mean"),
+    "AGNN": lambda: AGNN(7, 16, 3, 4, teleport=0.2),
+    "AGNN, all": lambda: AGNN(7, 16, 3, mask=masks.Full(), pool="sum"),
     "Graphormer": lambda: Graphormer(7, 16, 3, 2, 4, edge_dim=2, path_steps=2, max_hops=3),
     "Graphormer, nodes": lambda: Graphormer(7, 16, 3, 1, 4, pool=None, virtual_nodes=0),
     # Of graphs this small the expander has all pairs; of larger ones those that it has depend on the order of nodes.
@@ -191,7 +194,8 @@ def test_channels_that_are_known_at_the_first_call() -> None:
         assert model(x, graph.edge_index, edges).shape == (5, 3)
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             model(x[:, 1:], graph.edge_index, edges)
-    assert SGFormer(-1, 16, 3)(x, graph.edge_index).shape == (5, 3)
+    for make in (SGFormer, AGNN):
+        assert make(-1, 16, 3)(x, graph.edge_index).shape == (5, 3)
     layer = EdgeAttention((-1, -1), 4, heads=2, edge_dim=2)
     assert layer((x, x[:3, :4]), graph.edge_index % 3, edges).shape == (3, 8)
     assert isinstance(layer.query, nn.Linear) and layer.query.in_features == 4
@@ -199,7 +203,7 @@ def test_channels_that_are_known_at_the_first_call() -> None:
         layer((x[:, 1:], x[:3, :4]), graph.edge_index % 3, edges)
 
 
-@pytest.mark.parametrize("name", ["GraphTransformer", "GPS", "Graphormer", "Exphormer", "SGFormer"])
+@pytest.mark.parametrize("name", ["GraphTransformer", "GPS", "Graphormer", "Exphormer", "SGFormer", "AGNN"])
 def test_every_model_has_every_readout(name: str) -> None:
     make = {
         "GraphTransformer": lambda **o: GraphTransformer(7, 8, 3, 1, 2, **o),
@@ -207,13 +211,15 @@ def test_every_model_has_every_readout(name: str) -> None:
         "Graphormer": lambda **o: Graphormer(7, 8, 3, 1, 2, **o),
         "Exphormer": lambda **o: Exphormer(7, 8, 3, 1, 2, **o),
         "SGFormer": lambda **o: SGFormer(7, 8, 3, **o),
+        "AGNN": lambda **o: AGNN(7, 8, 3, **o),
     }[name]
+    virtual = name not in ("SGFormer", "AGNN")
     batch = Batch.from_data_list([drawn(4, 6), drawn(5, 7)])
     given = batch.x.float(), batch.edge_index, None, batch.batch
     for pool, rows in {None: 9, "edge": 13, "mean": 2, "sum": 2, "max": 2, "mean-max": 2, "attention": 2}.items():
-        for options in ({},) if name == "SGFormer" else ({"virtual_nodes": 0}, {"virtual_nodes": 2}):
+        for options in ({},) if not virtual else ({"virtual_nodes": 0}, {"virtual_nodes": 2}):
             assert make(pool=pool, **options)(*given).shape == (rows, 3)
-    if name != "SGFormer":
+    if virtual:
         assert make(pool="token", virtual_nodes=1)(*given).shape == (2, 3)
     with pytest.raises(ValueError, match="row of a virtual node"):
-        make(pool="token", **({} if name == "SGFormer" else {"virtual_nodes": 0}))
+        make(pool="token", **({"virtual_nodes": 0} if virtual else {}))

@@ -151,3 +151,52 @@ def test_a_second_gradient_is_refused():
     )
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+DENSE = {"all": None, "in order": masks.Causal(), "some see nothing": masks.Causal() & ~masks.Local(0)}
+
+
+@pytest.mark.parametrize("way", DENSE)
+@pytest.mark.parametrize("shape", [(), (4,), (1, 4), (2, 1), (2, 4)], ids=str)
+@pytest.mark.parametrize("room", [1, 70, 2**18])
+def test_a_dense_bias_that_is_learned(way, shape, room, monkeypatch):
+    monkeypatch.setattr(_formulas, "PIECE", room)
+    (q, *_), (_, k, v) = inputs(7, batch=2), inputs(9, batch=2)
+    bias = torch.randn(*shape, 7, 9, dtype=torch.float64, requires_grad=True)
+    domains = {"domain": S(7, start=2), "key_domain": S(9), "mask": DENSE[way]}
+
+    def found(kernel):
+        out = xf.attention(q, k, v, bias=bias, kernel=kernel, **domains)
+        plain = torch.autograd.grad(out, [q, k, v, bias], out.detach().sin(), retain_graph=True)
+        first = torch.autograd.grad(out.cos().sum(), [q, k, v, bias], create_graph=True)
+        second = torch.autograd.grad(sum(x.square().sum() for x in first), [q, k, v, bias])
+        return [out, *plain, *first, *second]
+
+    for got, want in zip(found("sdpa"), found("reference"), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-11)
+
+
+def test_only_a_bias_that_is_learned_is_computed_by_formulas_that_keep_weights():
+    q, k, v = (x.repeat_interleave(n, 1) for x, n in zip(inputs(6, value_dim=5), (1, 2, 2), strict=True))
+    learned = positions.RelativeBias(4).double()
+
+    def node(bias):
+        return xf.attention(q, k, v, bias=bias, domain=S(6), kernel="sdpa").grad_fn.name()
+
+    assert node(learned) == "KeptDenseBackward"
+    assert node(positions.DistanceDecay(4)) != "KeptDenseBackward"
+    with torch.no_grad():
+        torch.testing.assert_close(
+            xf.attention(q, k, v, bias=learned, domain=S(6), kernel="sdpa"),
+            xf.attention(q, k, v, bias=learned, domain=S(6), kernel="reference"),
+        )
+
+
+def test_a_row_of_a_learned_bias_that_hides_all_keys():
+    given = inputs(5, kv_heads=4)
+    bias = torch.zeros(5, 5, dtype=torch.float64)
+    bias[2] = -torch.inf
+    out = xf.attention(*given, bias=bias.requires_grad_(), kernel="sdpa")
+    grads = torch.autograd.grad(out.sum(), [*given, bias])
+    assert not out[:, :, 2].any() and out[:, :, 3].all()
+    assert all(x.isfinite().all() for x in grads) and not grads[0][:, :, 2].any()

@@ -1,5 +1,6 @@
 """Graph Transformers on PyTorch Geometric's interface, with attention that costs what the graph costs."""
 
+from ._agnn import AGNN as AGNN
 from ._edge_attention import EdgeAttention as EdgeAttention
 from ._encodings import (
     AtomEncoder as AtomEncoder,

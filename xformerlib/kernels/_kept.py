@@ -1,4 +1,4 @@
-"""Tiles of few keys: the weights of the forward are kept, so that the backward computes none of them again.
+"""Few keys: the weights of the forward are kept, so that the backward computes none of them again.
 
 With p the weights of a query, o = p v, and do the gradient of o,
 
@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from ._formulas import Piece, by_key_head, is_one_piece, pieces
 from ._merge import Gradients
@@ -64,6 +65,53 @@ class KeptWeights(torch.autograd.Function):
             _backward(pairs, kept[i], grad, into.biases, tuple(places.by_call[i] for places in found))
         grads = (places.tokens().to(dtype) for places, (_, dtype) in zip(found, ctx.inputs, strict=True))
         return None, None, None, *grads, *into.biases
+
+
+class KeptDense(torch.autograd.Function):
+    """All pairs with a bias that is learned, for which torch has no fused kernel on a CPU: its plain formulas go through the scores of
+    all heads and rows of the batch a dozen times, these through those of some, which the cache holds."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
+        q, k, v, added = (x.unsqueeze(1) for x in (query, key, value, bias))  # a single tile
+        p, out = q.new_empty(*q.shape[:4], k.shape[3]), _side_by_side(q, v.shape[-1])
+        empty = added.amax(-1, keepdim=True) == float("-inf")
+        has_empty = bool(empty.any())
+        for piece in pieces(q, k):
+            own, keys, values = _vectors(piece, q, k, v)
+            weights, o = piece.of(p), piece.of(out)
+            of_pairs = by_key_head(piece.of(added).expand_as(weights), piece.of_keys(k))
+            s = torch.baddbmm(of_pairs, own, keys.transpose(1, 2), alpha=scale).view(weights.shape)
+            torch.softmax(s, -1, out=weights)
+            if has_empty:
+                weights.masked_fill_(piece.of(empty), 0)  # they are NaN
+            o.copy_(torch.bmm(by_key_head(weights, piece.of_keys(k)), values).view(o.shape))
+        ctx.save_for_backward(query, key, value, bias, p)
+        ctx.scale = scale
+        return out[:, 0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, bias, p = ctx.saved_tensors
+        if torch.is_grad_enabled():  # it will be differentiated in its turn
+            inputs = (query, key, value, bias)
+            gqa = query.shape[1] != key.shape[1]
+            out = F.scaled_dot_product_attention(query, key, value, bias, scale=ctx.scale, enable_gqa=gqa)
+            asked = [x for x, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
+            found = iter(torch.autograd.grad(out, asked, grad, create_graph=True))
+            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:4]), None
+        q, k, v, rows = (x.unsqueeze(1) for x in (query, key, value, grad))
+        into = tuple(_side_by_side(x, x.shape[-1]) for x in (q, k, v))
+        of_bias = torch.zeros_like(bias, memory_format=torch.contiguous_format)
+        for piece in pieces(q, k):
+            _write_gradients(piece, (q, k, v), rows, p, ctx.scale, into, of_bias.unsqueeze(1))
+        return *(x[:, 0] for x in into), of_bias, None
+
+
+def _side_by_side(x: Float[Tensor, "batch n heads rows _"], dim: int) -> Float[Tensor, "batch n heads rows dim"]:
+    """Room for vectors, the heads of a token side by side."""
+    batch, n, heads, rows, _ = x.shape
+    return x.new_empty(batch, n, rows, heads, dim).transpose(2, 3)
 
 
 class _Places:
@@ -126,21 +174,35 @@ def _backward(
 
     def compute(_bias: Tensor | None, _hidden: bool, bias_grad: Tensor | None) -> None:
         for piece in pieces(query, key):
-            q, k, v = _vectors(piece, query, key, value)
-            do, weights = (by_key_head(piece.of(x).to(p.dtype), piece.of_keys(key)) for x in (rows, p))
-            dq, dk, dv = piece.of(into[0]), piece.of_keys(into[1]), piece.of_keys(into[2])
-            dv.copy_(torch.bmm(weights.transpose(1, 2), do).view(dv.shape))
-            ds = torch._softmax_backward_data(torch.bmm(do, v.transpose(1, 2)), weights, -1, p.dtype)
-            if bias_grad is not None:
-                total = piece.of(bias_grad)
-                total += ds.view(piece.of(p).shape).sum_to_size(total.shape)
-            dq.copy_(_product(ds, k, scale).view(dq.shape))
-            dk.copy_(_product(ds.transpose(1, 2), q, scale).view(dk.shape))
+            _write_gradients(piece, (query, key, value), rows, p, scale, into, bias_grad)
 
     if any(total is not None for total in biases):
         pairs.with_bias_gradients(biases, compute)
     else:
         compute(None, False, None)
+
+
+def _write_gradients(
+    piece: Piece,
+    vectors: tuple[Tensor, Tensor, Tensor],
+    rows: Float[Tensor, "batch n heads rows value_dim"],
+    p: Float[Tensor, "batch n heads rows columns"],
+    scale: float,
+    into: SequenceOf[Tensor],
+    bias_grad: Tensor | None,
+) -> None:
+    """Write the gradients of a piece's queries, keys and values, from those of its outputs; add that of the bias."""
+    key = vectors[1]
+    q, k, v = _vectors(piece, *vectors)
+    do, weights = (by_key_head(piece.of(x).to(p.dtype), piece.of_keys(key)) for x in (rows, p))
+    dq, dk, dv = piece.of(into[0]), piece.of_keys(into[1]), piece.of_keys(into[2])
+    dv.copy_(torch.bmm(weights.transpose(1, 2), do).view(dv.shape))
+    ds = torch._softmax_backward_data(torch.bmm(do, v.transpose(1, 2)), weights, -1, p.dtype)
+    if bias_grad is not None:
+        total = piece.of(bias_grad)
+        total += ds.view(piece.of(p).shape).sum_to_size(total.shape)
+    dq.copy_(_product(ds, k, scale).view(dq.shape))
+    dk.copy_(_product(ds.transpose(1, 2), q, scale).view(dk.shape))
 
 
 def _vectors(piece: Piece, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

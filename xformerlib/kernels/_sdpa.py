@@ -9,6 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._unwatched import unwatched
+from ._kept import KeptDense
 from ._problem import Problem
 from ._scores import Pairs, Scores, without_hidden
 
@@ -91,5 +93,14 @@ def run(
         if allowed is not None:
             bias = bias.masked_fill(~allowed, float("-inf"))
         bias = bias.expand(*bias.shape[:2], query.shape[2], key.shape[2])
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, **options)
+        if _is_learned(bias, query, key, value) and not scores.dropout_p:
+            out = KeptDense.apply(query, key, value, bias, scores.scale)
+        else:
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, **options)
     return out if empty is None else out.masked_fill(empty, 0)
+
+
+def _is_learned(bias: Tensor, query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether a bias wants a gradient that torch would compute by its plain formulas."""
+    learned = torch.is_grad_enabled() and bias.requires_grad and unwatched(query, key, value, bias)
+    return learned and query.dtype == bias.dtype and 0 not in (query.numel(), key.numel(), value.numel())
