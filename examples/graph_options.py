@@ -32,8 +32,8 @@ class Options:
     validation: float = 0.1
     """Share of the training graphs that is held out to choose the weights by, where the data does not say which."""
     model: Model = "gps"
-    """Transformers of xformerlib (gps, graph-transformer, graphormer, exphormer, sgformer, agnn), or graph neural networks of PyTorch Geometric
-    (gcn, gin, gat; and gine, which is gin told of the features of edges)."""
+    """Transformers of xformerlib (gps, graph-transformer, graphormer, exphormer, sgformer, agnn), or graph neural networks of PyTorch
+    Geometric (gcn, gin, gat; and gine, which is gin told of the features of edges)."""
     position: Literal["none", "walk", "laplacian"] | None = None
     """What nodes are told of the structure around them: nothing, random walks, or Laplacian eigenvectors. Without it: walk for graphs, none
     for digits, whose nodes know their place, and for nodes of one large graph."""

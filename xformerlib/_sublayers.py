@@ -80,10 +80,12 @@ class FeedForward(nn.Module):
         return isinstance(self.activation, str) and type(self.norm) is nn.Identity and not dropped
 
     def _activated(self, h: Tensor) -> Tensor:
+        if not isinstance(self.activation, str):
+            return self.activation(h)
         if not self.gated:
-            return self.activation(h) if callable(self.activation) else ACTIVATIONS[self.activation](h)
+            return ACTIVATIONS[self.activation](h)
         gate, h = h.chunk(2, -1)
-        return _GATED[str(self.activation)](gate) * h
+        return _GATED[self.activation](gate) * h
 
     def _mapped(self, x: Tensor) -> Tensor:
         if isinstance(self.activation, str) and not self.gated:

@@ -187,6 +187,13 @@ def test_weights_of_layers_are_drawn_anew_and_what_cannot_be_is_refused() -> Non
         GPSLayer(16, None, 2, sinks=True).reset_parameters()
 
 
+def test_weights_of_edges_are_not_ignored() -> None:
+    data = drawn(5, 8)
+    data.edge_weight = torch.rand(8, dtype=torch.float64)
+    with pytest.raises(ValueError, match="edge_weight has no use here"):
+        made("GPS")(data)
+
+
 def test_channels_that_are_known_at_the_first_call() -> None:
     graph = drawn(5, 8)
     x, edges = graph.x.float(), graph.edge_attr.float()

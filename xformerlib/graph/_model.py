@@ -95,6 +95,11 @@ class GraphModel(nn.Module, ABC):
         num_graphs = None
         if edge_index is None:
             data = x
+            if getattr(data, "edge_weight", None) is not None:
+                raise ValueError(
+                    "data.edge_weight has no use here; give it as a feature of edges, "
+                    "data.edge_attr = data.edge_weight[:, None], to a model with an edge_dim, or take it out of data"
+                )
             x, edge_index, edge_attr = data.x, data.edge_index, getattr(data, "edge_attr", None)
             batch = getattr(data, "batch", None)
             num_graphs = None if batch is None else data.num_graphs
