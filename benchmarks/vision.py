@@ -65,7 +65,9 @@ def drawn(model: nn.Module) -> nn.Module:
     return model.eval()  # without dropout, on both sides
 
 
-def against_timm(setting: Setting, name: str, train: bool, mask: Any = None, **options: Any) -> Work:
+def against_timm(
+    setting: Setting, name: str, train: bool, mask: Any = None, images: int = BATCH, **options: Any
+) -> Work:
     """A model of timm and what ``from_timm`` makes of it, on images of one size."""
     import timm
 
@@ -74,7 +76,7 @@ def against_timm(setting: Setting, name: str, train: bool, mask: Any = None, **o
     theirs = drawn(timm.create_model(name, num_classes=CLASSES, **options)).to(setting.device, setting.dtype)
     ours = from_timm(theirs)
     size = options.get("img_size") or theirs.patch_embed.img_size[0]  # type: ignore[union-attr, index]
-    x = setting.random(setting.size(BATCH, 2), 3, size, size)
+    x = setting.random(setting.size(images, 2), 3, size, size)
     domain = xf.Grid(*ours.embed.grid((size, size)))
     kernel = xf.plan(mask, domain, batch=len(x), head_dim=32, dtype=setting.dtype, device=setting.device).kernel
     return Work(*sides(setting, ours, theirs, train, x, (x,)), kernel, 0.0, 0.0)
@@ -225,6 +227,10 @@ RELPOS, BEIT = "vit_relpos_small_patch16_224", "beit_base_patch16_224"
 LINES = (
     *lines("vit-tiny", "ViT-Ti, 8 images of 224 x 224", "timm", partial(vit, name="vit_tiny_patch16_224"), 1),
     *lines("vit-small", "ViT-S, the same images", "timm", partial(vit, name="vit_small_patch16_224"), 1),
+    Line(
+        "vit-many", "ViT-S, 32 images, training step", "timm", partial(vit, name="vit_small_patch16_224", train=True, images=32),
+        Target(faster=1),
+    ),
     *lines("vit-rotary", "ViT-S, axial rotary positions", "timm", partial(vit, name="vit_small_patch16_rope_224"), 1),
     *lines("vit-table", "ViT-S, a bias table in each block (BEiT)", "timm", partial(vit, name=BEIT, embed_dim=384, num_heads=6), 1.1),
     *lines("vit-network", "ViT-S, a bias network in each block", "timm", partial(vit, name=RELPOS), 1.1),
