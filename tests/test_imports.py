@@ -16,7 +16,7 @@ PACKAGE = ROOT / "xformerlib"
 
 # Each layer may import the layers above it in this list; the parts of one layer do not import each other.
 LAYERS = [
-    {"domains", "_unwatched"},
+    {"domains", "_twice", "_unwatched"},
     {"masks", "positions", "_dropout", "_linear"},
     {"kernels", "_cache", "_inputs", "_sublayers"},
     {"_planned", "_arranged"},

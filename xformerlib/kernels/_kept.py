@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .._twice import differentiable
 from ._formulas import Piece, by_key_head, is_one_piece, pieces
 from ._merge import Gradients
 from ._scores import Scores
@@ -68,8 +69,8 @@ class KeptWeights(torch.autograd.Function):
 
 
 class KeptDense(torch.autograd.Function):
-    """All pairs with a bias that is learned, for which torch has no fused kernel on a CPU: its plain formulas go through the scores of
-    all heads and rows of the batch a dozen times, these through those of some, which the cache holds."""
+    """All pairs with a bias that is learned, for which torch has no fused kernel on a CPU: its plain formulas go again and again through
+    the scores of all heads and rows of the batch, these through those of some, which the cache holds."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
@@ -94,12 +95,9 @@ class KeptDense(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, bias, p = ctx.saved_tensors
         if torch.is_grad_enabled():  # it will be differentiated in its turn
-            inputs = (query, key, value, bias)
             gqa = query.shape[1] != key.shape[1]
             out = F.scaled_dot_product_attention(query, key, value, bias, scale=ctx.scale, enable_gqa=gqa)
-            asked = [x for x, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
-            found = iter(torch.autograd.grad(out, asked, grad, create_graph=True))
-            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:4]), None
+            return *differentiable(out, (query, key, value, bias), ctx.needs_input_grad[:4], grad), None
         q, k, v, rows = (x.unsqueeze(1) for x in (query, key, value, grad))
         into = tuple(_side_by_side(x, x.shape[-1]) for x in (q, k, v))
         of_bias = torch.zeros_like(bias, memory_format=torch.contiguous_format)
