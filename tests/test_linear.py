@@ -143,7 +143,7 @@ def test_a_feed_forward_layer_learns_in_pieces(options: dict[str, Any], frozen: 
     monkeypatch.setattr(_linear, "LARGE", 1)
     assert by_hidden(layer(x))
     for piece in (1, 45, 10_000):
-        monkeypatch.setattr(_linear, "PIECE", piece)
+        monkeypatch.setattr(_linear, "LEARNED_PIECE", piece)
         torch.testing.assert_close(learned(layer, x), wanted, atol=1e-3, rtol=1e-3)
 
 

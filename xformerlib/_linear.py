@@ -18,8 +18,9 @@ from ._unwatched import unwatched
 SMALL = 2**13
 # Nor does a product in training gain anything that takes fewer multiplications.
 SMALL_PRODUCT = 2**26
-# Hidden channels of so many numbers fit a cache, and new memory is not asked for again and again.
-PIECE = 2**20
+# Hidden channels of so many numbers fit a cache, and new memory is not asked for again and again. In inference, where nothing else is
+# done with them, pieces are larger: oneDNN brings the weights into its own order for each.
+PIECE, LEARNED_PIECE = 2**22, 2**20
 # Tensors of more than 32 MiB are new pages of the system each time (glibc's ``M_MMAP_THRESHOLD``), which take longer than to fill them.
 LARGE = 2**23
 # Activations that a product can apply, by their name there too.
@@ -118,7 +119,7 @@ class _Hidden(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, activation: Any
     ) -> Tensor:
-        step = max(PIECE // len(up), 1)
+        step = max(LEARNED_PIECE // len(up), 1)
         hidden = [_product(rows, up, up_bias) for rows in x.reshape(-1, x.shape[-1]).split(step)]
         ctx.save_for_backward(x, up, up_bias, down, down_bias, *hidden)
         ctx.step, ctx.activation = step, activation
