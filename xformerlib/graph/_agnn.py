@@ -68,8 +68,7 @@ class AGNN(GraphModel):
     def run(
         self, x: Float[Tensor, "tokens channels"], graph: Graph, edge_attr: Shaped[Tensor, "edges *features"] | None
     ) -> Float[Tensor, "tokens channels"]:
-        if edge_attr is not None and not self.reads_edge_features:
-            raise ValueError("edge_attr has no use in AGNN; leave it out, or use GPS")
+        self.refuse_edge_features(edge_attr, "GPS")
         start = z = self.dropout(x.relu())
         for temperature in self.temperature.to(x.dtype):
             value = z[None, None]

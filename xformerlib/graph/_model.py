@@ -73,6 +73,11 @@ class GraphModel(nn.Module, ABC):
         """Whether the readout, whatever the layers do, is told the features of edges."""
         return isinstance(self.pool, EdgeReadout) and self.pool.edge is not None
 
+    def refuse_edge_features(self, edge_attr: Tensor | None, instead: str) -> None:
+        """Raise if features of edges are given to a model of which no part reads them; ``instead`` names one that does."""
+        if edge_attr is not None and not self.reads_edge_features:
+            raise ValueError(f"edge_attr has no use in {type(self).__name__}; leave it out, or use {instead}")
+
     @abstractmethod
     def run(
         self, x: Float[Tensor, "tokens channels"], graph: Graph, edge_attr: Shaped[Tensor, "edges *features"] | None
@@ -190,8 +195,7 @@ class GraphTransformer(GraphModel):
     def run(
         self, x: Float[Tensor, "tokens channels"], graph: Graph, edge_attr: Shaped[Tensor, "edges *features"] | None
     ) -> Float[Tensor, "tokens channels"]:
-        if edge_attr is not None and not self.reads_edge_features:
-            raise ValueError("edge_attr has no use in GraphTransformer; leave it out, or use GPS with an EdgeAttention")
+        self.refuse_edge_features(edge_attr, "GPS with an EdgeAttention")
         if self.encoder.checkpoint:  # each block is computed again by itself, scores included
             return self.encoder(x, graph)
         x, shared = self.encoder.embed(x, graph), worked_out_once(self.encoder.position)

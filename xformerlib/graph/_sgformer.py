@@ -80,8 +80,7 @@ class SGFormer(GraphModel):
     def run(
         self, x: Float[Tensor, "tokens in_channels"], graph: Graph, edge_attr: Shaped[Tensor, "edges *features"] | None
     ) -> Float[Tensor, "tokens channels"]:
-        if edge_attr is not None and not self.reads_edge_features:
-            raise ValueError("edge_attr has no use in SGFormer; leave it out, or use GPS")
+        self.refuse_edge_features(edge_attr, "GPS")
         z, g = self._attended(x, graph), self._passed(x, graph)
         if self.aggregate == "cat":
             return torch.cat([z, g], -1)
