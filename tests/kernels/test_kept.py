@@ -200,3 +200,11 @@ def test_a_row_of_a_learned_bias_that_hides_all_keys():
     grads = torch.autograd.grad(out.sum(), [*given, bias])
     assert not out[:, :, 2].any() and out[:, :, 3].all()
     assert all(x.isfinite().all() for x in grads) and not grads[0][:, :, 2].any()
+
+
+def test_the_plan_counts_the_weights_that_a_learned_bias_keeps():
+    q, k, v = (torch.randn(8, 4, 100, 16, requires_grad=True) for _ in range(3))
+    bias, domain = positions.RelativeBias(4), S(100)
+    plan = xf.plan(None, domain, batch=8, heads=4, head_dim=16, bias=bias)
+    taken = memory(lambda: (xf.attention(q, k, v, bias=bias, domain=domain),), Setting())[0]
+    assert plan.kernel == "sdpa" and taken / 2 < plan.bytes < 2 * taken

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._unwatched import unwatched
+from ._formulas import PIECE
 from ._kept import KeptDense
 from ._problem import Problem
 from ._scores import Pairs, Scores, without_hidden
@@ -46,7 +47,11 @@ def is_best(problem: Problem) -> bool:
 def held(problem: Problem) -> int:
     """Bytes of scores, masks and biases of pairs that the forward holds."""
     pairs, width = problem.num_queries * problem.num_keys, max(4, problem.dtype.itemsize)
-    scores = pairs * problem.batch * problem.heads * width if problem.dropout_p and problem.device == "cpu" else 0
+    every, scores = pairs * problem.batch * problem.heads, 0
+    if problem.device == "cpu" and problem.dropout_p:
+        scores = every * width
+    elif problem.device == "cpu" and problem.bias == "trained":  # weights are kept, and a piece has scores and biases
+        scores = (every + 2 * min(every, 2 * PIECE)) * width
     if problem.bias is None and (problem.is_causal or problem.is_full):
         return scores
     extent = problem.mask.extent()
