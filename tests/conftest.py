@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -43,6 +44,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _seed() -> None:
     """Every test starts from the same random state, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def double() -> Iterator[torch.dtype]:
+    """Makes numbers and modules of double precision unless a test says otherwise: where two results are to be equal."""
+    yield from _default(torch.float64)
+
+
+@pytest.fixture(params=[torch.float64, torch.float32], ids=["fp64", "fp32"])
+def precision(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+    """Runs a test in double precision, where results are to be equal, and in single, where they are to be close."""
+    yield from _default(request.param)
+
+
+def _default(dtype: torch.dtype) -> Iterator[torch.dtype]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    yield dtype
+    torch.set_default_dtype(before)
 
 
 @pytest.fixture

@@ -1,0 +1,96 @@
+"""One rule for how close two results must be.
+
+Equality is shown in double precision, where two ways to the same formula differ by nothing but rounding. Single precision shows that a
+result is close, with a bound that follows from the sizes of the computation, not from what one machine printed:
+
+    |got - want| <= unit(dtype) * depth * condition * scale
+
+With ``CLOSENESS_LOG`` set to a file, each comparison that uses more than a hundredth of its bound appends a line to it;
+``python -m tests.closeness FILE ...`` prints the comparisons that come closest to their bounds.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# One layer of the library against the reference in double precision, relative to the largest number: the contract of every kernel.
+UNIT = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+def assert_close(
+    got: Tensor | Sequence[Tensor],
+    want: Tensor | Sequence[Tensor],
+    what: str = "result",
+    *,
+    depth: int = 1,
+    condition: float = 1.0,
+    scale: float | None = None,
+) -> None:
+    """Raise unless ``got`` is ``want`` up to rounding in the less precise dtype of the two; NaN and infinities stand in the same places.
+
+    Args:
+        what: names the result in the message.
+        depth: layers that the numbers pass through, one after the other, each of which adds rounding of its own.
+        condition: how much the computation amplifies a relative error of its input: level over deviation of a series that is
+            normalised, for example. Say at the call where the number comes from.
+        scale: the largest number that is added up on the way; that of ``want`` if not given. Needed where ``want`` is a small
+            difference of large numbers.
+    """
+    if not isinstance(got, Tensor) or not isinstance(want, Tensor):
+        assert len(got) == len(want), f"{what}: {len(got)} tensors, {len(want)} wanted"
+        for i, (one, other) in enumerate(zip(got, want, strict=True)):
+            assert_close(one, other, f"{what}[{i}]", depth=depth, condition=condition, scale=scale)
+        return
+    assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, {tuple(want.shape)} wanted"
+    got, want = got.detach(), want.detach().to(got.device)
+    if not (got.is_floating_point() and want.is_floating_point()):
+        assert torch.equal(got, want), f"{what}: {int((got != want).sum())} of {got.numel()} values differ"
+        return
+    dtype = max((got.dtype, want.dtype), key=UNIT.__getitem__)
+    finite = want.isfinite()
+    same = torch.equal(got.isfinite(), finite) and torch.equal(got[~finite].nan_to_num(), want[~finite].nan_to_num())
+    assert same, f"{what}: NaN or infinity in other places, or not where it is wanted"
+    difference = (got.double() - want.double())[finite].abs()
+    if difference.numel() == 0:
+        return
+    largest = float(want[finite].abs().max()) if scale is None else scale
+    bound = UNIT[dtype] * depth * condition * largest
+    _record(what, dtype, float(difference.max()), bound)
+    assert float(difference.max()) <= bound, (
+        f"{what}: largest difference {float(difference.max()):.3g}, at most {bound:.3g} allowed "
+        f"({UNIT[dtype]:.0e} of {dtype} x depth {depth} x condition {condition:g} x scale {largest:.3g}); "
+        f"{int((difference > bound).sum())} of {difference.numel()} values differ by more"
+    )
+
+
+def _record(what: str, dtype: torch.dtype, difference: float, bound: float) -> None:
+    path = os.environ.get("CLOSENESS_LOG")
+    if path and difference > bound / 100:
+        test = os.environ.get("PYTEST_CURRENT_TEST", "?").removesuffix(" (call)")
+        with open(path, "a") as log:  # one write of a line, so that processes do not mix theirs
+            log.write(
+                f"{difference / max(bound, 1e-300):.4g}\t{dtype}\t{difference:.3g}\t{bound:.3g}\t{test}\t{what}\n"
+            )
+
+
+def _closest(paths: Sequence[str], count: int = 20) -> None:
+    """Print, for each dtype, the tests that use most of their bound."""
+    shares: dict[str, dict[str, tuple[float, str]]] = defaultdict(dict)
+    for line in (line for path in paths for line in Path(path).read_text().splitlines()):
+        share, dtype, *rest, test, _ = line.split("\t")
+        shares[dtype][test] = max(shares[dtype].get(test, (0.0, "")), (float(share), " of ".join(rest)))
+    for dtype, tests in shares.items():
+        print(f"{dtype}: share of the bound, difference of bound, test")
+        for test, (share, numbers) in sorted(tests.items(), key=lambda item: -item[1][0])[:count]:
+            print(f"  {share:8.4f}  {numbers:>24}  {test}")
+
+
+if __name__ == "__main__":
+    _closest(sys.argv[1:])
