@@ -16,10 +16,10 @@ PACKAGE = ROOT / "xformerlib"
 
 # Each layer may import the layers above it in this list; the parts of one layer do not import each other.
 LAYERS = [
-    {"domains", "_twice", "_unwatched"},
-    {"masks", "positions", "_dropout", "_linear"},
+    {"domains", "_autograd", "_projection"},
+    {"masks", "positions", "_dropout"},
     {"kernels", "_cache", "_inputs", "_sublayers"},
-    {"_planned", "_arranged"},
+    {"_planned"},
     {"_compiled"},
     {"attention", "_along_edges"},
     {"blocks", "_explain", "_pooling"},

@@ -140,13 +140,14 @@ def bias_terms(bias: BiasLike | SequenceOf[BiasLike] | None) -> tuple[BiasLike, 
     return tuple(flat)
 
 
-def bias_kind(terms: tuple[BiasLike, ...]) -> str | None:
+def bias_kind(terms: tuple[BiasLike, ...], *domains: Domain) -> str | None:
     """What a plan must know of the biases: None, "fixed", "trained" or "dense" (see ``Problem``)."""
     if not terms:
         return None
     if any(isinstance(term, Tensor) for term in terms):
         return "dense"
     tensors = [t for term in terms for t in term.parameters()]  # type: ignore[union-attr]
+    tensors += [where.whole.learned for where in domains if where.whole.learned is not None]
     return "trained" if torch.is_grad_enabled() and any(t.requires_grad for t in tensors) else "fixed"
 
 

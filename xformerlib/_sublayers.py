@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -13,24 +14,29 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._dropout import Dropout
-from ._linear import ACTIVATIONS, applied, in_pieces, learned_in_pieces
 from .domains import Domain
 
 NormLayer = Literal["layer", "rms"] | Callable[[int], nn.Module]
 Activation = str | nn.Module | Callable[[Tensor], Tensor]
-_GATED: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": F.silu, "geglu": F.gelu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "silu": F.silu,
+}  # fmt: skip
+_GATED: dict[str, Callable[[Tensor], Tensor]] = {
+    "swiglu": F.silu, "geglu": F.gelu, "geglu_tanh": partial(F.gelu, approximate="tanh"), "reglu": F.relu,
+}  # fmt: skip
 
 
 class FeedForward(nn.Module):
     """Two linear maps with a nonlinearity between, on each token alone.
 
         y = W_2 act(W_1 x + b_1) + b_2                   relu (arXiv:1706.03762), gelu (arXiv:1606.08415), or any module
-        y = W_2 (act(W_g x + b_g) * (W_1 x + b_1)) + b_2  swiglu, geglu (Shazeer 2020, arXiv:2002.05202); rows of ``up``: gate first
+        y = W_2 (act(W_g x + b_g) * (W_1 x + b_1)) + b_2  swiglu, geglu, reglu (Shazeer 2020, arXiv:2002.05202); rows of ``up``: gate first
 
     Args:
         dim: channels of input and output.
         hidden: channels between; ``4 * dim`` if not given, for gated units two thirds of that, rounded up to a multiple of 8.
-        activation: ``"relu"``, ``"gelu"``, ``"swiglu"``, ``"geglu"``, or a module or function on the hidden channels.
+        activation: ``"relu"``, ``"gelu"``, ``"gelu_tanh"`` (its approximation by tanh), ``"silu"``; gated ``"swiglu"``, ``"geglu"``,
+            ``"geglu_tanh"`` (T5 v1.1, Gemma), ``"reglu"``; or a module or function on the hidden channels.
         dropout: after the nonlinearity, in training.
         bias: whether the linear maps have biases.
         norm: a norm of the hidden channels, before the second map (sub-LN, Wang et al. 2022, arXiv:2210.06423); none if not given.
@@ -51,9 +57,9 @@ class FeedForward(nn.Module):
         norm: NormLayer | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(activation, str) and activation not in ACTIVATIONS | _GATED:
+        if isinstance(activation, str) and activation not in _ACTIVATIONS | _GATED:
             raise ValueError(
-                f"activation must be one of {', '.join(map(repr, ACTIVATIONS | _GATED))}, or a module; got activation={activation!r}"
+                f"activation must be one of {', '.join(map(repr, _ACTIVATIONS | _GATED))}, or a module; got activation={activation!r}"
             )
         gated = isinstance(activation, str) and activation in _GATED
         default = -(-8 * dim // 3 // 8) * 8 if gated else 4 * dim
@@ -68,31 +74,15 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         """Map each token."""
-        if self._only_activates():
-            y = learned_in_pieces(x, self.up, self._activated, self.down)
-            if y is not None:
-                return y
-        return self._mapped(x) if self.training else in_pieces(self._mapped, x, self.up.out_features)
-
-    def _only_activates(self) -> bool:
-        """Whether nothing but a nonlinearity without parameters is between the linear maps."""
-        dropped = self.training and self.dropout.p > 0
-        return isinstance(self.activation, str) and type(self.norm) is nn.Identity and not dropped
+        return self.down(self.norm(self.dropout(self._activated(self.up(x)))))
 
     def _activated(self, h: Tensor) -> Tensor:
         if not isinstance(self.activation, str):
             return self.activation(h)
         if not self.gated:
-            return ACTIVATIONS[self.activation](h)
+            return _ACTIVATIONS[self.activation](h)
         gate, h = h.chunk(2, -1)
         return _GATED[self.activation](gate) * h
-
-    def _mapped(self, x: Tensor) -> Tensor:
-        if isinstance(self.activation, str) and not self.gated:
-            h = applied(self.up, x, self.activation)
-        else:
-            h = self._activated(applied(self.up, x))
-        return applied(self.down, self.norm(self.dropout(h)))
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"

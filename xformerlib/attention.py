@@ -11,7 +11,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from . import kernels
-from ._arranged import Arrangement, arrangement, moved
 from ._cache import Cache
 from ._compiled import Inputs, run_in_graph
 from ._inputs import (
@@ -27,8 +26,8 @@ from ._inputs import (
     place,
     resolve_domains,
 )
-from ._linear import applied, linear
 from ._planned import bound_biases, check_extent, planned, scores_of, without_padding
+from ._projection import columns_of, dtype_of
 from ._sublayers import Cosine, NormLayer, norm_factory
 from .domains import Domain
 from .kernels import Plan, Problem
@@ -89,7 +88,8 @@ def attention(
     domain, key_domain = resolve_domains(query, key, mask, terms, domain, key_domain)
     problem = Problem(
         mask=mask, domain=domain, keys=key_domain, batch=query.shape[0], heads=query.shape[1], kv_heads=key.shape[1],
-        head_dim=query.shape[-1], value_dim=value.shape[-1], dtype=query.dtype, device=query.device.type, bias=bias_kind(terms),
+        head_dim=query.shape[-1], value_dim=value.shape[-1], dtype=query.dtype, device=query.device.type,
+        bias=bias_kind(terms, domain, key_domain),
         pointwise_bias=are_pointwise(terms, domain), dropout_p=dropout_p, softcap=softcap is not None, sinks=sinks is not None,
     )  # fmt: skip
     check_extent(problem)
@@ -236,12 +236,6 @@ class Attention(nn.Module):
                 which need then be given only at the first call.
             last: attend from only so many tokens at the end of ``x``, to all as before; the output is theirs. For sequences and timelines.
         """
-        if domain is not None and context is None and context_domain is None and cache is None and last is None:
-            here, rows = place("x", x, self.dim, domain), x.shape[0] if x.ndim == 3 else 1
-            there = self._arranged(here, mask, position, batch=rows, dtype=x.dtype, device=x.device)
-            if there is not None:
-                y = self.forward(moved(x, there.order, there.back), there.domain, mask=mask, position=position)
-                return moved(y, there.back, there.order)
         q, key, value, domain, keys = self._project(x, domain, context, context_domain, position, cache, last)
         x = x if last is None else x[..., -last:, :]
         if mask is not None and cache is not None and (gone := cache.forgotten(self)):
@@ -255,7 +249,7 @@ class Attention(nn.Module):
         if self.gate is not None:
             merged = merged * torch.sigmoid(self.gate(domain.zero_padding(x)))
         merged = self.out_norm(merged)
-        return domain.zero_padding(applied(self.out, merged))
+        return domain.zero_padding(self.out(merged))
 
     @torch.no_grad()
     def weights(
@@ -306,31 +300,11 @@ class Attention(nn.Module):
         position: Position | None = None,
         **call: Any,
     ) -> Plan:
-        """How the layer computes its attention for a ``call`` (batch, dtype, device), with tokens in the order in which it does."""
-        there = self._arranged(domain, mask, position, **call) if keys is None else None
-        return self._plan_in_place(domain if there is None else there.domain, keys, mask, position, **call)
-
-    def _arranged(
-        self, domain: Domain, mask: Mask | None = None, position: Position | None = None, **call: Any
-    ) -> Arrangement | None:
-        """The order of tokens in which to attend from them to themselves; None for the one that they are in."""
-        device = torch.device(call.get("device", "cpu"))
-        if device.type != "cpu" or self.kernel not in ("auto", "blocks", "packed"):
-            return None
-        there = arrangement(self._mask(mask), domain, device)
-        if there is None:
-            return None
-        planned = self._plan_in_place(there.domain, None, mask, position, **call)
-        return there if planned.kernel in ("blocks", "packed") else None
-
-    def _plan_in_place(
-        self, domain: Domain, keys: Domain | None, mask: Mask | None, position: Position | None, **call: Any
-    ) -> Plan:
-        """The plan for tokens in the order in which they are."""
+        """The plan of the layer's attention for a ``call`` (batch, dtype, device)."""
         return plan(
             self._mask(mask), domain, keys, heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim,
             bias=self._biases(position) or None, dropout_p=self.dropout if self.training else 0.0, softcap=self.softcap,
-            sinks=self.sinks is not None, kernel=self.kernel, **{"dtype": self.qkv.weight.dtype, **call},
+            sinks=self.sinks is not None, kernel=self.kernel, **{"dtype": dtype_of(self), **call},
         )  # fmt: skip
 
     def _project(
@@ -363,14 +337,14 @@ class Attention(nn.Module):
             key, value, domain, keys = cache.extend(self, key, value, domain, lookback)
             return q, key, value, domain if last is None else domain.last(last), keys
         domain = queries
-        q = _normed(self.query_norm, self._heads(self._linear(domain.zero_padding(asked), 0, own)))
+        q = _normed(self.query_norm, self._heads(columns_of(self.qkv, domain.zero_padding(asked), 0, own)))
         if context is None:
             assert cache is not None
             key, value, keys = cache.context(self)
         else:
             keys = place("context", context, self.dim, context_domain)
             key, value = (
-                self._heads(part) for part in self._linear(keys.zero_padding(context), own, None).chunk(2, -1)
+                self._heads(part) for part in columns_of(self.qkv, keys.zero_padding(context), own, None).chunk(2, -1)
             )
             key = _normed(self.key_norm, key)
             if cache is not None:
@@ -383,14 +357,11 @@ class Attention(nn.Module):
         """Keys and values of ``x``, and queries of the tokens at its end that are ``asked`` for."""
         other = self.kv_heads * self.head_dim
         if asked.shape == x.shape:
-            q, key, value = self._linear(x, 0, None).split([own, other, other], -1)
+            q, key, value = self.qkv(x).split([own, other, other], -1)
         else:
-            q, (key, value) = self._linear(asked, 0, own), self._linear(x, own, None).split([other, other], -1)
+            q = columns_of(self.qkv, asked, 0, own)
+            key, value = columns_of(self.qkv, x, own, None).split([other, other], -1)
         return self._heads(q), self._heads(key), self._heads(value)
-
-    def _linear(self, x: Tensor, first: int, last: int | None) -> Tensor:
-        bias = None if self.qkv.bias is None else self.qkv.bias[first:last]
-        return linear(x, self.qkv.weight[first:last], bias)
 
     def _heads(self, x: Tensor) -> Tensor:
         """(B, T, H * D) or (T, H * D) to (B, H, T, D)."""

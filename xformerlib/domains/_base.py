@@ -229,6 +229,13 @@ class Domain(ABC):
     def coordinate(self, axis: int, b: Tensor, i: Tensor) -> Tensor:
         """Coordinate of token ``i`` of row ``b`` on one axis; of no meaning for a prefix token."""
 
+    # Coordinates of all tokens as they were given, where they require grad.
+    learned: Tensor | None = None
+
+    def at_places(self, coordinates: Tensor) -> Domain:
+        """The same tokens at other coordinates, such as ``learned``: for functions of these that are to be differentiated."""
+        raise AssertionError(f"places on a {self.kind} are no real numbers")
+
     @property
     def coordinates(self) -> Shaped[Tensor, "*batch tokens ndim"]:
         """Coordinates of all tokens, ``(tokens, ndim)`` or ``(batch, tokens, ndim)``; prefix tokens hold 0."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
@@ -17,6 +19,9 @@ class Points(Domain):
         coordinates: ``(tokens, ndim)``, one set of points (or several, see ``batch``), or ``(batch, tokens, ndim)``, one set per row.
         batch: ``(tokens,)``, the item of each point, rising from 0: packed sets of unequal size.
         valid: ``(batch, tokens)``, True where a point exists; the coordinates of the others are never read.
+
+    Coordinates that require grad get one from positions that are functions of them (forces of a learned potential): ``ContinuousBias``,
+    ``GaussianBias``, ``DistanceDecay``, ``Rotary``, ``Sinusoidal``. Masks and buckets are constant in them.
 
     Raises:
         ValueError, TypeError: coordinates that are not finite, ``batch`` that falls or does not fit, shapes that do not match.
@@ -46,7 +51,7 @@ class Points(Domain):
             places, valid = _check_valid(places, valid, axes=1)
         if not places.isfinite().all():
             raise ValueError("coordinates must be finite; got NaN or infinity. Mark missing points with valid=.")
-        self.places = places
+        self.places, self.learned = places.detach(), places if places.requires_grad else None
         super().__init__(
             num_tokens=places.shape[-2], ndim=places.shape[-1], valid=valid, device=places.device,
             offsets=None if batch is None else _offsets_of_batch(places, batch),
@@ -60,12 +65,20 @@ class Points(Domain):
     def _make_coordinates(self) -> Tensor:
         return self.places
 
+    def at_places(self, coordinates: Tensor) -> Points:
+        other = copy.copy(self)
+        other.places, other._facts = coordinates, {}
+        return other
+
     def distance(self, keys: Domain, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
         """Euclidean."""
         squares = self.offset(0, keys, b, q, k) ** 2
         for axis in range(1, self.ndim):
             squares = squares + self.offset(axis, keys, b, q, k) ** 2
-        return squares.sqrt()
+        if not squares.requires_grad:
+            return squares.sqrt()
+        same = squares == 0  # where the derivative of the root is infinite
+        return squares.masked_fill(same, 1).sqrt().masked_fill(same, 0)
 
     def __repr__(self) -> str:
         items = "" if self.offsets is None else f", batch=<{self.num_items} items>"

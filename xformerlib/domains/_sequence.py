@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable, Sequence as SequenceOf
 from typing import Any
 
@@ -175,9 +176,9 @@ class Timeline(Domain):
                 "times must be finite; got NaN or infinity. Drop those tokens, or mark them as missing with valid=times.isfinite()."
             )
         rows = times.shape[0] if times.ndim == 2 else None
-        self.times = times
         # With a place, never read, for each prefix token, so that a token's index finds its time.
-        self._at = torch.cat([times.new_zeros(*times.shape[:-1], prefix), times], -1) if prefix else times
+        at = torch.cat([times.new_zeros(*times.shape[:-1], prefix), times], -1) if prefix else times
+        self.times, self._at, self.learned = times.detach(), at.detach(), at[..., None] if at.requires_grad else None
         super().__init__(
             num_tokens=prefix + times.shape[-1], ndim=1, prefix=prefix, batch_size=rows, device=times.device,
             valid=valid if valid is None or prefix == 0 else torch.cat([valid.new_ones(valid.shape[0], prefix), valid], 1),
@@ -200,6 +201,11 @@ class Timeline(Domain):
 
     def _make_coordinates(self) -> Tensor:
         return self._at[..., None]
+
+    def at_places(self, coordinates: Tensor) -> Timeline:
+        other = copy.copy(self)
+        other._at, other._facts = coordinates[..., 0], {}
+        return other
 
     def check_extendable(self) -> None:
         if self.offsets is not None or self.valid is not None:
@@ -232,7 +238,8 @@ class Timeline(Domain):
         if self.offsets is not None or self.valid is not None:
             super().last(count)
         first = self.times.shape[-1] - count
-        return Timeline(self.times[..., first:])._ranked_from(self._rank_offset + self.num_tokens - count)
+        times = self.times if self.learned is None else self.learned[..., self.prefix :, 0]
+        return Timeline(times[..., first:])._ranked_from(self._rank_offset + self.num_tokens - count)
 
     def repeated(self, times: int) -> Timeline:
         if self.batch_size is None:

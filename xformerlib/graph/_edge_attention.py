@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .._along_edges import along_edges
-from .._linear import applied, linear
-from ._edges import Adjacency, as_pairs, sorted_edges
+from .._projection import is_plain
+from ._edges import Adjacency, SortedEdges, as_pairs, sorted_edges
 from ._inputs import linear_from
 
 Nodes = Tensor | tuple[Tensor, Tensor]
@@ -110,55 +110,46 @@ class EdgeAttention(nn.Module):
         """Attend along edges."""
         source, target = (x, x) if isinstance(x, Tensor) else x
         self._check(source, target, edge_attr)
-        q = self._by_head(applied(self.query, target))
-        key, value = (self._by_head(part) for part in self._keys_and_values(source))
-        pattern, order = sorted_edges(edge_index, len(source), len(target))
-        dropout = self.dropout if self.training else 0.0
-        if self.edge is None:
-            y, _ = along_edges(q, key, value, pattern, dropout_p=dropout)
-        else:
-            assert edge_attr is not None
-            by_head = self.edge.weight.unflatten(0, (self.heads, -1))
-            u, e = self._edge_query(target, by_head), edge_attr.index_select(0, order).to(q.dtype)
-            y, sums = along_edges(q, key, value, pattern, dropout_p=dropout, edge_query=u, edge_attr=e)
-            assert sums is not None
-            y = torch.baddbmm(y[0], sums[0], by_head.transpose(1, 2))[None]
-        y = y[0].transpose(0, 1)
+        q = self._by_head(self.query(target))
+        key, value = (self._by_head(part) for part in self.key_value(source).chunk(2, -1))
+        edges = sorted_edges(edge_index, len(source), len(target))
+        y = self._attended(q, key, value, edges, edge_attr)[0].transpose(0, 1)
         out = self._rooted(y.flatten(1) if self.concat else y.mean(1), target)
         if return_attention_weights is None:
             return out
         return out, (as_pairs(edge_index), self._weights(q, key, edge_index, edge_attr))
 
-    def _keys_and_values(self, x: Float[Tensor, "sources channels"]) -> list[Tensor]:
-        """By maps of their own: the gradients of a single map's halves would be put side by side first."""
-        if isinstance(self.key_value, nn.LazyLinear):
-            return [*self.key_value(x).chunk(2, -1)]
-        weight, bias = self.key_value.weight.chunk(2), self.key_value.bias
-        biases = (None, None) if bias is None else bias.chunk(2)
-        return [linear(x, w, b) for w, b in zip(weight, biases, strict=True)]
+    def _attended(
+        self, q: Tensor, key: Tensor, value: Tensor, edges: SortedEdges, edge_attr: Tensor | None
+    ) -> Float[Tensor, "1 heads targets dim"]:
+        """The sums of values by head."""
+        dropout = self.dropout if self.training else 0.0
+        if self.edge is None or edge_attr is None:
+            return along_edges(q, key, value, edges.pattern, dropout_p=dropout)[0]
+        if not is_plain(
+            self.edge
+        ):  # an adapter or a hook wants the layer called: each edge has a key and a value of its own
+            more = self._by_head(self.edge(edge_attr.index_select(0, edges.order).to(q.dtype)))
+            source, own = edges.pattern.col.long(), edges.keys_of_their_own()
+            key, value = (x.index_select(2, source) + more for x in (key, value))
+            return along_edges(q, key, value, own, dropout_p=dropout)[0]
+        by_head = self.edge.weight.unflatten(0, (self.heads, -1))
+        e = edge_attr.index_select(0, edges.order).to(q.dtype)
+        u = q @ by_head
+        y, sums = along_edges(q, key, value, edges.pattern, dropout_p=dropout, edge_query=u, edge_attr=e)
+        assert sums is not None
+        return y + sums @ by_head.mT
 
     def _by_head(self, x: Float[Tensor, "nodes inner"]) -> Float[Tensor, "1 heads nodes dim"]:
         return x.unflatten(-1, (self.heads, self.out_channels)).transpose(0, 1)[None]
 
-    def _edge_query(
-        self, x: Float[Tensor, "targets channels"], by_head: Float[Tensor, "heads dim features"]
-    ) -> Float[Tensor, "1 heads targets features"]:
-        """W' q: by one linear map of x, which is faster than a product for each head."""
-        weight = by_head.mT @ self.query.weight.unflatten(0, (self.heads, -1))
-        bias = None if self.query.bias is None else by_head.mT @ self.query.bias.view(self.heads, -1, 1)
-        u = linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
-        return u.unflatten(-1, (self.heads, -1)).transpose(0, 1)[None]
-
     def _rooted(self, y: Float[Tensor, "targets outer"], x: Float[Tensor, "targets channels"]) -> Tensor:
         if self.root is None:
             return y
-        root = applied(self.root, x)
+        root = self.root(x)
         if self.gate is None:
             return y + root
-        # w . [y, r, y - r] = (w_1 + w_3) . y + (w_2 - w_3) . r, without a tensor of three times the width.
-        own, other, difference = self.gate.weight.unflatten(1, (3, -1)).unbind(1)
-        b = torch.sigmoid(y @ (own + difference).mT + root @ (other - difference).mT)
-        return torch.lerp(y, root, b)
+        return torch.lerp(y, root, torch.sigmoid(self.gate(torch.cat([y, root, y - root], -1))))
 
     def _weights(
         self, q: Tensor, key: Tensor, edge_index: Adjacency, edge_attr: Tensor | None

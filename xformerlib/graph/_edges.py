@@ -27,6 +27,11 @@ class SortedEdges(NamedTuple):
     pattern: Pattern
     order: Int[Tensor, " edges"]
 
+    def keys_of_their_own(self) -> Pattern:
+        """The pattern in which every edge is a key of its own, in the order of the entries."""
+        row, every = self.pattern.row.long(), torch.arange(self.order.numel(), device=self.order.device)
+        return Pattern(row, every, self.pattern.num_queries, every.numel())
+
 
 def sorted_edges(edge_index: Adjacency, sources: int, targets: int) -> SortedEdges:
     """The edges sorted by target, made at the first call with an ``edge_index`` and kept beside it."""

@@ -10,12 +10,13 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._projection import dtype_of
 from ..domains import Domain, Graph, Points
 from ..positions import Bias, PairBias
-from ..positions._base import at_least_fp32, check_positive, check_width, no_meaning
-from ..positions._bias import in_blocks, small_network
+from ..positions._base import PlacePair, at_least_fp32, check_positive, check_width, no_meaning
+from ..positions._bias import EveryPair, Network, in_blocks
 from ..positions._tables import rows_of_batch
-from ._pairs import NodePairBias, network_of
+from ._pairs import NodePairBias
 
 # Values of the columns of an atom and of a bond in the Open Graph Benchmark: atomic number, chirality, degree, formal charge, hydrogens,
 # radical electrons, hybridisation, aromatic, in a ring; kind of bond, stereochemistry, conjugated.
@@ -68,9 +69,9 @@ class RandomWalkBias(NodePairBias):
             raise no_meaning(
                 self, domain, "Walks need edges; use ContinuousBias(heads), which is defined on every domain."
             )
-        dtype = at_least_fp32(dtype or self.inner.weight.dtype)
+        dtype = at_least_fp32(dtype or dtype_of(self))
         walks = domain._found(("walks", self.steps, dtype), lambda: domain.walks(self.steps).to(dtype))
-        return small_network(walks, network_of(self.inner, self.outer, dtype), None)
+        return Network.of(self.inner, self.outer, F.relu, dtype).scores(walks)
 
     def extra_repr(self) -> str:
         return f"{self.heads}, steps={self.steps}"
@@ -83,7 +84,7 @@ class GaussianBias(Bias):
         b_ij = W2 gelu(W1 psi(a d_ij + c) + b1) + b2,   psi_k(u) = exp(-((u - mu_k) / s_k)^2 / 2) / (sqrt(2 pi) s_k)
 
     Means, widths, a and c are learned, as there; there a and c depend on the kinds of the two atoms, which ``Points`` do not know. Scores
-    are computed for each pair when it is met, in the backward again; coordinates get no gradient.
+    are computed for each pair when it is met, in the backward again. Coordinates that require grad get one.
 
     Args:
         heads: attention heads, of the queries.
@@ -130,39 +131,55 @@ class GaussianBias(Bias):
                 "It is of distances in space; use ContinuousBias(heads), which is defined on every domain.",
             )
         dtype = at_least_fp32(dtype or self.means.dtype)
-        parts = (self.means, self.widths, self.factor, self.shift)
-        tensors = *(part.to(dtype) for part in parts), *network_of(self.inner, self.outer, dtype)
-        return _GaussianPair(domain, keys, tensors)
+        gaussians = tuple(part.to(dtype) for part in (self.means, self.widths, self.factor, self.shift))
+        network = Network.of(self.inner, self.outer, F.gelu, dtype)
+        if network.weights:
+            return _GaussianPair(domain, keys, gaussians, network)
+        return EveryPair(
+            domain,
+            keys,
+            lambda b, q, k: network.scores(_seen(_distances(domain, keys, b, q, k, dtype), *gaussians)),
+            self.heads,
+        )
 
     def extra_repr(self) -> str:
         return f"{self.heads}, kernels={self.means.numel()}"
 
 
-class _GaussianPair(PairBias):
+class _GaussianPair(PlacePair):
     """The network evaluated at each pair of points."""
 
-    def __init__(self, domain: Domain, keys: Domain, tensors: tuple[Tensor, ...]) -> None:
-        super().__init__(domain, keys, tensors, heads=tensors[-1].numel(), batch_size=rows_of_batch(domain, keys))
+    def __init__(self, domain: Domain, keys: Domain, gaussians: tuple[Tensor, ...], network: Network) -> None:
+        rows, weights = rows_of_batch(domain, keys), (*gaussians, *network.weights)
+        super().__init__(domain, keys, weights, heads=network.weights[1].shape[0], batch_size=rows)
+        self.network = network
 
     def scores(self, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        distance = self.domain.distance(self.keys, b, q, k).detach().to(self.tensors[0].dtype)
-        scores = in_blocks(_of_distances, distance.reshape(-1, 1), self.tensors)
-        return scores.reshape(*distance.shape, self.heads).movedim(-1, 0)
+        distance = _distances(self.domain, self.keys, b, q, k, self.weights[0].dtype)
+        scores = in_blocks(self._block, distance.reshape(-1, 1), self.weights)
+        return scores.reshape(*distance.shape[:-1], self.heads).movedim(-1, 0)
+
+    def _block(self, distance: Float[Tensor, "pairs 1"], *weights: Tensor) -> Float[Tensor, "pairs heads"]:
+        with torch.autocast(distance.device.type, enabled=False):
+            return self.network.using(weights[4:]).scores(_seen(distance, *weights[:4]))
 
 
-def _of_distances(
-    distance: Float[Tensor, "pairs 1"],
+def _distances(
+    domain: Domain, keys: Domain, b: Tensor, q: Tensor, k: Tensor, dtype: torch.dtype
+) -> Float[Tensor, "*pairs 1"]:
+    return domain.distance(keys, b, q, k).to(dtype)[..., None]
+
+
+def _seen(
+    distance: Float[Tensor, "*pairs 1"],
     means: Float[Tensor, " kernels"],
     widths: Float[Tensor, " kernels"],
     factor: Float[Tensor, ""],
     shift: Float[Tensor, ""],
-    *network: Tensor,
-) -> Float[Tensor, "pairs heads"]:
-    inner, inner_bias, outer, outer_bias = network
-    with torch.autocast(distance.device.type, enabled=False):
-        width = widths.abs() + 1e-5  # as in the papers' code
-        psi = torch.exp(-0.5 * ((factor * distance + shift - means) / width) ** 2) / (math.sqrt(2 * math.pi) * width)
-        return F.linear(F.gelu(F.linear(psi, inner, inner_bias)), outer, outer_bias)
+) -> Float[Tensor, "*pairs kernels"]:
+    """Distances as the Gaussians see them."""
+    width = widths.abs() + 1e-5  # as in the papers' code
+    return torch.exp(-0.5 * ((factor * distance + shift - means) / width) ** 2) / (math.sqrt(2 * math.pi) * width)
 
 
 class _Columns(nn.Module):

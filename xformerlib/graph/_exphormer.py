@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .._linear import applied
 from ..domains import Graph
 from ..domains._base import check_count
 from ..masks import Expander
@@ -137,7 +136,7 @@ class ExpanderAttention(nn.Module):
         check_edge_features(edge_attr, self.edge_dim is not None)
         found = links(graph, self.degree, self.seed)
         features = found.features(edge_attr) if features is None else features
-        return applied(self.out, self.along(x, found.edge_index, features.to(x.dtype)))
+        return self.out(self.along(x, found.edge_index, features.to(x.dtype)))
 
     def extra_repr(self) -> str:
         return f"degree={self.degree}, seed={self.seed}"

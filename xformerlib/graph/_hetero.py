@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._along_edges import Pattern, along_edges
-from .._linear import applied
 from ..positions._base import check_width
 from ._edges import Adjacency, as_pairs, sorted_edges
 from ._made_once import made_once
@@ -101,7 +100,7 @@ class HeteroAttention(nn.Module):
         self._check(x_dict, edge_index_dict)
         counts = [len(x_dict[kind]) for kind in self.node_types]
         made = [
-            applied(layer, x_dict[kind]).unflatten(-1, (3 * self.heads, -1)).transpose(0, 1)  # type: ignore[arg-type]
+            layer(x_dict[kind]).unflatten(-1, (3 * self.heads, -1)).transpose(0, 1)
             for kind, layer in zip(self.node_types, self.key_query_value, strict=True)
         ]  # (3 heads, nodes, dim)
         query = torch.cat([part[self.heads : 2 * self.heads] for part in made], 1)[None]
@@ -127,7 +126,7 @@ class HeteroAttention(nn.Module):
         }
 
     def _gated(self, i: int, y: Float[Tensor, "nodes out"], x: Float[Tensor, "nodes channels"]) -> Tensor:
-        y = applied(self.out[i], F.gelu(y))  # type: ignore[arg-type]
+        y = self.out[i](F.gelu(y))
         if x.shape[1] != self.out_channels:
             return y
         gate = torch.sigmoid(self.skip[i])

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._dropout import Dropout
-from .._linear import applied
 from ..domains import Graph
 from ._reset import reset
 
@@ -133,7 +132,7 @@ class _LinearAttention(nn.Module, ABC):
             raise ValueError(
                 f"x must be (tokens, channels) = {(graph.num_tokens, self.channels)} on {graph!r}; got {tuple(x.shape)}"
             )
-        return applied(self.qkv, x).unflatten(-1, (-1, self.heads, self.head_channels)).unbind(1)
+        return self.qkv(x).unflatten(-1, (-1, self.heads, self.head_channels)).unbind(1)
 
     @abstractmethod
     def forward(self, x: Float[Tensor, "tokens channels"], graph: Graph) -> Float[Tensor, "tokens out"]:

@@ -7,7 +7,7 @@ from collections.abc import Hashable
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..domains import Domain, Graph
 from ..positions import Bias, PairBias, Position, Sum
@@ -68,8 +68,3 @@ class _Once(Bias):
         if key not in self.bound:
             self.bound[key] = self.bias.between(domain, keys, dtype)
         return self.bound[key]
-
-
-def network_of(inner: nn.Linear, outer: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Weights and biases of two linear maps, in a dtype."""
-    return tuple(part.to(dtype) for part in (inner.weight, inner.bias, outer.weight, outer.bias))

@@ -16,9 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from .._twice import differentiable
 from ._formulas import Piece, by_key_head, is_one_piece, pieces
 from ._merge import Gradients
 from ._scores import Scores
@@ -66,50 +64,6 @@ class KeptWeights(torch.autograd.Function):
             _backward(pairs, kept[i], grad, into.biases, tuple(places.by_call[i] for places in found))
         grads = (places.tokens().to(dtype) for places, (_, dtype) in zip(found, ctx.inputs, strict=True))
         return None, None, None, *grads, *into.biases
-
-
-class KeptDense(torch.autograd.Function):
-    """All pairs with a bias that is learned, for which torch has no fused kernel on a CPU: its plain formulas go again and again through
-    the scores of all heads and rows of the batch, these through those of some, which the cache holds."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
-        q, k, v, added = (x.unsqueeze(1) for x in (query, key, value, bias))  # a single tile
-        p, out = q.new_empty(*q.shape[:4], k.shape[3]), _side_by_side(q, v.shape[-1])
-        empty = added.amax(-1, keepdim=True) == float("-inf")
-        has_empty = bool(empty.any())
-        for piece in pieces(q, k):
-            own, keys, values = _vectors(piece, q, k, v)
-            weights, o = piece.of(p), piece.of(out)
-            of_pairs = by_key_head(piece.of(added).expand_as(weights), piece.of_keys(k))
-            s = torch.baddbmm(of_pairs, own, keys.transpose(1, 2), alpha=scale).view(weights.shape)
-            torch.softmax(s, -1, out=weights)
-            if has_empty:
-                weights.masked_fill_(piece.of(empty), 0)  # they are NaN
-            o.copy_(torch.bmm(by_key_head(weights, piece.of_keys(k)), values).view(o.shape))
-        ctx.save_for_backward(query, key, value, bias, p)
-        ctx.scale = scale
-        return out[:, 0]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, bias, p = ctx.saved_tensors
-        if torch.is_grad_enabled():  # it will be differentiated in its turn
-            gqa = query.shape[1] != key.shape[1]
-            out = F.scaled_dot_product_attention(query, key, value, bias, scale=ctx.scale, enable_gqa=gqa)
-            return *differentiable(out, (query, key, value, bias), ctx.needs_input_grad[:4], grad), None
-        q, k, v, rows = (x.unsqueeze(1) for x in (query, key, value, grad))
-        into = tuple(_side_by_side(x, x.shape[-1]) for x in (q, k, v))
-        of_bias = torch.zeros_like(bias, memory_format=torch.contiguous_format)
-        for piece in pieces(q, k):
-            _write_gradients(piece, (q, k, v), rows, p, ctx.scale, into, of_bias.unsqueeze(1))
-        return *(x[:, 0] for x in into), of_bias, None
-
-
-def _side_by_side(x: Float[Tensor, "batch n heads rows _"], dim: int) -> Float[Tensor, "batch n heads rows dim"]:
-    """Room for vectors, the heads of a token side by side."""
-    batch, n, heads, rows, _ = x.shape
-    return x.new_empty(batch, n, rows, heads, dim).transpose(2, 3)
 
 
 class _Places:

@@ -80,16 +80,22 @@ class Part(ABC):
         what: the part, for people.
         pairs: query-key pairs that the kernel visits, for each row of the batch and head.
         differentiable: whether autograd differentiates ``forward``, in output and log-sum-exp, so that ``backward`` is not needed.
+        isolates: whether a pair that does not count is never computed, so that a NaN reaches only queries that may see it.
     """
 
     kernel: str
     what: str
     pairs: float
     differentiable: bool = False
+    isolates: bool = False
 
     @abstractmethod
     def forward(self, scores: Scores, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Output (0 in rows that see nothing here) and log-sum-exp (-inf there), in the precision of accumulation."""
+
+    def plain(self, scores: Scores, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """``forward`` by torch's own operations; only for parts that are not ``differentiable``."""
+        raise AssertionError(f"{self.kernel} is differentiated by autograd, but not twice")
 
     def alone(self, scores: Scores, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
         """The output where this part is all there is, if the kernel has a way of its own to make and to differentiate it."""

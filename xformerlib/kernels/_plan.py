@@ -7,16 +7,18 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._autograd import is_finite, is_transformed, twice_differentiable
 from ..domains import Graph
 from ..domains._ball import within_ball
 from ..domains._neighbours import Neighbours
 from ..masks import And, Edges, Expander, Full, Local, Mask, Not, Or, Where
 from ..masks._algebra import Predicate
-from . import _chunked, _flex, _reference, _sdpa, _varlen
+from . import _chunked, _flex, _plain, _reference, _sdpa, _varlen
 from ._flex import FlexPart
 from ._merge import Part, attend
 from ._normal import Term, disjoint_terms
@@ -86,6 +88,7 @@ class Plan:
         flops: floating-point operations of the forward, as the kernels execute them.
         bytes: what scores, masks and biases of pairs take at most at a time in the forward, as estimated.
         predicate: the bound mask; None where it allows everything.
+        guarded: whether the kernels let a NaN reach queries that may not see it, so that outputs and gradients are looked at.
     """
 
     kernel: str
@@ -94,6 +97,7 @@ class Plan:
     flops: int
     bytes: int
     predicate: Predicate | None = field(default=None, repr=False, compare=False)
+    guarded: bool = field(default=False, repr=False, compare=False)
     _run: tuple[tuple[Part, Predicate], ...] = field(default=(), repr=False, compare=False)
 
     def __str__(self) -> str:
@@ -114,13 +118,36 @@ class Plan:
     def run(
         self, problem: Problem, scores: Scores, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None
     ) -> Tensor:
-        """The attention, computed as planned."""
-        parts = self.parts_of(scores)
-        if parts:
-            return attend(parts, query, key, value, sinks)
+        """The attention, computed as planned; by torch's own operations where something is asked that kernels do not have."""
         if self.kernel == "reference":
             return _reference.run(scores, query, key, value, sinks)
-        return _sdpa.run(problem, scores, query, key, value)
+
+        def plain(q: Any, k: Any, v: Any, sinks: Any, *tensors: Any) -> tuple[Tensor]:
+            return (self._plain(problem, scores.using(tensors), q, k, v, sinks),)
+
+        inputs = (query, key, value, sinks, *scores.tensors)
+        if is_transformed():
+            return plain(*inputs)[0]
+        out = self.fast(problem, scores, query, key, value, sinks)
+        if self.guarded and not is_finite(out):
+            return plain(*inputs)[0]
+        return twice_differentiable((out,), plain, inputs, guard=self.guarded)[0]
+
+    def fast(
+        self, problem: Problem, scores: Scores, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None
+    ) -> Tensor:
+        """The attention by its kernels, which have a first derivative."""
+        parts = self.parts_of(scores)
+        return attend(parts, query, key, value, sinks) if parts else _sdpa.run(problem, scores, query, key, value)
+
+    def _plain(
+        self, problem: Problem, scores: Scores, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None
+    ) -> Tensor:
+        parts = self.parts_of(scores)
+        if not parts or any(part.differentiable for part, _ in parts):
+            parts = [(_chunked.part(problem, query.device), replace(scores, predicate=self.predicate))]
+        found = [part.plain(own, query, key, value) for part, own in parts]
+        return _plain.merged(found, sinks).to(value.dtype)
 
 
 def choose(problem: Problem, kernel: str, device: torch.device) -> Plan:
@@ -317,7 +344,8 @@ def _plan(problem: Problem, parts: list[tuple[Part, Mask]], reasons: Mapping[str
     main = max(parts, key=lambda part: part[0].pairs)[0].kernel
     run = tuple((part, own.bind(problem.domain, problem.keys)) for part, own in parts)
     described = tuple((part.what, part.kernel) for part, _ in parts)
-    return Plan(main, described, dict(reasons), flops, held, _predicate(problem), run)
+    guarded = problem.device == "cpu" and not all(part.isolates for part, _ in parts)
+    return Plan(main, described, dict(reasons), flops, held, _predicate(problem), guarded, run)
 
 
 def _dense(kernel: str, problem: Problem, reasons: Mapping[str, str]) -> Plan:
@@ -328,9 +356,9 @@ def _dense(kernel: str, problem: Problem, reasons: Mapping[str, str]) -> Plan:
     else:
         held = _sdpa.held(problem)
         flops = flops // 2 if problem.is_causal and problem.bias is None else flops
-    return Plan(
-        kernel, ((f"{problem.mask!r} on {problem.domain!r}", kernel),), dict(reasons), flops, held, _predicate(problem)
-    )
+    described = ((f"{problem.mask!r} on {problem.domain!r}", kernel),)
+    guarded = problem.device == "cpu" and not _sdpa.isolates(problem)
+    return Plan(kernel, described, dict(reasons), flops, held, _predicate(problem), guarded)
 
 
 def _predicate(problem: Problem) -> Predicate | None:

@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ._scores import Pairs, Scores, without_hidden
+from ._masked import masked_scores, masked_sums
+from ._scores import Pairs, Scores
 
 
 def run(
@@ -23,8 +24,7 @@ def run(
     bias, allowed = scores.bias(pairs), scores.allowed(pairs)
     allowed = torch.ones((), dtype=torch.bool, device=q.device) if allowed is None else allowed
     allowed = allowed.expand(*q.shape[:3], k.shape[2])
-    q, k, v = without_hidden(q, k, v, allowed)
-    s = torch.einsum("bhqd,bhkd->bhqk", q, k) * scores.scale
+    s = masked_scores(q, k, allowed) * scores.scale
     if scores.softcap is not None:
         s = scores.softcap * torch.tanh(s / scores.softcap)
     if bias is not None:
@@ -38,4 +38,4 @@ def run(
     p = e / total.masked_fill(total == 0, 1)
     if scores.dropout_p:
         p = p * scores.kept(pairs) / (1 - scores.dropout_p)
-    return torch.einsum("bhqk,bhkd->bhqd", p, v).to(value.dtype)
+    return masked_sums(p, v, allowed).to(value.dtype)

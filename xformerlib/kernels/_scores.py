@@ -86,7 +86,7 @@ class Scores:
         result = None if self.predicate is None else self.predicate(*pairs)
         for bias in self.biases:  # a tensor of minus infinities is a mask too, and rows full of them are empty
             if isinstance(bias, Tensor):
-                result = both(result, _at(bias, pairs) > float("-inf"))
+                result = both(result, _at(bias, pairs) != float("-inf"))  # a NaN is seen
         return result
 
     def bias(self, pairs: Pairs) -> Float[Tensor, "..."] | None:

@@ -9,9 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._unwatched import unwatched
-from ._formulas import PIECE
-from ._kept import KeptDense
+from ..masks import Full
 from ._problem import Problem
 from ._scores import Pairs, Scores, without_hidden
 
@@ -44,14 +42,18 @@ def is_best(problem: Problem) -> bool:
     return problem.bias is None and problem.domain.valid is None and (problem.is_full or problem.is_causal)
 
 
+def isolates(problem: Problem) -> bool:
+    """Whether nothing is hidden but padding, or only later tokens, which are left to torch's kernel."""
+    together = problem.domain.items is None and problem.keys.items is None
+    return problem.bias != "dense" and together and (isinstance(problem.mask, Full) or is_best(problem))
+
+
 def held(problem: Problem) -> int:
     """Bytes of scores, masks and biases of pairs that the forward holds."""
     pairs, width = problem.num_queries * problem.num_keys, max(4, problem.dtype.itemsize)
     every, scores = pairs * problem.batch * problem.heads, 0
-    if problem.device == "cpu" and problem.dropout_p:
+    if problem.device == "cpu" and (problem.dropout_p or problem.bias == "trained"):  # torch's plain formulas
         scores = every * width
-    elif problem.device == "cpu" and problem.bias == "trained":  # weights are kept, and a piece has scores and biases
-        scores = (every + 2 * min(every, 2 * PIECE)) * width
     if problem.bias is None and (problem.is_causal or problem.is_full):
         return scores
     extent = problem.mask.extent()
@@ -98,14 +100,5 @@ def run(
         if allowed is not None:
             bias = bias.masked_fill(~allowed, float("-inf"))
         bias = bias.expand(*bias.shape[:2], query.shape[2], key.shape[2])
-        if _is_learned(bias, query, key, value) and not scores.dropout_p:
-            out = KeptDense.apply(query, key, value, bias, scores.scale)
-        else:
-            out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, **options)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, **options)
     return out if empty is None else out.masked_fill(empty, 0)
-
-
-def _is_learned(bias: Tensor, query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether a bias wants a gradient that torch would compute by its plain formulas."""
-    learned = torch.is_grad_enabled() and bias.requires_grad and unwatched(query, key, value, bias)
-    return learned and query.dtype == bias.dtype and 0 not in (query.numel(), key.numel(), value.numel())

@@ -16,9 +16,10 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .._autograd import is_transformed, twice_differentiable
 from ..domains._neighbours import Neighbours
 from ..masks._algebra import Predicate
-from . import _sparse_torch, _sparse_triton
+from . import _plain, _sparse_torch, _sparse_triton
 from ._merge import Gradients, Merged, Part
 from ._pattern import Pattern
 from ._problem import Problem
@@ -48,6 +49,7 @@ class SparsePart(Part):
     """
 
     kernel = "sparse"
+    isolates = True
 
     def __init__(
         self,
@@ -98,6 +100,10 @@ class SparsePart(Part):
     ) -> None:
         _backward(_call(self.pattern, self._left(scores), query, key, value), merged, into)
 
+    def plain(self, scores: Scores, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        found = _plainly(self.pattern, self._left(scores), query, key, value)
+        return found.out, found.lse
+
     def _left(self, scores: Scores) -> Scores:
         """What is still to be asked of the pairs."""
         return scores if self.asks else replace(scores, predicate=None)
@@ -124,7 +130,29 @@ def edge_attention(
         edge_query: u, for each query and head.
         edge_attr: e, for each entry of the pattern, in its order. Without features the second sum is None.
     """
-    return _EdgeAttention.apply(pattern, scores, query, key, value, edge_query, edge_attr, *scores.tensors)
+
+    def again(q: Any, k: Any, v: Any, u: Tensor | None, e: Tensor | None, *tensors: Any) -> tuple[Tensor, ...]:
+        features = None if u is None or e is None else Features(u, e)
+        out, _, sums = _plainly(pattern, scores.using(tensors), q, k, v, features)
+        return tuple(x.to(v.dtype) for x in (out, sums) if x is not None)
+
+    inputs = (query, key, value, edge_query, edge_attr, *scores.tensors)
+    if is_transformed():
+        found = again(*inputs)
+    else:
+        out, sums = _EdgeAttention.apply(pattern, scores, *inputs)
+        found = twice_differentiable((out,) if sums is None else (out, sums), again, inputs)
+    return found[0], found[1] if len(found) > 1 else None
+
+
+def _plainly(
+    pattern: Pattern, scores: Scores, query: Tensor, key: Tensor, value: Tensor, features: Features | None = None
+) -> _plain.Entries:
+    """The attention by torch's own operations."""
+    batch, heads = query.shape[:2]
+    bias, allowed = (_by_entry(pattern, batch, heads, what) for what in (scores.bias, scores.allowed))
+    kept = _by_entry(pattern, batch, heads, scores.kept) if scores.dropout_p else None
+    return _plain.entries(query, key, value, pattern, scores, bias, allowed, kept, features)
 
 
 class _EdgeAttention(torch.autograd.Function):

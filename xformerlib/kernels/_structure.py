@@ -282,18 +282,6 @@ class _Groups:
         return found
 
 
-def order_of_slices(mask: Mask, domain: Domain, device: torch.device) -> Int[Tensor, " tokens"] | None:
-    """All tokens in the order in which the groups of a mask are slices; None where they are, or where it makes no groups of few sizes."""
-    labels = None if domain.items is not None else _labels(mask, domain, device)
-    if labels is None or labels.ndim == 2 or labels.numel() == 0 or int(labels.min()) < 0:
-        return None
-    groups = _Groups(labels)
-    if len(groups.sizes.unique()) > MOST_SLICES:
-        return None
-    order = _flat(groups.bucketed(0))
-    return None if torch.equal(order, torch.arange(len(order), device=device)) else order
-
-
 def _flat(buckets: list[tuple[Tensor, Tensor]]) -> Int[Tensor, " tokens"]:
     return torch.cat([index.flatten() for index, _ in buckets])
 

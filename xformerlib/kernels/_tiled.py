@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from . import _flash, _formulas
+from . import _flash, _formulas, _plain
 from ._kept import KeptWeights
 from ._merge import Gradients, Merged, Part
 from ._problem import Problem
@@ -52,6 +52,7 @@ class TiledPart(Part):
         self.kernel, self.what, self.calls = kernel, what, tuple(calls)
         self.exact, self.keep, self.whole = exact, keep, whole
         self.batch = self.calls[0].batch if self.calls else None
+        self.isolates = exact == "full"
         self.pairs = pairs_of_row(self.calls) * (0.5 if exact == "causal" else 1)
         self._own = all(tiles.own for tiles in self.calls)
         self._kept: dict[Hashable, Tensor | None] = {}
@@ -124,6 +125,31 @@ class TiledPart(Part):
             into.value = tiles.add_keys(into.value, grads.value, key.shape[2])
         if self._own:
             into.add(found.query, found.key, found.value)
+
+    def plain(self, scores: Scores, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        found = []
+        for pairs, tiles in zip(self.calls_of(scores, query), self.calls, strict=True):
+            vectors = tiles.queries(query), tiles.keys(key), tiles.keys(value)
+            kept = by_row(scores.kept(pairs.pairs)) if scores.dropout_p else None
+            found.append(_plain.tile(*vectors, scores, pairs.allowed, pairs.bias(scores)[0], kept))
+        if not found:
+            wide = torch.promote_types(query.dtype, torch.float32)
+            nothing = query.new_zeros(*query.shape[:3], value.shape[-1], dtype=wide)
+            return nothing, nothing.new_full(query.shape[:3], float("-inf"))
+        index = self._places(query.shape[2])
+        out = _plain.gathered([o for o, _ in found], index, 0.0)
+        return out, _plain.gathered([lse[..., None] for _, lse in found], index, float("-inf"))[..., 0]
+
+    def _places(self, tokens: int) -> Int[Tensor, "#batch tokens"]:
+        """The place of each token among those of all tiles, one call's behind the other; behind the last where it is in none."""
+        table, count = None, 0
+        for tiles in self.calls:
+            numbers = torch.arange(count, count + tiles.n * tiles.rows, device=tiles.device, dtype=torch.float64)
+            table = tiles.put_queries(table, numbers.view(1, tiles.n, 1, tiles.rows, 1), tokens, -1.0)
+            count += numbers.numel()
+        assert table is not None
+        index = table[:, 0, :, 0].long()
+        return torch.where(index < 0, count, index)
 
     def ready(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The inputs in a layout from which tiles are fetched fast."""

@@ -25,6 +25,7 @@ class Tiles(ABC):
     columns: int
     own = False  # whether the keys of the tiles are the queries, each in one tile only: then gradients of keys are put like queries
     placed = 0  # where they are their own: the tokens in the tiles
+    device: torch.device
     batch: int | None = None  # where each row of the batch has tiles of its own: how many rows there are
 
     @property
@@ -175,6 +176,7 @@ class Gathered(Tiles):
     ) -> None:
         (self.n, self.rows), self.columns = q_index.shape, k_index.shape[1]
         self.own, self.batch, self._tokens = q_index is k_index, batch, max(tokens, 1)
+        self.device = q_index.device
         self._q = _Listed(q_index, q_there)
         self._k = self._q if self.own else _Listed(k_index, k_there)
         self.placed = self._q.targets.numel()

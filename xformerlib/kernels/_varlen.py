@@ -41,6 +41,7 @@ class VarlenPart(Part):
     """The items of a packed domain, whole or causal, where they are all that there is to compute; ``kernel`` names the structure."""
 
     differentiable = True
+    isolates = True
 
     def __init__(self, kernel: str, problem: Problem, device: torch.device) -> None:
         self.kernel = kernel

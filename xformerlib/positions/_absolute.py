@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..domains import Domain, Graph, Grid, Sequence, Timeline
-from ._base import Embedding, at_least_fp32, check_positive, check_width, no_meaning, places
+from ._base import Embedding, at_least_fp32, check_positive, check_width, kept, no_meaning, places
 from ._graph import on_nodes, random_signs, spectral_axes
 from ._scaling import frequencies
 
@@ -65,7 +65,7 @@ class Sinusoidal(Embedding):
             return self._of_graph(domain, random_signs(domain, self.eigenvectors))
         dtype = at_least_fp32(x.dtype)
         key = ("sinusoidal", self.dim, self.theta, self.scale, self.eigenvectors, dtype, x.device)
-        return domain.fact(key, lambda: self._table(domain, x).to(dtype))
+        return kept(domain, key, lambda: self._table(domain, x).to(dtype))
 
     def _table(self, domain: Domain, x: Tensor) -> Float64[Tensor, "*batch tokens dim"]:
         """The embedding of every token."""
@@ -75,7 +75,7 @@ class Sinusoidal(Embedding):
         if isinstance(domain, (Sequence, Timeline)):
             # Packed items begin anew: most places occur many times, and sines in fp64 take their time.
             again = None
-            if domain.offsets is not None and not torch.compiler.is_compiling():
+            if domain.offsets is not None and not where.requires_grad and not torch.compiler.is_compiling():
                 times, again = where[:, 0].unique(return_inverse=True)
                 where = times[:, None]
             angles = where * frequencies(self.theta, self.dim / 2).to(x.device)

@@ -8,11 +8,11 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from functools import reduce
 from itertools import count, islice
 from operator import add
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -20,6 +20,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..domains import Domain, Grid, Sequence
+
+Fact = TypeVar("Fact")
 
 
 class Position(nn.Module):
@@ -173,6 +175,32 @@ class PairBias(ABC):
         other = copy.copy(self)
         other.tensors = tensors
         return other
+
+
+class PlacePair(PairBias):
+    """A bias that is a function of real coordinates, and differentiable in those that require grad."""
+
+    def __init__(
+        self, domain: Domain, keys: Domain, weights: tuple[Tensor, ...], *, heads: int, batch_size: int | None
+    ) -> None:
+        given = (domain,) if keys is domain else (domain, keys)
+        learned = tuple(each.learned for each in given if each.learned is not None)
+        super().__init__(domain, keys, (*weights, *learned), heads=heads, batch_size=batch_size)
+        self.weights, self._given = weights, given
+        self._place(learned)
+
+    def using(self, tensors: tuple[Tensor, ...]) -> PairBias:
+        other = copy.copy(self)
+        count = len(self.weights)
+        other.tensors, other.weights = tensors, tensors[:count]
+        other._place(tensors[count:])
+        return other
+
+    def _place(self, learned: tuple[Tensor, ...]) -> None:
+        """Put queries and keys where ``learned`` says."""
+        rest = iter(learned)
+        placed = [each if each.learned is None else each.at_places(next(rest)) for each in self._given]
+        self.domain, self.keys = placed[0], placed[-1]
 
 
 class Bias(Position, ABC):
@@ -388,12 +416,18 @@ def in_steps(domain: Domain) -> bool:
 def places(domain: Domain, device: torch.device) -> Float[Tensor, "*batch tokens ndim"]:
     """Coordinates of all tokens in fp64, ``(tokens, ndim)`` or ``(batch, tokens, ndim)``; prefix tokens hold 0."""
     if not in_steps(domain):
-        return domain.coordinates.detach().to(device, torch.float64)
+        where = domain.coordinates if domain.learned is None else domain.learned
+        return where.to(device, torch.float64)
     i = torch.arange(domain.num_tokens, device=device)
     axes = [domain.coordinate(axis, i.new_zeros(()), i).expand(i.shape) for axis in range(domain.ndim)]
     table = torch.stack(axes, -1).double()
     prefix = domain.is_prefix(i.new_zeros(()), i)
     return table if prefix is None else table.masked_fill(prefix[:, None], 0)
+
+
+def kept(domain: Domain, key: Hashable, make: Callable[[], Fact]) -> Fact:
+    """A table that positions make of a domain's coordinates, kept on the domain; made anew where these want a gradient."""
+    return domain.fact(key, make) if domain.whole.learned is None else make()
 
 
 def check_width(name: str, value: int, *, least: int = 1) -> int:

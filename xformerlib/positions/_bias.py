@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence as SequenceOf
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Float64, Int
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .._projection import dtype_of, is_plain
 from ..domains import Domain, Graph, Grid, Points
-from ._base import Bias, PairBias, at_least_fp32, check_positive, check_width, in_steps, no_meaning
+from ._base import Bias, PairBias, PlacePair, at_least_fp32, check_positive, check_width, in_steps, no_meaning
 from ._remembered import remembered
 from ._tables import PREFIX_ENTRIES, HopPair, Offsets, StepPair, TablePair, largest_graph, row_in_table, rows_of_batch
 
@@ -238,38 +240,50 @@ class ContinuousBias(Bias):
         columns = 2 if isinstance(domain, Graph) else domain.ndim
         if columns > self.axes:
             raise ValueError(f"ContinuousBias has axes={self.axes}, but {domain!r} needs {columns}. Raise axes.")
-        dtype = at_least_fp32(dtype or self.inner.weight.dtype)
-        network = tuple(
-            part.to(dtype)
-            for part in (self.inner.weight[:, :columns], self.inner.bias, self.outer.weight, self.outer.bias)
-            if part is not None
-        )
-        device = network[0].device
+        dtype = at_least_fp32(dtype or dtype_of(self))
+        network = Network.of(self.inner, self.outer, F.relu, dtype, self.bound)
         if in_steps(domain):
             offsets = Offsets(domain, keys)
             key = (offsets.low, offsets.counts, self.size, self.scale, self.bound)
-            table = remembered(self, key, network, lambda: self._table(domain, offsets, network))
+            table = remembered(self, key, network.weights, lambda: self._table(domain, offsets, network))
             return StepPair(domain, keys, offsets, table)
         if self.size is not None:
             raise no_meaning(self, domain, "size= counts whole steps; leave it out.")
         if isinstance(domain, Graph):
             largest = largest_graph(domain)
+            table = remembered(
+                self,
+                (largest, self.scale, self.bound),
+                network.weights,
+                lambda: network.scores(self._hop_features(largest, self._device)),
+            )
+            return HopPair(domain, keys, table, None)
+        if network.weights:
+            return _NetworkPair(self, domain, keys, network)
+        return EveryPair(
+            domain, keys, lambda b, q, k: network.scores(self._of_places(domain, keys, b, q, k)), self.heads
+        )
 
-            def hops() -> Tensor:
-                return small_network(self._hop_features(largest, device), network, self.bound)
+    @property
+    def _device(self) -> torch.device:
+        return next(self.parameters()).device
 
-            return HopPair(domain, keys, remembered(self, (largest, self.scale, self.bound), network, hops), None)
-        return _NetworkPair(self, domain, keys, network)
+    def _of_places(
+        self, domain: Domain, keys: Domain, b: Tensor, q: Tensor, k: Tensor
+    ) -> Float64[Tensor, "*pairs ndim"]:
+        """Log-spaced offsets of pairs at real coordinates."""
+        offsets = [domain.offset(axis, keys, b, q, k).double() for axis in range(domain.ndim)]
+        return self._features(torch.stack(offsets, -1))
 
-    def _table(self, domain: Domain, offsets: Offsets, network: tuple[Tensor, ...]) -> Float[Tensor, "offsets heads"]:
+    def _table(self, domain: Domain, offsets: Offsets, network: Network) -> Float[Tensor, "offsets heads"]:
         """The scores of all offsets."""
-        device = network[0].device
+        device = self._device
         if self.size is None:
-            return small_network(self._features(offsets.all(device).double()), network, self.bound)
+            return network.scores(self._features(offsets.all(device).double()))
         if len(self.size) != domain.ndim:
             raise ValueError(f"size must have one number for each axis; got size={self.size} and {domain!r}")
         axes = [torch.arange(1 - n, n, dtype=torch.float64, device=device) for n in self.size]
-        table = small_network(self._features(torch.cartesian_prod(*axes).view(-1, domain.ndim)), network, self.bound)
+        table = network.scores(self._features(torch.cartesian_prod(*axes).view(-1, domain.ndim)))
         key = ("rows of a window", self.size, offsets.low, offsets.counts, device)
         rows = domain.fact(key, lambda: row_in_table(offsets.all(device), self.size or ()))
         return table.double()[rows].to(table.dtype)  # many share a row: their gradients are added in fp64
@@ -294,35 +308,101 @@ class ContinuousBias(Bias):
         return f"{self.heads}, hidden={self.hidden}, axes={self.axes}{options}"
 
 
-class _NetworkPair(PairBias):
+class _NetworkPair(PlacePair):
     """A network evaluated at each pair of real places."""
 
-    def __init__(self, bias: ContinuousBias, domain: Domain, keys: Domain, network: tuple[Tensor, ...]) -> None:
-        super().__init__(domain, keys, network, heads=bias.heads, batch_size=rows_of_batch(domain, keys))
-        self.bias = bias
+    def __init__(self, bias: ContinuousBias, domain: Domain, keys: Domain, network: Network) -> None:
+        rows = rows_of_batch(domain, keys)
+        super().__init__(domain, keys, network.weights, heads=bias.heads, batch_size=rows)
+        self.bias, self.network = bias, network
 
     def scores(self, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        offsets = [self.domain.offset(axis, self.keys, b, q, k).double() for axis in range(self.domain.ndim)]
-        features = self.bias._features(torch.stack(offsets, -1).detach())
-        scores = small_network(features, self.tensors, self.bias.bound).movedim(-1, 0)
+        features = self.bias._of_places(self.domain, self.keys, b, q, k)
+        scores = self.network.using(self.weights).scores(features).movedim(-1, 0)
         prefix = self.domain.touches_prefix(self.keys, b, q, k)
         return scores if prefix is None else scores.masked_fill(prefix, 0)
 
 
-def small_network(
-    features: Float[Tensor, "*pairs columns"], network: tuple[Tensor, ...], bound: float | None
-) -> Float[Tensor, "*pairs heads"]:
-    """The scores, never in less than fp32; many pairs are taken in blocks, whose hidden layer is computed again in the backward."""
+@dataclass(frozen=True, eq=False)
+class Network:
+    """``outer(activation(inner(x)))``, bounded by ``bound * sigmoid``, never in less than fp32.
 
-    def block(
-        rows: Tensor, inner: Tensor, inner_bias: Tensor, outer: Tensor, outer_bias: Tensor | None = None
-    ) -> Tensor:
+    Attributes:
+        weights: of both layers, in ``dtype``, where they are plain: kernels compute scores anew in their backward, and are told what
+            these depend on. Empty where an adapter or a hook wants the layers called.
+    """
+
+    inner: nn.Module
+    outer: nn.Module
+    activation: Callable[[Tensor], Tensor]
+    dtype: torch.dtype
+    bound: float | None
+    weights: tuple[Tensor, ...]
+
+    @staticmethod
+    def of(
+        inner: nn.Module,
+        outer: nn.Module,
+        activation: Callable[[Tensor], Tensor],
+        dtype: torch.dtype,
+        bound: float | None = None,
+    ) -> Network:
+        """The network of two layers."""
+        weights: tuple[Tensor, ...] = ()
+        if is_plain(inner) and is_plain(outer):
+            parts = (inner.weight, outer.weight, inner.bias, outer.bias)
+            weights = tuple(part.to(dtype) for part in parts if part is not None)  # type: ignore[misc, operator, union-attr]
+        return Network(inner, outer, activation, dtype, bound, weights)
+
+    def using(self, weights: tuple[Tensor, ...]) -> Network:
+        """The same with other weights."""
+        return replace(self, weights=weights)
+
+    def scores(self, features: Float[Tensor, "*pairs columns"]) -> Float[Tensor, "*pairs heads"]:
+        """The scores; many pairs are taken in blocks, whose hidden layer is computed again in the backward."""
+        rows = features.to(self.dtype).flatten(0, -2)
+        if self.weights:
+            scores = in_blocks(self._block, rows, self.weights)
+        else:
+            with torch.autocast(rows.device.type, enabled=False):
+                scores = self._bounded(self.outer(self.activation(self.inner(self._widened(rows))))).to(self.dtype)
+        return scores.reshape(*features.shape[:-1], scores.shape[-1])
+
+    def _block(self, rows: Tensor, inner: Tensor, outer: Tensor, *biases: Tensor) -> Tensor:
+        inner_bias, outer_bias = (*biases, None)[:2]
         with torch.autocast(rows.device.type, enabled=False):
-            scores = F.linear(F.relu(F.linear(rows, inner, inner_bias)), outer, outer_bias)
-            return scores if bound is None else bound * torch.sigmoid(scores)
+            hidden = self.activation(F.linear(rows, inner[:, : rows.shape[-1]], inner_bias))
+            return self._bounded(F.linear(hidden, outer, outer_bias))
 
-    scores = in_blocks(block, features.to(network[0].dtype).flatten(0, -2), network)
-    return scores.reshape(*features.shape[:-1], network[2].shape[0])
+    def _bounded(self, scores: Tensor) -> Tensor:
+        return scores if self.bound is None else self.bound * torch.sigmoid(scores)
+
+    def _widened(self, rows: Tensor) -> Tensor:
+        """As many columns as the first layer takes, in its dtype; 0 on axes that there are not."""
+        columns = getattr(self.inner, "in_features", rows.shape[-1])
+        return F.pad(rows, (0, columns - rows.shape[-1])).to(dtype_of(self.inner))
+
+
+class EveryPair(PairBias):
+    """The scores of all pairs, computed at once: where layers must be called once, and not again for each tile and in each backward."""
+
+    def __init__(
+        self,
+        domain: Domain,
+        keys: Domain,
+        make: Callable[[Tensor, Tensor, Tensor], Float[Tensor, "rows tq tk heads"]],
+        heads: int,
+    ) -> None:
+        rows, device = rows_of_batch(domain, keys), domain.device
+        b, q, k = (torch.arange(n, device=device) for n in (rows or 1, domain.num_tokens, keys.num_tokens))
+        b, q = b[:, None, None], q[:, None]
+        table = make(b, q, k).movedim(-1, 0)
+        prefix = domain.touches_prefix(keys, b, q, k)
+        table = table if prefix is None else table.masked_fill(prefix, 0)
+        super().__init__(domain, keys, (table.expand(heads, len(b), len(q), len(k)),), heads=heads, batch_size=rows)
+
+    def scores(self, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return self.tensors[0][:, b if self.batch_size is not None else torch.zeros_like(q), q, k]
 
 
 def in_blocks(

@@ -7,7 +7,7 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor, nn
 
 from ..domains import Domain, Grid
-from ._base import Bias, PairBias, at_least_fp32, check_positive, check_width, in_steps
+from ._base import Bias, PairBias, PlacePair, at_least_fp32, check_positive, check_width, in_steps
 from ._tables import rows_of_batch
 
 
@@ -79,7 +79,7 @@ class DistanceDecay(Bias):
         )
 
 
-class _DecayPair(PairBias):
+class _DecayPair(PlacePair):
     """A slope for each head."""
 
     def __init__(self, domain: Domain, keys: Domain, slopes: Float[Tensor, " heads"]) -> None:
@@ -88,18 +88,18 @@ class _DecayPair(PairBias):
 
     def scores(self, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
         distance = self._distance(b, q, k)
-        return -self.tensors[0].reshape(-1, *(1,) * distance.ndim) * distance
+        return -self.weights[0].reshape(-1, *(1,) * distance.ndim) * distance
 
     def of_head(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return -self.tensors[0][h if self.heads > 1 else torch.zeros_like(h)] * self._distance(b, q, k)
+        return -self.weights[0][h if self.heads > 1 else torch.zeros_like(h)] * self._distance(b, q, k)
 
     def _distance(self, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        distance = self._metric(b, q, k).detach()
+        distance = self._metric(b, q, k)
         prefix = self.domain.touches_prefix(self.keys, b, q, k)
         return distance if prefix is None else torch.where(prefix, 0.0, distance)
 
     def _metric(self, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        dtype = self.tensors[0].dtype
+        dtype = self.weights[0].dtype
         if not isinstance(self.domain, Grid):
             return self.domain.distance(self.keys, b, q, k).to(dtype)
         squares = self.domain.offset(0, self.keys, b, q, k) ** 2

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Float64, Shaped
 from torch import Tensor, nn
 
+from .._projection import dtype_of
 from ..domains import Domain, Graph
 from ._base import Embedding, check_width, no_meaning
 
@@ -47,7 +48,7 @@ class RandomWalk(Embedding):
     def rows(self, domain: Domain, x: Tensor) -> Float[Tensor, "tokens dim"]:
         if not isinstance(domain, Graph):
             raise no_meaning(self, domain, "Walks need edges; use Sinusoidal(dim), which is defined on every domain.")
-        walks = domain.random_walk(self.steps).to(self.linear.weight.dtype)
+        walks = domain.random_walk(self.steps).to(dtype_of(self.linear))
         return on_nodes(domain, self.linear(walks))
 
     def extra_repr(self) -> str:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .._unwatched import unwatched
+from .._autograd import unwatched
 
 # Tables of one network that are kept, and their numbers.
 MOST_TABLES = 4

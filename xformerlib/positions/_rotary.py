@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..domains import Domain, Grid
-from ._base import Rotation, at_least_fp32, check_positive, check_tokens, check_width, places
+from ._base import Rotation, at_least_fp32, check_positive, check_tokens, check_width, kept, places
 from ._scaling import Scaling, frequencies
 
 
@@ -159,7 +159,7 @@ class Rotary(Rotation):
 
         if self.frequencies is not None:
             return make()
-        return domain.fact(("rotary", *self._key(), at_least_fp32(x.dtype), x.device), make)
+        return kept(domain, ("rotary", *self._key(), at_least_fp32(x.dtype), x.device), make)
 
     def _cos_sin(self, x: Tensor, domain: Domain) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the angles, ``(tokens, pairs)`` or with axes of batch and heads in front, at least in fp32."""
@@ -175,7 +175,7 @@ class Rotary(Rotation):
             angles = angles[:, None] if angles.ndim == 3 else angles
             return angles.cos().to(dtype), angles.sin().to(dtype)
 
-        return domain.fact(("rotary", *self._key(), dtype, x.device), make)
+        return kept(domain, ("rotary", *self._key(), dtype, x.device), make)
 
     def _key(self) -> tuple[Hashable, ...]:
         return self.theta, self.pairs, self.scaling, self.coordinates, self.reference, self.offset, self.scale

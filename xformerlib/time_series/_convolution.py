@@ -46,13 +46,13 @@ class CausalConvolution(nn.Conv1d):
         """How many steps it looks back."""
         return (self.kernel_size[0] - 1) * self.dilation[0]
 
-    def forward(self, input: Float[Tensor, "batch inputs steps"]) -> Float[Tensor, "batch outputs steps"]:
-        """Convolve."""
+    def forward(
+        self, input: Float[Tensor, "batch inputs steps"], *, only_taps: bool = False
+    ) -> Float[Tensor, "batch outputs steps"]:
+        """Convolve; with ``only_taps`` the input holds the steps at the taps of one output and no others, (B, inputs, kernel_size)."""
+        if only_taps:
+            return F.conv1d(input, self.weight, self.bias)
         return super().forward(F.pad(input, (self.reach, 0)))
-
-    def at_last(self, taps: Float[Tensor, "batch inputs taps"]) -> Float[Tensor, "batch outputs 1"]:
-        """The output of one step, from the inputs at its taps."""
-        return F.conv1d(taps, self.weight, self.bias)
 
 
 class TCN(ForecastModel):
@@ -272,7 +272,7 @@ class _Gated(nn.Module):
         taps = [queue[(step + offset) % reach] for offset in range(0, reach, dilation)]
         if reach:
             queue[step % reach] = x
-        return self._after(x, self.convolution.at_last(torch.cat([*taps, x], -1)))
+        return self._after(x, self.convolution(torch.cat([*taps, x], -1), only_taps=True))
 
     def _after(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         values, gate = y.chunk(2, 1)

@@ -11,7 +11,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._linear import applied
 from .._sublayers import NormLayer, norm_factory
 
 Images = Tensor | SequenceOf[Tensor]
@@ -118,14 +117,14 @@ class PatchEmbed(Tokenizer):
     def forward(self, x: Float[Tensor, "batch channels *sizes"]) -> Float[Tensor, "batch *grid dim"]:
         self.check(x, batched=True)
         self.grid(x.shape[2:])
-        return self.norm(applied(self.proj, self._patches(x)))
+        return self.norm(self.proj(self._patches(x)))
 
     def packed(self, images: SequenceOf[Float[Tensor, "channels ..."]]) -> Float[Tensor, "tokens dim"]:
         for image in images:
             self.check(image, batched=False)
             self.grid(image.shape[1:])
         patches = torch.cat([self._patches(image[None]).flatten(0, -2) for image in images])
-        return self.norm(applied(self.proj, patches))
+        return self.norm(self.proj(patches))
 
     def _patches(self, x: Tensor) -> Tensor:
         """(B, C, *sizes) to (B, *grid, C * patch)."""

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from .._dropout import Dropout
 from .._inputs import place, rates_of_layers
-from .._linear import applied
 from .._pooling import Pooling
 from .._sublayers import NormLayer, Residual, norm_factory
 from ..blocks import Encoder
@@ -74,7 +73,7 @@ class PatchMerging(nn.Module):
             items = x.split([math.prod(size) for size in domain.size_of_items])
             merged = torch.cat([_merged(item, size) for item, size in zip(items, domain.size_of_items, strict=True)])
             half = Grid.packed([_half(size) for size in domain.size_of_items]).to(x.device)
-        return Features(half.zero_padding(self.out_norm(applied(self.reduction, self.norm(merged)))), half)
+        return Features(half.zero_padding(self.out_norm(self.reduction(self.norm(merged)))), half)
 
 
 class Swin(nn.Module):

@@ -1,0 +1,78 @@
+"""Derivatives that kernels do not have: of second order, of ``torch.func`` and in forward mode."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence as SequenceOf
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as fwAD
+from torch import Tensor, nn
+
+
+def is_transformed() -> bool:
+    """Check for an active ``torch.func`` transform or forward-mode AD, which see only torch's own operations."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or fwAD._current_level >= 0
+
+
+def unwatched(*tensors: Tensor) -> bool:
+    """Check that all are plain CPU tensors, and that no tracer, dispatch mode or transform observes operations."""
+    return (
+        all(x.is_cpu and type(x) in (Tensor, nn.Parameter) for x in tensors)
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not is_transformed()
+    )
+
+
+def is_finite(x: Tensor) -> bool:
+    """Check for NaN and infinities by one sum, which cannot hide them. Reads a number back: for tensors on a CPU."""
+    return math.isfinite(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).item())
+
+
+def twice_differentiable(
+    outputs: tuple[Tensor, ...],
+    again: Callable[..., tuple[Tensor, ...]],
+    inputs: SequenceOf[Tensor | None],
+    *,
+    guard: bool = False,
+) -> tuple[Tensor, ...]:
+    """Double backward for outputs of kernels that have a first derivative only.
+
+    The first backward goes through the kernels. Where it will be differentiated in its turn (``create_graph=True``), the gradients come
+    from ``again(*inputs)`` instead: the same outputs computed anew by torch's own operations, which have derivatives of any order.
+
+    Args:
+        guard: take that way also for a gradient with NaN or infinities, which ``again`` keeps apart where the kernels do not.
+    """
+    if not torch.is_grad_enabled() or not any(x.requires_grad for x in outputs):
+        return outputs
+    found = _Twice.apply(again, guard, len(outputs), *outputs, *inputs)
+    return found if isinstance(found, tuple) else (found,)
+
+
+class _Twice(torch.autograd.Function):
+    """The identity of the outputs; its backward decides which way gradients take."""
+
+    @staticmethod
+    def forward(ctx: Any, again: Any, guard: bool, count: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        ctx.again, ctx.guard, ctx.count = again, guard, count
+        ctx.save_for_backward(*tensors[count:])
+        return tuple(x.view_as(x) for x in tensors[:count] if x is not None)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        twice, inputs = torch.is_grad_enabled(), ctx.saved_tensors
+        if not twice and not (ctx.guard and not all(is_finite(grad) for grad in grads)):
+            return None, None, None, *grads, *[None] * len(inputs)
+        needed = ctx.needs_input_grad[3 + ctx.count :]
+        if not twice:
+            inputs = [
+                x if x is None else x.detach().requires_grad_(need) for x, need in zip(inputs, needed, strict=True)
+            ]
+        with torch.enable_grad():
+            made = ctx.again(*inputs)
+        asked = [x for x, need in zip(inputs, needed, strict=True) if need and x is not None]
+        found = iter(torch.autograd.grad(made, asked, grads, create_graph=twice, allow_unused=True))
+        return None, None, None, *[None] * ctx.count, *(next(found) if need else None for need in needed)
