@@ -21,6 +21,7 @@ LAYERS = [
     {"kernels", "_cache", "_inputs", "_sublayers"},
     {"_planned"},
     {"_compiled"},
+    {"_portable"},
     {"attention", "_along_edges"},
     {"blocks", "_explain", "_pooling"},
     {"time_series", "vision", "graph"},

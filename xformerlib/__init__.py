@@ -21,4 +21,4 @@ from .domains import (
     Sequence as Sequence,
     Timeline as Timeline,
 )
-from .kernels import Plan as Plan, strict as strict
+from .kernels import Plan as Plan, strict as strict, using as using

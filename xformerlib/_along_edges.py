@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .kernels import kernel_in_use
 from .kernels._pattern import Pattern as Pattern
 from .kernels._scores import Scores
 from .kernels._sparse import edge_attention
@@ -37,4 +38,6 @@ def along_edges(
     biases = () if bias is None else (bias,)
     scores = Scores(None, biases, 1 / math.sqrt(query.shape[-1]), dropout_p=dropout_p, seed=seed)
     with torch.autocast(query.device.type, enabled=False):
-        return edge_attention(query, key, value, pattern, scores, edge_query, edge_attr)
+        return edge_attention(
+            query, key, value, pattern, scores, edge_query, edge_attr, reference=kernel_in_use("auto") == "reference"
+        )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence as SequenceOf
+from collections.abc import Callable, Iterator, Sequence as SequenceOf
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 def is_transformed() -> bool:
@@ -24,6 +26,34 @@ def unwatched(*tensors: Tensor) -> bool:
         and not torch._C._len_torch_dispatch_stack()
         and not is_transformed()
     )
+
+
+def is_jit_tracing() -> bool:
+    """Check for ``torch.jit.trace``."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined]
+
+
+def is_leaving(x: Tensor) -> bool:
+    """Check for ``torch.export``, ``torch.jit.trace`` and the meta device, under which a graph of torch's own operations is wanted."""
+    # ``torch.compiler.is_exporting()`` is also true in the compiler of torch 2.11.
+    return x.is_meta or is_jit_tracing() or torch.compiler._is_exporting_flag
+
+
+@contextmanager
+def constants() -> Iterator[None]:
+    """Within this context tensors are real and sizes are numbers, whoever traces: what is computed becomes constants of the graph."""
+    tracing = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        with _disable_current_modes():
+            yield
+    finally:
+        torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast switched off, on devices that have it."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def is_finite(x: Tensor) -> bool:

@@ -55,12 +55,6 @@ def run_in_graph(
         scores = scores_of(problem, predicate, biases, scale, softcap, seed)
         with torch.autocast(query.device.type, enabled=False):
             return _sdpa.run(problem, scores, query, key, value)
-    if torch.compiler._is_exporting_flag:  # is_exporting() is True in torch 2.11's compiler, too
-        raise ValueError(
-            f"torch.export keeps a graph beyond this process, which must not depend on what is planned here, and {problem.mask!r} on "
-            f"{problem.domain!r} with kernel={kernel!r} is; it can hold attention to everything, or plainly causal, without padding, "
-            "sinks or softcap. Use torch.compile."
-        )
     mask, (sizes, reals, mask_tensors) = number_of(problem.mask)
     numbers = [-1 if isinstance(term, Tensor) else _number_of_bias(term) for term in terms]
     tensors = [t for bias in biases for t in ((bias,) if isinstance(bias, Tensor) else bias.tensors)]

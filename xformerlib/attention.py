@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from . import kernels
+from ._autograd import constants, is_jit_tracing, is_leaving, no_autocast
 from ._cache import Cache
 from ._compiled import Inputs, run_in_graph
 from ._inputs import (
@@ -27,6 +28,7 @@ from ._inputs import (
     resolve_domains,
 )
 from ._planned import bound_biases, check_extent, planned, scores_of, without_padding
+from ._portable import run_portably
 from ._projection import columns_of, dtype_of
 from ._sublayers import Cosine, NormLayer, norm_factory
 from .domains import Domain
@@ -83,26 +85,39 @@ def attention(
         torch.Size([1, 4, 10, 8])
     """
     check_inputs(query, key, value, sinks, dropout_p, softcap)
+    kernel = kernels.kernel_in_use(kernel)
     mask = Full() if mask is None else check_mask(mask)
     terms = bias_terms(bias)
     domain, key_domain = resolve_domains(query, key, mask, terms, domain, key_domain)
+    batch, heads, kv_heads, head_dim, value_dim = _sizes(query, key, value)
     problem = Problem(
-        mask=mask, domain=domain, keys=key_domain, batch=query.shape[0], heads=query.shape[1], kv_heads=key.shape[1],
-        head_dim=query.shape[-1], value_dim=value.shape[-1], dtype=query.dtype, device=query.device.type,
+        mask=mask, domain=domain, keys=key_domain, batch=batch, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+        value_dim=value_dim, dtype=query.dtype, device=query.device.type,
         bias=bias_kind(terms, domain, key_domain),
         pointwise_bias=are_pointwise(terms, domain), dropout_p=dropout_p, softcap=softcap is not None, sinks=sinks is not None,
     )  # fmt: skip
     check_extent(problem)
-    plan = None if torch.compiler.is_compiling() else planned(problem, kernel, query.device)
+    leaving = is_leaving(query)
+    plan = None if leaving or torch.compiler.is_compiling() else planned(problem, kernel, query.device)
     biases = bound_biases(problem, terms, query.device)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     seed = torch.randint(1 << 31, (), device=query.device) if dropout_p else None
-    query, key, value = without_padding(problem, query, key, value)
-    if plan is None:
-        return run_in_graph(problem, kernel, terms, biases, Inputs(query, key, value, sinks), scale, softcap, seed)
-    scores = scores_of(problem, plan.predicate, biases, scale, softcap, seed)
-    with torch.autocast(query.device.type, enabled=False):
-        return plan.run(problem, scores, query, key, value, sinks)
+    inputs = Inputs(*without_padding(problem, query, key, value), sinks)
+    if plan is None and not leaving:
+        return run_in_graph(problem, kernel, terms, biases, inputs, scale, softcap, seed)
+    with no_autocast(query.device):
+        if plan is None:
+            predicate = None if problem.is_full else mask.bind(domain, key_domain)
+            return run_portably(problem, kernel, scores_of(problem, predicate, biases, scale, softcap, seed), inputs)
+        return plan.run(problem, scores_of(problem, plan.predicate, biases, scale, softcap, seed), *inputs)
+
+
+def _sizes(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, int, int, int, int]:
+    """Batch, heads, key heads, and channels of keys and values; numbers also where ``torch.jit.trace`` makes tensors of sizes."""
+    if is_jit_tracing():
+        with constants():
+            return query.shape[0], query.shape[1], key.shape[1], query.shape[-1], value.shape[-1]
+    return query.shape[0], query.shape[1], key.shape[1], query.shape[-1], value.shape[-1]
 
 
 def plan(
@@ -129,6 +144,7 @@ def plan(
         kernel     sdpa
         ...
     """
+    kernel = kernels.kernel_in_use(kernel)
     mask = Full() if mask is None else check_mask(mask)
     key_domain = domain if key_domain is None else key_domain
     mask.bind(domain, key_domain)  # says what is not defined
@@ -214,7 +230,6 @@ class Attention(nn.Module):
         self,
         x: Float[Tensor, "*batch tokens dim"],
         domain: Domain | None = None,
-        *,
         context: Float[Tensor, "*batch keys dim"] | None = None,
         context_domain: Domain | None = None,
         mask: Mask | None = None,

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from .._autograd import is_leaving
 from ._masked import masked_scores, masked_sums
 from ._scores import Scores
 
@@ -41,7 +42,8 @@ def tile(
     wide, group = torch.promote_types(query.dtype, torch.float32), query.shape[2] // max(key.shape[2], 1)
     q, k, v = query.to(wide), *(x.to(wide).repeat_interleave(group, 2) for x in (key, value))
     allowed = None if allowed is None else allowed.expand(*q.shape[:4], k.shape[3])
-    s = (q @ k.mT if allowed is None else masked_scores(q, k, allowed)) * scores.scale
+    apart = None if is_leaving(query) else allowed  # a graph that leaves Python is made of plain products
+    s = (q @ k.mT if apart is None else masked_scores(q, k, apart)) * scores.scale
     if scores.softcap is not None:
         s = scores.softcap * torch.tanh(s / scores.softcap)
     s = s if bias is None else s + bias.to(wide)
@@ -49,7 +51,7 @@ def tile(
     p = weights.values
     if kept is not None:
         p = p * kept / (1 - scores.dropout_p)
-    return p @ v if allowed is None else masked_sums(p, v, allowed), weights.lse
+    return p @ v if apart is None else masked_sums(p, v, apart), weights.lse
 
 
 def softmax(s: Float[Tensor, "*rows columns"], allowed: Bool[Tensor, "*#rows #columns"] | None) -> Weights:

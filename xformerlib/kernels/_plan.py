@@ -67,6 +67,44 @@ def strict(level: str) -> Iterator[None]:
         _STRICT.reset(token)
 
 
+# Of the whole process: a model's call may run in several threads (data parallel replicas, the backward of another device).
+_USED: list[str] = []
+
+
+@contextmanager
+def using(*, kernel: str) -> Iterator[None]:
+    """Within this context every attention is computed by ``kernel``, whatever layers and calls name themselves, in all threads.
+
+    ``using(kernel="reference")`` runs a whole model by the oracle: plain formulas in double precision, to compare with.
+
+    Raises:
+        ValueError: an unknown kernel; later, an attention that the kernel cannot compute.
+
+    Example:
+        >>> encoder, x = Encoder(16, 2, 4, mask=masks.Local(2)).double(), torch.randn(1, 50, 16).double()
+        >>> with using(kernel="reference"):
+        ...     exact = encoder(x)
+        >>> torch.allclose(encoder(x), exact, atol=1e-12)
+        True
+    """
+    _check_name(kernel)
+    _USED.append(kernel)
+    try:
+        yield
+    finally:
+        _USED.remove(kernel)
+
+
+def kernel_in_use(kernel: str) -> str:
+    """The kernel that ``using`` names, or else the given one."""
+    return _USED[-1] if _USED else kernel
+
+
+def _check_name(kernel: str) -> None:
+    if kernel not in ("auto", *KERNELS):
+        raise ValueError(f"kernel must be 'auto' or one of {', '.join(map(repr, KERNELS))}; got kernel={kernel!r}")
+
+
 def check_strict(plan: Plan, problem: Problem, kernel: str) -> None:
     """Raise if the plan is slow where that is forbidden."""
     slow = plan.kernel == "chunked" and not any(isinstance(part, FlexPart) for part, _ in plan._run)
@@ -152,8 +190,7 @@ class Plan:
 
 def choose(problem: Problem, kernel: str, device: torch.device) -> Plan:
     """The plan for a problem; ``kernel`` names one that must be used or refused with an error."""
-    if kernel not in ("auto", *KERNELS):
-        raise ValueError(f"kernel must be 'auto' or one of {', '.join(map(repr, KERNELS))}; got kernel={kernel!r}")
+    _check_name(kernel)
     reasons: dict[str, str] = {}
     if device.type == "cuda" and not torch.cuda.is_available():
         device = torch.device("cpu")  # a plan that is only looked at

@@ -117,6 +117,8 @@ def edge_attention(
     scores: Scores,
     edge_query: Float[Tensor, "batch heads queries features"] | None = None,
     edge_attr: Float[Tensor, "entries features"] | None = None,
+    *,
+    reference: bool = False,
 ) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries features"] | None]:
     """Attention along edges that have features: ``p = softmax(scale * (q . k + u . e) + bias)``, and the two sums ``p v`` and ``p e``.
 
@@ -129,6 +131,7 @@ def edge_attention(
         scores: how they score, besides; it has no predicate.
         edge_query: u, for each query and head.
         edge_attr: e, for each entry of the pattern, in its order. Without features the second sum is None.
+        reference: compute by torch's own operations.
     """
 
     def again(q: Any, k: Any, v: Any, u: Tensor | None, e: Tensor | None, *tensors: Any) -> tuple[Tensor, ...]:
@@ -137,7 +140,7 @@ def edge_attention(
         return tuple(x.to(v.dtype) for x in (out, sums) if x is not None)
 
     inputs = (query, key, value, edge_query, edge_attr, *scores.tensors)
-    if is_transformed():
+    if is_transformed() or reference:
         found = again(*inputs)
     else:
         out, sums = _EdgeAttention.apply(pattern, scores, *inputs)

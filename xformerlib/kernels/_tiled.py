@@ -136,9 +136,20 @@ class TiledPart(Part):
             wide = torch.promote_types(query.dtype, torch.float32)
             nothing = query.new_zeros(*query.shape[:3], value.shape[-1], dtype=wide)
             return nothing, nothing.new_full(query.shape[:3], float("-inf"))
-        index = self._places(query.shape[2])
+        index = self.recall(("places", query.shape[2]), lambda: self._places(query.shape[2]))
+        assert index is not None
         out = _plain.gathered([o for o, _ in found], index, 0.0)
         return out, _plain.gathered([lse[..., None] for _, lse in found], index, float("-inf"))[..., 0]
+
+    def settle(self, scores: Scores, batch: int, heads: int, tokens: int, device: torch.device) -> None:
+        """Compute beforehand which pairs count, and where everything stands, so that ``plain`` finds constants on ``device``."""
+        self.keep, self._room = True, 2**62
+        self.recall(("places", tokens), lambda: self._places(tokens))
+        for i in range(len(self.calls)):
+            pairs = TilePairs(self, i, scores, batch, heads)
+            _ = pairs.allowed
+            if pairs.fixed:
+                pairs.bias(scores)
 
     def _places(self, tokens: int) -> Int[Tensor, "#batch tokens"]:
         """The place of each token among those of all tiles, one call's behind the other; behind the last where it is in none."""

@@ -350,8 +350,13 @@ class Network:
         """The network of two layers."""
         weights: tuple[Tensor, ...] = ()
         if is_plain(inner) and is_plain(outer):
-            parts = (inner.weight, outer.weight, inner.bias, outer.bias)
-            weights = tuple(part.to(dtype) for part in parts if part is not None)  # type: ignore[misc, operator, union-attr]
+            parts = [
+                layer.get_parameter(name)
+                for name in ("weight", "bias")
+                for layer in (inner, outer)
+                if name in layer._parameters
+            ]
+            weights = tuple(part.to(dtype) for part in parts if part is not None)
         return Network(inner, outer, activation, dtype, bound, weights)
 
     def using(self, weights: tuple[Tensor, ...]) -> Network:

@@ -99,7 +99,6 @@ class SeriesClassifier(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "*batch steps channels"],
-        *,
         observed: Bool[Tensor, "*batch steps channels"] | None = None,
         times: Shaped[Tensor, "*steps"] | None = None,
         lengths: SequenceOf[int] | Int[Tensor, " series"] | None = None,

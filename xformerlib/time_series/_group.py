@@ -90,7 +90,6 @@ class GroupTransformer(ForecastModel):
     def forward(
         self,
         x: Float[Tensor, "batch lookback columns"],
-        *,
         observed: Bool[Tensor, "batch lookback columns"] | None = None,
         times: Shaped[Tensor, "*batch steps"] | None = None,
         future: Shaped[Tensor, "batch steps known"] | None = None,
@@ -120,12 +119,13 @@ class GroupTransformer(ForecastModel):
         first = count - cut.exists.shape[2]  # the horizon begins at patch 0
         time = torch.arange(first * self.patch, count * self.patch, device=z.device).to(z.dtype) / self.lookback
         time = time.view(-1, self.patch).expand_as(cut.values)
-        encoded = self._encode(torch.cat([cut.values, cut.known.to(z.dtype), time], -1), cut.exists, first, groups)
+        # How many tokens there are is known only to the data. As a decorator, ``disable`` would load the compiler with the package.
+        encode = torch.compiler.disable(self._encode) if torch.compiler.is_compiling() else self._encode
+        encoded = encode(torch.cat([cut.values, cut.known.to(z.dtype), time], -1), cut.exists, first, groups)
         ahead = encoded.unflatten(0, (len(z), self.channels, count))
         y = self.project(ahead).unflatten(-1, (self.patch, -1)).flatten(2, 3)[:, :, : self.horizon]
         return self.head.forecast(y.transpose(1, 2), inverse.first(self.channels))
 
-    @torch.compiler.disable  # how many tokens there are is known only to the data
     def _encode(
         self,
         patches: Float[Tensor, "batch series patches features"],

@@ -79,7 +79,6 @@ class Imputer(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "batch steps channels"],
-        *,
         observed: Bool[Tensor, "batch steps channels"] | None = None,
         times: Shaped[Tensor, "*batch steps"] | None = None,
     ) -> Float[Tensor, "batch steps channels"]:

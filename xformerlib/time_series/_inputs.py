@@ -97,7 +97,6 @@ class ForecastModel(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "batch lookback columns"],
-        *,
         observed: Bool[Tensor, "batch lookback columns"] | None = None,
         times: Shaped[Tensor, "*batch steps"] | None = None,
         future: Shaped[Tensor, "batch steps known"] | None = None,

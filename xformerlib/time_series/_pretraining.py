@@ -55,7 +55,6 @@ class MaskedPatches(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "batch lookback channels"],
-        *,
         observed: Bool[Tensor, "batch lookback channels"] | None = None,
     ) -> Float[Tensor, ""]:
         """The loss on patches hidden at random; arguments as in a call of the model."""

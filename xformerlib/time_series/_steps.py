@@ -173,7 +173,6 @@ class StepwiseModel(ForecastModel, ABC):
     def forward(
         self,
         x: Float[Tensor, "batch lookback columns"],
-        *,
         observed: Bool[Tensor, "batch lookback columns"] | None = None,
         times: Shaped[Tensor, "*batch steps"] | None = None,
         future: Float[Tensor, "batch steps covariates"] | None = None,

@@ -108,7 +108,6 @@ class MaskedAutoencoder(nn.Module):
         self,
         images: Float[Tensor, "batch channels *sizes"],
         generator: torch.Generator | None = None,
-        *,
         valid: Bool[Tensor, "batch *grid"] | None = None,
     ) -> Restored:
         """Hide patches, drawn from ``generator`` or torch's own, and restore them."""

@@ -178,7 +178,7 @@ class Swin(nn.Module):
                 nn.init.zeros_(module.branch_norm.weight)  # type: ignore[arg-type]
 
     def forward(
-        self, images: Images, *, valid: Bool[Tensor, "batch *grid"] | None = None
+        self, images: Images, valid: Bool[Tensor, "batch *grid"] | None = None
     ) -> Float[Tensor, "batch classes"]:
         """The logits of each image."""
         return self.head(self.head_dropout(self.pooled(self.features(images, valid=valid))))

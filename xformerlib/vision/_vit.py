@@ -128,7 +128,7 @@ class ViT(nn.Module):
                 part.apply(draw_linear)
 
     def forward(
-        self, images: Images, *, valid: Bool[Tensor, "batch *grid"] | None = None
+        self, images: Images, valid: Bool[Tensor, "batch *grid"] | None = None
     ) -> Float[Tensor, "batch classes"]:
         """The logits of each image; with distillation, the mean of those of both heads."""
         logits = self.logits(self.features(images, valid=valid))

@@ -1,0 +1,73 @@
+"""Attention in graphs that leave Python: ``torch.export``, ONNX, ``torch.jit.trace``, and shapes on the meta device.
+
+Such a graph holds torch's own operations only. Where mask and domains are known while it is made, the structure that a plan finds in them
+becomes reshapes, slices and constant indices. Otherwise the mask is computed in the graph, for all pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._autograd import constants
+from ._compiled import Inputs
+from .domains import Domain
+from .kernels import Plan, Problem, Scores, _chunked, _plain, _sdpa, choose
+from .kernels._tiled import TiledPart
+
+
+def run_portably(problem: Problem, kernel: str, scores: Scores, inputs: Inputs) -> Tensor:
+    """The attention, as operations of the graph that is being made."""
+    query, key, value, sinks = inputs
+    dense = problem.is_full or problem.is_causal or not _is_known(problem)
+    plan = None if dense else _planned(problem, kernel, scores, query.device)
+    parts = [] if plan is None else plan.parts_of(scores)
+    if parts:
+        found = [part.plain(own, query, key, value) for part, own in parts]
+    elif scores.softcap is None and sinks is None and not scores.dropout_p:
+        return _sdpa.run(problem, scores, query, key, value)
+    else:
+        found = [_chunked.whole(problem, query.device).plain(scores, query, key, value)]
+    return _plain.merged(found, sinks).to(value.dtype)
+
+
+def _planned(problem: Problem, kernel: str, scores: Scores, device: torch.device) -> Plan:
+    """The plan on a CPU, with its constants; ``reference`` and fused kernels are left to dense operations."""
+    with constants():
+        each = replace(problem, batch=problem.domain.batch_size or 1, device="cpu")
+        plan = choose(each, "auto" if kernel == "reference" else kernel, torch.device("cpu"))
+        for part, own in plan.parts_of(scores):
+            if isinstance(part, TiledPart):
+                part.settle(own, each.batch, problem.heads, problem.num_queries, device)
+    return plan
+
+
+def _is_known(problem: Problem) -> bool:
+    """Check that mask and domains hold plain numbers and tensors only: no symbolic sizes, no inputs of the graph."""
+    if torch.compiler.is_dynamo_compiling():
+        return False  # strict export runs Python symbolically, which cannot plan
+    held = (problem.mask, problem.domain, problem.keys)
+    return all(
+        isinstance(x, int) or (type(x) in (Tensor, nn.Parameter) and not x.is_meta)
+        for each in held
+        for x in _values(each)
+    )
+
+
+def _values(x: Any) -> Iterator[Any]:
+    """Sizes and tensors in a mask or domain."""
+    if isinstance(x, (Tensor, torch.SymInt)):
+        yield x
+    elif isinstance(x, (tuple, list)):
+        for each in x:
+            yield from _values(each)
+    elif isinstance(x, dict):
+        yield from _values(list(x.values()))
+    elif isinstance(x, Domain):
+        yield from _values([value for name, value in vars(x).items() if name != "_facts"])
+    elif hasattr(x, "__dataclass_fields__"):
+        yield from _values([getattr(x, name) for name in x.__dataclass_fields__])
