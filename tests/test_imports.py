@@ -16,7 +16,8 @@ PACKAGE = ROOT / "xformerlib"
 
 # Each layer may import the layers above it in this list; the parts of one layer do not import each other.
 LAYERS = [
-    {"domains", "_autograd", "_projection"},
+    {"_autograd", "_projection"},
+    {"domains"},
     {"masks", "positions", "_dropout"},
     {"kernels", "_cache", "_inputs", "_sublayers"},
     {"_planned"},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence as SequenceOf
+from collections.abc import Callable, Iterable, Iterator, Sequence as SequenceOf
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -22,7 +22,7 @@ def unwatched(*tensors: Tensor) -> bool:
     """Check that all are plain CPU tensors, and that no tracer, dispatch mode or transform observes operations."""
     return (
         all(x.is_cpu and type(x) in (Tensor, nn.Parameter) for x in tensors)
-        and not torch.compiler.is_compiling()
+        and not is_compiling()
         and not torch._C._len_torch_dispatch_stack()
         and not is_transformed()
     )
@@ -39,15 +39,26 @@ def is_leaving(x: Tensor) -> bool:
     return x.is_meta or is_jit_tracing() or torch.compiler._is_exporting_flag
 
 
+# How many contexts of ``constants`` are entered.
+_REAL = [0]
+
+
+def is_compiling() -> bool:
+    """Check for ``torch.compile`` or ``torch.export``, outside of ``constants``."""
+    return torch.compiler.is_compiling() and not _REAL[0]
+
+
 @contextmanager
 def constants() -> Iterator[None]:
     """Within this context tensors are real and sizes are numbers, whoever traces: what is computed becomes constants of the graph."""
     tracing = torch._C._get_tracing_state()
+    _REAL[0] += 1
     torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:
         with _disable_current_modes():
             yield
     finally:
+        _REAL[0] -= 1
         torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
 
 
@@ -80,6 +91,11 @@ def twice_differentiable(
         return outputs
     found = _Twice.apply(again, guard, len(outputs), *outputs, *inputs)
     return found if isinstance(found, tuple) else (found,)
+
+
+def touching(x: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+    """``x`` with a gradient of 0 for parameters that it does not depend on: distributed training waits for one from each."""
+    return x + sum((0 * p.sum() for p in parameters), x.new_zeros(()))
 
 
 class _Twice(torch.autograd.Function):

@@ -7,6 +7,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ._autograd import is_compiling
+
 LEVELS = 1 << 16
 
 
@@ -26,7 +28,7 @@ class Dropout(nn.Dropout):
         dropped = round(self.p * LEVELS)
         if not self.training or dropped == 0:
             return input
-        if dropped == LEVELS or input.device.type != "cpu" or torch.compiler.is_compiling():
+        if dropped == LEVELS or input.device.type != "cpu" or is_compiling():
             return F.dropout(input, self.p)
         words = torch.empty(-(-input.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         bits = words.view(torch.int16)[: input.numel()].view(input.shape)

@@ -7,6 +7,7 @@ becomes reshapes, slices and constant indices. Otherwise the mask is computed in
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -21,10 +22,13 @@ from .kernels._tiled import TiledPart
 
 
 def run_portably(problem: Problem, kernel: str, scores: Scores, inputs: Inputs) -> Tensor:
-    """The attention, as operations of the graph that is being made."""
+    """The attention, as operations of the graph that is being made; ``scores`` has no predicate yet."""
     query, key, value, sinks = inputs
-    dense = problem.is_full or problem.is_causal or not _is_known(problem)
-    plan = None if dense else _planned(problem, kernel, scores, query.device)
+    known = _is_known(problem)
+    if not problem.is_full:
+        with constants() if known else nullcontext():
+            scores = replace(scores, predicate=problem.mask.bind(problem.domain, problem.keys))
+    plan = None if problem.is_full or problem.is_causal or not known else _planned(problem, kernel, scores)
     parts = [] if plan is None else plan.parts_of(scores)
     if parts:
         found = [part.plain(own, query, key, value) for part, own in parts]
@@ -35,14 +39,14 @@ def run_portably(problem: Problem, kernel: str, scores: Scores, inputs: Inputs) 
     return _plain.merged(found, sinks).to(value.dtype)
 
 
-def _planned(problem: Problem, kernel: str, scores: Scores, device: torch.device) -> Plan:
+def _planned(problem: Problem, kernel: str, scores: Scores) -> Plan:
     """The plan on a CPU, with its constants; ``reference`` and fused kernels are left to dense operations."""
     with constants():
         each = replace(problem, batch=problem.domain.batch_size or 1, device="cpu")
         plan = choose(each, "auto" if kernel == "reference" else kernel, torch.device("cpu"))
         for part, own in plan.parts_of(scores):
             if isinstance(part, TiledPart):
-                part.settle(own, each.batch, problem.heads, problem.num_queries, device)
+                part.settle(own, each.batch, problem.heads, problem.num_queries)
     return plan
 
 

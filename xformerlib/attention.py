@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from . import kernels
-from ._autograd import constants, is_jit_tracing, is_leaving, no_autocast
+from ._autograd import constants, is_compiling, is_jit_tracing, is_leaving, no_autocast
 from ._cache import Cache
 from ._compiled import Inputs, run_in_graph
 from ._inputs import (
@@ -98,7 +98,7 @@ def attention(
     )  # fmt: skip
     check_extent(problem)
     leaving = is_leaving(query)
-    plan = None if leaving or torch.compiler.is_compiling() else planned(problem, kernel, query.device)
+    plan = None if leaving or is_compiling() else planned(problem, kernel, query.device)
     biases = bound_biases(problem, terms, query.device)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     seed = torch.randint(1 << 31, (), device=query.device) if dropout_p else None
@@ -107,8 +107,7 @@ def attention(
         return run_in_graph(problem, kernel, terms, biases, inputs, scale, softcap, seed)
     with no_autocast(query.device):
         if plan is None:
-            predicate = None if problem.is_full else mask.bind(domain, key_domain)
-            return run_portably(problem, kernel, scores_of(problem, predicate, biases, scale, softcap, seed), inputs)
+            return run_portably(problem, kernel, scores_of(problem, None, biases, scale, softcap, seed), inputs)
         return plan.run(problem, scores_of(problem, plan.predicate, biases, scale, softcap, seed), *inputs)
 
 

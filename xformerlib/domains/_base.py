@@ -28,6 +28,8 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
+from .._autograd import is_compiling
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -80,7 +82,7 @@ class Domain(ABC):
         self._device = device
         self._rank_offset = 0
         self._facts: dict[Hashable, Any] | None = None
-        self._number = 0 if torch.compiler.is_compiling() else self._enlisted()
+        self._number = 0 if is_compiling() else self._enlisted()
 
     # -- which tokens ------------------------------------------------------------------------------------------
 
@@ -116,7 +118,7 @@ class Domain(ABC):
     def fact(self, key: Hashable, make: Callable[[], Fact]) -> Fact:
         """A value that depends on the domain alone: made at the first call, kept for the next ones, and by equal domains."""
         # A compiled graph must neither depend on what is kept nor leave anything behind, unless it is for this domain.
-        if torch.compiler.is_compiling() and not (self._settled and self._facts is not None and key in self._facts):
+        if is_compiling() and not (self._settled and self._facts is not None and key in self._facts):
             return make()
         facts = self._known_facts()
         if key not in facts:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float64, Int, Integer, Shaped
 from torch import Tensor
 
+from .._autograd import is_compiling
 from . import _graph_facts as facts
 from ._base import Domain, Fact, check_count, offsets_of
 from ._graph_inputs import check_batch, check_edge_attr, check_edges
@@ -165,7 +166,7 @@ class Graph(Domain):
 
     def _found(self, key: Hashable, make: Callable[[], Fact]) -> Fact:
         """A fact that is found by reading data, which cannot be traced: compiled code takes one that is there already."""
-        if torch.compiler.is_compiling() and self._facts is not None and key in self._facts:
+        if is_compiling() and self._facts is not None and key in self._facts:
             return self._facts[key]
         return self.fact(key, make)
 
@@ -188,7 +189,7 @@ class Graph(Domain):
     @property
     def degrees(self) -> tuple[Int[Tensor, " nodes"], Int[Tensor, " nodes"]]:
         """The number of edges into each node and out of it; parallel edges and self-loops count."""
-        if torch.compiler.is_compiling():
+        if is_compiling():
             size = [2, self.num_nodes]
             table = domain_fact(self.ticket(), "_degree_table", None, size, torch.int64, self.edge_index)
             return table[0], table[1]
@@ -285,7 +286,7 @@ class Graph(Domain):
             tensor([[1., 2., 0.]], dtype=torch.float64)
         """
         k = check_count("k", k)
-        if torch.compiler.is_compiling():
+        if is_compiling():
             names, rows = ("_eigenvalues", "_eigenvectors"), (self.sizes.numel(), self.num_nodes)
             values, vectors = (
                 domain_fact(self.ticket(), name, k, [n, k], torch.float64, self.edge_index)
@@ -314,7 +315,7 @@ class Graph(Domain):
             tensor([0.5000, 1.0000, 0.5000], dtype=torch.float64)
         """
         steps = check_count("steps", steps)
-        if torch.compiler.is_compiling():
+        if is_compiling():
             size = [self.num_nodes, steps]
             return domain_fact(self.ticket(), "random_walk", steps, size, torch.float64, self.edge_index)
         return self.fact(("random_walk", steps), lambda: return_probabilities(self._topology, steps))

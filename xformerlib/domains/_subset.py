@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
+from .._autograd import is_compiling
 from ._base import Domain, offsets_of
 
 
@@ -121,7 +122,7 @@ def checked_index(domain: Domain, index: Any) -> Int[Tensor, "*batch kept"]:
             f"index must have one row for each of the {domain.batch_size} rows of {domain!r}; got {len(index)}"
         )
     index = index.long()
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return index
     tokens = domain.num_tokens
     if index.numel() and not bool(((index >= 0) & (index < tokens)).all()):

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._autograd import is_compiling
 from .._projection import dtype_of
 from ..domains import Domain, Graph, Points
 from ..positions import Bias, PairBias
@@ -218,7 +219,7 @@ class _Columns(nn.Module):
             raise ValueError(
                 f"categories must be (rows, {len(self.sizes)}), a column for each of sizes; got {tuple(x.shape)}"
             )
-        if not torch.compiler.is_compiling() and x.numel():
+        if not is_compiling() and x.numel():
             wrong = ((x < 0) | (x >= x.new_tensor(self.sizes))).any(0)
             if bool(wrong.any()):
                 c = int(wrong.int().argmax())

@@ -141,8 +141,8 @@ class TiledPart(Part):
         out = _plain.gathered([o for o, _ in found], index, 0.0)
         return out, _plain.gathered([lse[..., None] for _, lse in found], index, float("-inf"))[..., 0]
 
-    def settle(self, scores: Scores, batch: int, heads: int, tokens: int, device: torch.device) -> None:
-        """Compute beforehand which pairs count, and where everything stands, so that ``plain`` finds constants on ``device``."""
+    def settle(self, scores: Scores, batch: int, heads: int, tokens: int) -> None:
+        """Compute beforehand which pairs count, and where everything stands, so that ``plain`` finds constants."""
         self.keep, self._room = True, 2**62
         self.recall(("places", tokens), lambda: self._places(tokens))
         for i in range(len(self.calls)):

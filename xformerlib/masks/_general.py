@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
+from .._autograd import is_compiling
 from ..domains import Domain
 from ..domains._base import check_count
 from ._algebra import Extent, Leaf, Mask, Predicate
@@ -296,7 +297,7 @@ class Where(Leaf):
     def __post_init__(self) -> None:
         if not callable(self.fn):
             raise TypeError(f"fn must be a function (b, h, q_index, k_index) -> bool; got {type(self.fn).__name__}")
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return  # a signature cannot be traced; the function is checked when the graph runs
         try:
             inspect.signature(self.fn).bind(0, 0, 0, 0)

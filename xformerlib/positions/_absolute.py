@@ -10,6 +10,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._autograd import is_compiling
 from ..domains import Domain, Graph, Grid, Sequence, Timeline
 from ._base import Embedding, at_least_fp32, check_positive, check_width, kept, no_meaning, places
 from ._graph import on_nodes, random_signs, spectral_axes
@@ -75,7 +76,7 @@ class Sinusoidal(Embedding):
         if isinstance(domain, (Sequence, Timeline)):
             # Packed items begin anew: most places occur many times, and sines in fp64 take their time.
             again = None
-            if domain.offsets is not None and not where.requires_grad and not torch.compiler.is_compiling():
+            if domain.offsets is not None and not where.requires_grad and not is_compiling():
                 times, again = where[:, 0].unique(return_inverse=True)
                 where = times[:, None]
             angles = where * frequencies(self.theta, self.dim / 2).to(x.device)

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from .._autograd import is_compiling
 from ..domains import Domain, Grid, Sequence
 
 Fact = TypeVar("Fact")
@@ -248,7 +249,7 @@ _COUNT = count()
 
 def _enlisted(bias: Bias) -> int | None:
     """A number of its own; None for what is made in a graph, which is gone when the graph runs."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return None
     number = next(_COUNT)
     BIASES[number] = bias

@@ -350,12 +350,7 @@ class Network:
         """The network of two layers."""
         weights: tuple[Tensor, ...] = ()
         if is_plain(inner) and is_plain(outer):
-            parts = [
-                layer.get_parameter(name)
-                for name in ("weight", "bias")
-                for layer in (inner, outer)
-                if name in layer._parameters
-            ]
+            parts = [layer._parameters[name] for name in ("weight", "bias") for layer in (inner, outer)]
             weights = tuple(part.to(dtype) for part in parts if part is not None)
         return Network(inner, outer, activation, dtype, bound, weights)
 

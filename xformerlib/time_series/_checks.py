@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from .._autograd import is_compiling
+
 
 def check_size(name: str, value: int, *, least: int = 1) -> int:
     """The size, which must be a whole number >= least."""
@@ -42,7 +44,7 @@ def check_times(times: object) -> None:
 
 def check_finite(name: str, given: Tensor) -> None:
     """Raise if something is NaN or infinite, except in a graph, which cannot hold a check of values."""
-    if not torch.compiler.is_compiling() and not given.isfinite().all():
+    if not is_compiling() and not given.isfinite().all():
         raise ValueError(
             f"{name} must be known and finite; got NaN or infinity. Only x may have missing values: fill the others."
         )

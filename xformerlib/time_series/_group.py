@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._autograd import is_compiling
 from ..blocks import Encoder
 from ..domains import Timeline
 from ..masks import Mask, Segments
@@ -120,7 +121,7 @@ class GroupTransformer(ForecastModel):
         time = torch.arange(first * self.patch, count * self.patch, device=z.device).to(z.dtype) / self.lookback
         time = time.view(-1, self.patch).expand_as(cut.values)
         # How many tokens there are is known only to the data. As a decorator, ``disable`` would load the compiler with the package.
-        encode = torch.compiler.disable(self._encode) if torch.compiler.is_compiling() else self._encode
+        encode = torch.compiler.disable(self._encode) if is_compiling() else self._encode
         encoded = encode(torch.cat([cut.values, cut.known.to(z.dtype), time], -1), cut.exists, first, groups)
         ahead = encoded.unflatten(0, (len(z), self.channels, count))
         y = self.project(ahead).unflatten(-1, (self.patch, -1)).flatten(2, 3)[:, :, : self.horizon]

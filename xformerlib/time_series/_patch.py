@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from .._autograd import is_compiling
 from .._dropout import Dropout
 from .._sublayers import TokenNorm
 from ..blocks import Encoder
@@ -148,11 +149,11 @@ class PatchTST(ForecastModel):
         """What the encoder makes of the patches of normalised values: one row for each channel of each series, 0 where no patch exists."""
         cut = patches(z.transpose(1, 2).flatten(0, 1), self.patch, self.stride, pad_end=True)
         tokens = self.dropout(self.position(self.embed(cut), Sequence(cut.shape[1])))
-        if not torch.compiler.is_compiling() and observed.all():
+        if not is_compiling() and observed.all():
             return self.encoder(tokens)
         seen = patches(observed.transpose(1, 2).flatten(0, 1), self.patch, self.stride, pad_end=True)
         exists = seen.any(-1)
-        if torch.compiler.is_compiling():
+        if is_compiling():
             # How many exist is known only to the data. A graph knows a domain by its sizes alone, and of a mask the tensors too.
             return self.encoder(tokens, _Patches(exists), mask=Keys(exists))
         if exists.all():

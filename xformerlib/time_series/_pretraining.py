@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._autograd import touching
 from ._losses import mse
 from ._parts import instance_norm, patches
 from ._patch import PatchTST
@@ -63,7 +64,8 @@ class MaskedPatches(nn.Module):
         restored = self.restored(x, hidden, observed=observed)
         units = instance_norm(series.values, series.observed)[1].scale
         error = (restored - series.values) / units
-        return mse(error, torch.zeros_like(error), series.observed & hidden)
+        loss = mse(error, torch.zeros_like(error), series.observed & hidden)
+        return touching(loss, self.model.project.parameters())
 
     def hidden(self, observed: Bool[Tensor, "batch lookback channels"]) -> Bool[Tensor, "batch lookback channels"]:
         """Whole patches, drawn at random from those of which something was observed."""

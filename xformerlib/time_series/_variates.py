@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._autograd import is_compiling
 from ..masks import Keys
 from ._inputs import ForecastModel, Series
 from ._parts import instance_norm, patches
@@ -52,7 +53,7 @@ class VariateTokens(nn.Module):
 def keys_of(known: Bool[Tensor, "batch tokens"]) -> Keys | None:
     """The mask under which only tokens of which something is known are attended to; None where that is all of them."""
     # Whether it is all of them is known only to the data, which a graph cannot ask.
-    return None if not torch.compiler.is_compiling() and known.all() else Keys(known)
+    return None if not is_compiling() and known.all() else Keys(known)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from .._autograd import touching
 from .._inputs import Positions
 from ..blocks import Encoder
 from ..domains import Grid
@@ -124,6 +125,8 @@ class MaskedAutoencoder(nn.Module):
         restored = self._decoded(latent, grid)
         error = (restored - (patches - level) / scale).square().mean(-1)
         loss = error.masked_fill(~hidden, 0).sum() / hidden.sum().clamp(min=1)
+        unused = (self.encoder.pool, self.encoder.head, self.encoder.distillation_head)
+        loss = touching(loss, [p for part in unused if part is not None for p in part.parameters()])
         with torch.no_grad():
             pictures = torch.where(hidden[..., None], restored * scale + level, patches)
         return Restored(loss, self._joined(pictures, grid), hidden.unflatten(1, grid.sizes))
