@@ -4,6 +4,7 @@
     python -m benchmarks --only swin molecules        # those whose names begin so
     python -m benchmarks --device cuda --dtype bfloat16 --json h100.json
     python -m benchmarks --only neighbourhood --profile
+    python -m benchmarks --ablate                     # the library's tricks for CPUs, with and without
 
 Times are the least of several rounds. Memory is the most that the allocator gave out during a step beside the inputs, output and
 gradients included, and what is kept from call to call (a dense mask; plans). Roofline is the least time in which the machine could
@@ -22,6 +23,7 @@ import torch
 
 from . import classification, decoding, dense, graph_encodings, graph_layers, graphs, images, ragged, vision, windows
 from ._measure import Line, Setting, hot_spots, measure, roofline
+from .ablation import ablate
 
 LINES: tuple[Line, ...] = (
     *windows.LINES,
@@ -56,6 +58,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="small sizes: whether the lines run, not how fast")
     parser.add_argument("--profile", action="store_true", help="also print where the time of our side goes")
+    parser.add_argument("--ablate", action="store_true", help="measure the tricks for CPUs in place of the lines")
     parser.add_argument("--json", type=Path, metavar="FILE", help="save what was measured")
     return parser.parse_args(argv)
 
@@ -106,6 +109,9 @@ def main(argv: list[str] | None = None) -> int:
     lines = chosen(asked.only)
     torch.set_num_threads(asked.threads)
     setting = Setting(asked.device, getattr(torch, asked.dtype), asked.quick, asked.rounds, asked.seconds)
+    if asked.ablate:
+        ablate(setting)
+        return 0
     roof = roofline(setting)
     about = machine(setting, roof)
     print(

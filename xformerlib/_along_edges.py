@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ._autograd import no_autocast
 from .kernels import kernel_in_use
 from .kernels._pattern import Pattern as Pattern
 from .kernels._scores import Scores
@@ -37,7 +38,7 @@ def along_edges(
     seed = torch.randint(1 << 31, (), device=query.device) if dropout_p else None
     biases = () if bias is None else (bias,)
     scores = Scores(None, biases, 1 / math.sqrt(query.shape[-1]), dropout_p=dropout_p, seed=seed)
-    with torch.autocast(query.device.type, enabled=False):
+    with no_autocast(query.device):
         return edge_attention(
             query, key, value, pattern, scores, edge_query, edge_attr, reference=kernel_in_use("auto") == "reference"
         )

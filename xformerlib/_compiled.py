@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from ._autograd import no_autocast
 from ._inputs import BiasLike
 from ._planned import planned, scores_of
 from .domains import Domain
@@ -53,7 +54,7 @@ def run_in_graph(
     if _is_plain(problem, kernel):
         predicate = None if problem.is_full else problem.mask.bind(problem.domain, problem.keys)
         scores = scores_of(problem, predicate, biases, scale, softcap, seed)
-        with torch.autocast(query.device.type, enabled=False):
+        with no_autocast(query.device):
             return _sdpa.run(problem, scores, query, key, value)
     mask, (sizes, reals, mask_tensors) = number_of(problem.mask)
     numbers = [-1 if isinstance(term, Tensor) else _number_of_bias(term) for term in terms]
@@ -188,7 +189,7 @@ def attend(*arguments: Any) -> tuple[Tensor, Tensor]:
     work = _work(*arguments)
     query, _, value, _ = work.inputs
     wide = torch.promote_types(value.dtype, torch.float32)
-    with torch.autocast(query.device.type, enabled=False):
+    with no_autocast(query.device):
         if work.in_parts:
             out, lse = merged_parts(work.plan.parts_of(work.scores), *work.inputs)
         else:
@@ -212,7 +213,7 @@ def attend_backward(grad: Tensor, out: Tensor, lse: Tensor, needed: SequenceOf[b
     """Gradients of query, key, value, the sinks if there are any, and of the tensors of the biases: empty where none is needed."""
     work = _work(*arguments)
     query, _, value, _ = work.inputs
-    with torch.autocast(query.device.type, enabled=False), _differentiable():
+    with no_autocast(query.device), _differentiable():
         if work.in_parts:
             parts = work.plan.parts_of(work.scores)
             with torch.no_grad():

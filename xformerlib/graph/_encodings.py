@@ -10,7 +10,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._autograd import is_compiling
+from .._autograd import is_compiling, no_autocast
 from .._projection import dtype_of
 from ..domains import Domain, Graph, Points
 from ..positions import Bias, PairBias
@@ -161,7 +161,7 @@ class _GaussianPair(PlacePair):
         return scores.reshape(*distance.shape[:-1], self.heads).movedim(-1, 0)
 
     def _block(self, distance: Float[Tensor, "pairs 1"], *weights: Tensor) -> Float[Tensor, "pairs heads"]:
-        with torch.autocast(distance.device.type, enabled=False):
+        with no_autocast(distance.device):
             return self.network.using(weights[4:]).scores(_seen(distance, *weights[:4]))
 
 

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from .._autograd import no_autocast
 from .._sublayers import NormLayer, norm_factory, normed
 from ..blocks import Block
 from ..domains import Domain, Graph
@@ -76,7 +77,7 @@ class PathBias(NodePairBias):
                 f"{tuple(edge_attr.shape)}. Categories are given as 0 and 1 for each (torch.nn.functional.one_hot)."
             )
         dtype = at_least_fp32(dtype or self.weight.dtype)
-        with torch.autocast(edge_attr.device.type, enabled=False):
+        with no_autocast(edge_attr.device):
             by_step = edge_attr.to(dtype) @ self.weight.to(dtype).transpose(0, 1).flatten(1)
         return shortest_paths(graph).mean(by_step.unflatten(1, (steps, -1)))
 

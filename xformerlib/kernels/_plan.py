@@ -163,13 +163,20 @@ class Plan:
         def plain(q: Any, k: Any, v: Any, sinks: Any, *tensors: Any) -> tuple[Tensor]:
             return (self._plain(problem, scores.using(tensors), q, k, v, sinks),)
 
+        def refused(*_: Any) -> tuple[Tensor]:
+            raise RuntimeError(
+                "second derivatives need the weights that dropout kept, which torch's kernel does not tell; got kernel 'sdpa' and "
+                f"dropout_p={problem.dropout_p}. Use kernel='reference' or 'chunked', whose dropout can be drawn again, or no dropout."
+            )
+
         inputs = (query, key, value, sinks, *scores.tensors)
         if is_transformed():
             return plain(*inputs)[0]
         out = self.fast(problem, scores, query, key, value, sinks)
         if self.guarded and not is_finite(out):
             return plain(*inputs)[0]
-        return twice_differentiable((out,), plain, inputs, guard=self.guarded)[0]
+        again = refused if problem.dropout_p and not self._run else plain
+        return twice_differentiable((out,), again, inputs, guard=self.guarded and again is plain)[0]
 
     def fast(
         self, problem: Problem, scores: Scores, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None

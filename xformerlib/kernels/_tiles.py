@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._autograd import is_transformed
 from ._scores import Pairs
 
 
@@ -288,7 +289,12 @@ class Band(Tiles):
         x = x[:, :, start:stop]
         if left or right:
             x = F.pad(x, (0, 0, left, right))
-        return x.unfold(2, before + self.rows + after, self.rows).transpose(1, 2).transpose(-2, -1)
+        width = before + self.rows + after
+        if is_transformed():  # torch has no batching rule for the derivative of unfold
+            first = self.rows * torch.arange(self.n, device=x.device)[:, None]
+            places = first + torch.arange(width, device=x.device)
+            return x.index_select(2, places.flatten()).unflatten(2, places.shape).transpose(1, 2)
+        return x.unfold(2, width, self.rows).transpose(1, 2).transpose(-2, -1)
 
     def queries(self, x: Tensor) -> Tensor:
         return self._runs(x, 0, 0)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .._autograd import no_autocast
 from .._projection import dtype_of, is_plain
 from ..domains import Domain, Graph, Grid, Points
 from ._base import Bias, PairBias, PlacePair, at_least_fp32, check_positive, check_width, in_steps, no_meaning
@@ -364,13 +365,13 @@ class Network:
         if self.weights:
             scores = in_blocks(self._block, rows, self.weights)
         else:
-            with torch.autocast(rows.device.type, enabled=False):
+            with no_autocast(rows.device):
                 scores = self._bounded(self.outer(self.activation(self.inner(self._widened(rows))))).to(self.dtype)
         return scores.reshape(*features.shape[:-1], scores.shape[-1])
 
     def _block(self, rows: Tensor, inner: Tensor, outer: Tensor, *biases: Tensor) -> Tensor:
         inner_bias, outer_bias = (*biases, None)[:2]
-        with torch.autocast(rows.device.type, enabled=False):
+        with no_autocast(rows.device):
             hidden = self.activation(F.linear(rows, inner[:, : rows.shape[-1]], inner_bias))
             return self._bounded(F.linear(hidden, outer, outer_bias))
 

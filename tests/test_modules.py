@@ -1,0 +1,218 @@
+"""Modules are torch's: whatever users do to the layers of any model works on ours. Every public module is tried."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+
+import xformerlib
+from tests.closeness import assert_close
+from tests.modules import CASES, layers_of, total
+from xformerlib import graph, positions, time_series, vision
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+
+ALL = pytest.mark.parametrize("name", CASES)
+WITH_LINEAR = pytest.mark.parametrize(
+    "name", [name for name, case in CASES.items() if any(type(part) is nn.Linear for part in case.make().modules())]
+)
+# Bases, parts that have no parameters of their own and are met within others, and modules whose call is not of tensors.
+NOT_BY_THEMSELVES = {
+    "Position", "Embedding", "Rotation", "Bias", "Tokenizer", "GraphModel", "ForecastModel", "StepwiseModel", "SeasonalNaive",
+    "Time2Vec", "TokenBatchNorm", "AttentionPooling", "CausalConvolution", "BondEncoder", "PathBias", "ExpanderAttention",
+    "RandomWalkBias",
+}  # fmt: skip
+
+
+def _made(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return CASES[name].make()
+
+
+def _linears(module: nn.Module) -> dict[str, nn.Linear]:
+    return {name: part for name, part in module.named_modules() if type(part) is nn.Linear}
+
+
+def _output(name: str, module: nn.Module) -> Tensor:
+    torch.manual_seed(1)
+    return total(CASES[name].call(module))
+
+
+def _two_steps(name: str, module: nn.Module) -> None:
+    """Two steps of training, which change the output."""
+    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], 1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = _output(name, module)
+        loss.backward()
+        optimizer.step()
+    assert float(_output(name, module)) != float(loss)
+
+
+def test_every_public_module_is_here() -> None:
+    public = {
+        name
+        for package in (xformerlib, vision, graph, time_series, positions)
+        for name, thing in vars(package).items()
+        if isinstance(thing, type) and issubclass(thing, nn.Module)
+    }
+    assert {name.partition(",")[0] for name in CASES} >= public - NOT_BY_THEMSELVES
+
+
+@ALL
+def test_every_layer_is_called(name: str) -> None:
+    module, seen = _made(name), set()
+    layers = layers_of(module)
+
+    def mark(kind: str, key: str) -> Callable[..., None]:
+        return lambda *_: seen.add((kind, key))
+
+    for key, part in layers.items():
+        part.register_forward_pre_hook(mark("before", key))
+        part.register_forward_hook(mark("after", key))
+        part.register_full_backward_pre_hook(mark("before backward", key))
+        part.register_full_backward_hook(mark("backward", key))
+    _output(name, module).backward() if layers else _output(name, module)
+    unused = {"encoder.head", "model.project"}  # of the model that is pre-trained, for later
+    kinds = ("before", "after", "before backward", "backward")
+    assert {(kind, key) for kind in kinds for key in layers if key not in unused} <= seen
+
+
+@WITH_LINEAR
+def test_global_hooks_see_every_linear_layer(name: str) -> None:
+    module, seen = _made(name), set()
+    handle = nn.modules.module.register_module_forward_hook(lambda part, *_: seen.add(part))
+    try:
+        _output(name, module)
+    finally:
+        handle.remove()
+    unused = {"encoder.head", "model.project"}
+    assert {part for key, part in _linears(module).items() if key not in unused} <= seen
+
+
+class Lora(nn.Module):
+    """A low-rank adapter in place of a linear layer."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.down, self.up = base, nn.Linear(base.in_features, 2), nn.Linear(2, base.out_features)
+        self.in_features, self.out_features = base.in_features, base.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+@WITH_LINEAR
+def test_a_replaced_layer_is_used(name: str) -> None:
+    for key in _linears(_made(name)):
+        if key in ("encoder.head", "model.project"):
+            continue
+        module = _made(name)
+        before = _output(name, module)
+        adapter = Lora(module.get_submodule(key))  # type: ignore[arg-type]
+        module.set_submodule(key, adapter)
+        after = _output(name, module)
+        after.backward()
+        assert float(before) != float(after), f"an adapter on {key} changed nothing"
+        assert adapter.up.weight.grad is not None, key
+
+
+@WITH_LINEAR
+def test_a_replaced_forward_is_used(name: str) -> None:
+    module, seen = _made(name), set()
+    linears = {key: part for key, part in _linears(module).items() if key not in ("encoder.head", "model.project")}
+    before = _output(name, module)
+    for key, part in linears.items():
+        own = part.forward
+
+        def forward(x: Tensor, own: Any = own, key: str = key) -> Tensor:
+            seen.add(key)
+            return own(x)
+
+        part.forward = forward  # type: ignore[method-assign]
+    assert_close(_output(name, module), before, "output", depth=20)
+    assert seen == set(linears)
+
+
+@WITH_LINEAR
+def test_lora_of_peft_trains_and_merges(name: str) -> None:
+    from peft import LoraConfig, get_peft_model  # type: ignore[import-not-found]
+
+    module = _made(name).double().eval()
+    names = [key for key in _linears(module) if key not in ("encoder.head", "model.project")]
+    if any(not key for key in names):
+        return  # a module that is nothing but its layer
+    adapted = get_peft_model(module, LoraConfig(r=2, target_modules=names))
+    adapted.eval()
+    _two_steps(name, adapted.base_model.model)
+    trained = [key for key, p in adapted.named_parameters() if "lora_B" in key and not bool(p.any())]
+    assert not trained, f"no gradient reached {trained}"
+    output = _output(name, adapted.base_model.model)
+    assert_close(_output(name, adapted.merge_and_unload()), output, "adapted and merged", depth=1000)
+
+
+@WITH_LINEAR
+@pytest.mark.parametrize("how", ["prune", "weight_norm", "parametrisation", "spectral_norm"])
+def test_layers_with_other_weights_train(name: str, how: str) -> None:
+    module = _made(name)
+    for part in _linears(module).values():
+        if how == "prune":
+            prune.l1_unstructured(part, "weight", 0.5)
+        elif how == "weight_norm":
+            nn.utils.weight_norm(part)
+        elif how == "parametrisation":
+            parametrizations.weight_norm(part)
+        else:
+            parametrizations.spectral_norm(part)
+    _two_steps(name, module)
+
+
+@WITH_LINEAR
+def test_dynamic_quantisation_runs(name: str) -> None:
+    module = _made(name).eval()
+    with torch.no_grad():
+        quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(module), {nn.Linear})
+        assert_close(_output(name, quantised), _output(name, module), "int8", condition=1e5)
+
+
+@WITH_LINEAR
+def test_int8_of_torchao_runs(name: str) -> None:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_  # type: ignore[import-not-found]
+
+    module = _made(name).eval()
+    with torch.no_grad():
+        want = _output(name, module)
+        quantize_(module, Int8WeightOnlyConfig())
+        assert_close(_output(name, module), want, "int8", condition=1e5)
+
+
+@WITH_LINEAR
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_offloaded_weights_are_brought_back(name: str, where: str) -> None:
+    from accelerate import cpu_offload, disk_offload  # type: ignore[import-not-found]
+
+    module = _made(name).eval()
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        want = _output(name, module)
+        if where == "cpu":
+            cpu_offload(module, execution_device=torch.device("cpu"))
+        else:
+            disk_offload(module, folder, execution_device=torch.device("cpu"))
+        assert_close(_output(name, module), want, "offloaded", depth=10)
+
+
+@ALL
+def test_every_parameter_gets_a_gradient(name: str) -> None:
+    """``DistributedDataParallel`` waits for one from each."""
+    module = _made(name)
+    if not list(module.parameters()):
+        return
+    _output(name, module).backward()
+    assert [key for key, p in module.named_parameters() if p.requires_grad and p.grad is None] == []
