@@ -6,18 +6,20 @@ becomes reshapes, slices and constant indices. Otherwise the mask is computed in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence as SequenceOf
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ._autograd import constants
 from ._compiled import Inputs
 from .domains import Domain
 from .kernels import Plan, Problem, Scores, _chunked, _plain, _sdpa, choose
+from .kernels._merge import Part
 from .kernels._tiled import TiledPart
 
 
@@ -37,6 +39,24 @@ def run_portably(problem: Problem, kernel: str, scores: Scores, inputs: Inputs) 
     else:
         found = [_chunked.whole(problem, query.device).plain(scores, query, key, value)]
     return _plain.merged(found, sinks).to(value.dtype)
+
+
+def shape_of(problem: Problem, kernel: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The output on the meta device, after products of the shapes that kernels multiply, for those who count operations."""
+    scores = Scores(None, (), 1.0)
+    parts: SequenceOf[tuple[Part, Scores]] = []
+    if not (problem.is_full or problem.is_causal):
+        predicate = problem.mask.bind(problem.domain, problem.keys)
+        plan = _planned(replace(problem, bias=None), kernel, replace(scores, predicate=predicate))
+        parts = plan.parts_of(scores)
+    if not parts:
+        return F.scaled_dot_product_attention(query, key, value, enable_gqa=problem.heads != problem.kv_heads)
+    for tiles in (tiles for part, _ in parts if isinstance(part, TiledPart) for tiles in part.calls):
+        batch = query.shape[0] if tiles.batch is None else 1
+        shapes = ((query, tiles.rows), (key, tiles.columns), (value, tiles.columns))
+        q, k, v = (x.new_empty(batch, tiles.n, x.shape[1], width, x.shape[3]) for x, width in shapes)
+        _plain.tile(q, k, v, scores, None, None, None)
+    return query.new_empty(*query.shape[:3], value.shape[-1])
 
 
 def _planned(problem: Problem, kernel: str, scores: Scores) -> Plan:

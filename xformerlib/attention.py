@@ -28,7 +28,7 @@ from ._inputs import (
     resolve_domains,
 )
 from ._planned import bound_biases, check_extent, planned, scores_of, without_padding
-from ._portable import run_portably
+from ._portable import run_portably, shape_of
 from ._projection import columns_of, dtype_of
 from ._sublayers import Cosine, NormLayer, norm_factory
 from .domains import Domain
@@ -97,6 +97,8 @@ def attention(
         pointwise_bias=are_pointwise(terms, domain), dropout_p=dropout_p, softcap=softcap is not None, sinks=sinks is not None,
     )  # fmt: skip
     check_extent(problem)
+    if query.is_meta:
+        return shape_of(problem, kernel, query, key, value)
     leaving = is_leaving(query)
     plan = None if leaving or is_compiling() else planned(problem, kernel, query.device)
     biases = bound_biases(problem, terms, query.device)

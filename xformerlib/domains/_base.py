@@ -324,15 +324,14 @@ class Domain(ABC):
                 f"queries and keys must be packed from the same number of items; got {self.num_items} items of queries and "
                 f"{keys.num_items} of keys. Item i of the queries meets item i of the keys."
             )
-        sizes = {size for size in (self.batch_size, keys.batch_size) if size is not None}
-        if len(sizes) > 1:
+        if self.batch_size is not None and keys.batch_size is not None and self.batch_size != keys.batch_size:
             raise ValueError(
                 f"query and key domains must have the same number of rows; got {self.batch_size} and {keys.batch_size}"
             )
 
     def zero_padding(self, x: Shaped[Tensor, "*batch tokens dim"]) -> Shaped[Tensor, "*batch tokens dim"]:
         """``x`` with 0 at tokens that do not exist, whatever stood there (NaN included)."""
-        return x if self.valid is None else x.masked_fill(~self.valid[..., None], 0)
+        return x if self.valid is None or x.is_meta else x.masked_fill(~self.valid[..., None], 0)
 
     # -- growing, for caches ---------------------------------------------------------------------------------------
 

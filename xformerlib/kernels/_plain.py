@@ -67,7 +67,7 @@ def softmax(s: Float[Tensor, "*rows columns"], allowed: Bool[Tensor, "*#rows #co
 
 
 def gathered(
-    found: SequenceOf[Float[Tensor, "batch n heads rows dim"]], index: Int[Tensor, "#batch tokens"], fill: float
+    found: SequenceOf[Float[Tensor, "_ _ _ _ _"]], index: Int[Tensor, "_ tokens"], fill: float
 ) -> Float[Tensor, "batch heads tokens dim"]:
     """Each token's vector out of those of all tiles, one call's behind the other; ``fill`` where ``index`` is behind the last."""
     every = torch.cat([x.transpose(2, 3).flatten(1, 2) for x in found], 1)

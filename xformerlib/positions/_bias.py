@@ -398,6 +398,7 @@ class EveryPair(PairBias):
         b, q, k = (torch.arange(n, device=device) for n in (rows or 1, domain.num_tokens, keys.num_tokens))
         b, q = b[:, None, None], q[:, None]
         table = make(b, q, k).movedim(-1, 0)
+        table = table if table.ndim == 4 else table[:, None]
         prefix = domain.touches_prefix(keys, b, q, k)
         table = table if prefix is None else table.masked_fill(prefix, 0)
         super().__init__(domain, keys, (table.expand(heads, len(b), len(q), len(k)),), heads=heads, batch_size=rows)

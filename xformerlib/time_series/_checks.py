@@ -44,7 +44,7 @@ def check_times(times: object) -> None:
 
 def check_finite(name: str, given: Tensor) -> None:
     """Raise if something is NaN or infinite, except in a graph, which cannot hold a check of values."""
-    if not is_compiling() and not given.isfinite().all():
+    if not is_compiling() and not given.is_meta and not given.isfinite().all():
         raise ValueError(
             f"{name} must be known and finite; got NaN or infinity. Only x may have missing values: fill the others."
         )

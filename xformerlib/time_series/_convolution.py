@@ -48,7 +48,7 @@ class CausalConvolution(nn.Conv1d):
 
     def forward(
         self, input: Float[Tensor, "batch inputs steps"], *, only_taps: bool = False
-    ) -> Float[Tensor, "batch outputs steps"]:
+    ) -> Float[Tensor, "batch outputs _"]:
         """Convolve; with ``only_taps`` the input holds the steps at the taps of one output and no others, (B, inputs, kernel_size)."""
         if only_taps:
             return F.conv1d(input, self.weight, self.bias)

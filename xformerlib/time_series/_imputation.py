@@ -137,7 +137,7 @@ class Imputer(nn.Module):
         inverse = Affine(inverse.level, inverse.scale.masked_fill(~seen.any(1, keepdim=True), 1))
         tokens = self.dropout(self.embed(torch.cat([z, (~seen).to(z.dtype)], -1)))
         told = seen.any(-1)  # the steps that have something to tell
-        whole = not is_compiling() and bool(told.all())
+        whole = told.is_meta or (not is_compiling() and bool(told.all()))
         encoded = self.encoder(tokens, _domain(x, times), mask=None if whole else Keys(told))
         return inverse(self.output(encoded))
 

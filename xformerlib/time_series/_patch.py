@@ -149,7 +149,7 @@ class PatchTST(ForecastModel):
         """What the encoder makes of the patches of normalised values: one row for each channel of each series, 0 where no patch exists."""
         cut = patches(z.transpose(1, 2).flatten(0, 1), self.patch, self.stride, pad_end=True)
         tokens = self.dropout(self.position(self.embed(cut), Sequence(cut.shape[1])))
-        if not is_compiling() and observed.all():
+        if z.is_meta or (not is_compiling() and observed.all()):
             return self.encoder(tokens)
         seen = patches(observed.transpose(1, 2).flatten(0, 1), self.patch, self.stride, pad_end=True)
         exists = seen.any(-1)

@@ -110,7 +110,7 @@ def steps_of(model: ForecastModel, series: Series, *, ahead: int) -> Steps:
 def _relative(times: Float[Tensor, "batch steps"], lookback: int, declared: int) -> Float[Tensor, "*batch steps"]:
     """Times such that the last step of the look-back is where it would be if steps were numbered; one row if all are the same."""
     times = times[:1] if times.stride(0) == 0 else times
-    if not is_compiling():
+    if not is_compiling() and not times.is_meta:
         gaps = times.diff(dim=1)
         wrong = torch.cat([gaps[:, : lookback - 1] < 0, gaps[:, lookback - 1 :] <= 0], 1)
         if wrong.any():

@@ -53,7 +53,7 @@ class VariateTokens(nn.Module):
 def keys_of(known: Bool[Tensor, "batch tokens"]) -> Keys | None:
     """The mask under which only tokens of which something is known are attended to; None where that is all of them."""
     # Whether it is all of them is known only to the data, which a graph cannot ask.
-    return None if not is_compiling() and known.all() else Keys(known)
+    return None if known.is_meta or (not is_compiling() and known.all()) else Keys(known)
 
 
 @dataclass(frozen=True)
