@@ -16,6 +16,8 @@ PACKAGE = ROOT / "xformerlib"
 
 # Each layer may import the layers above it in this list; the parts of one layer do not import each other.
 LAYERS = [
+    {"_config"},
+    {"_recorded"},
     {"domains", "_twice", "_unwatched"},
     {"masks", "positions", "_dropout", "_linear"},
     {"kernels", "_cache", "_inputs", "_sublayers"},

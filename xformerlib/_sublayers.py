@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ._dropout import Dropout
 from ._linear import ACTIVATIONS, applied, in_pieces, learned_in_pieces
+from ._recorded import Recorded
 from .domains import Domain
 
 NormLayer = Literal["layer", "rms"] | Callable[[int], nn.Module]
@@ -21,7 +22,7 @@ Activation = str | nn.Module | Callable[[Tensor], Tensor]
 _GATED: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": F.silu, "geglu": F.gelu}
 
 
-class FeedForward(nn.Module):
+class FeedForward(Recorded):
     """Two linear maps with a nonlinearity between, on each token alone.
 
         y = W_2 act(W_1 x + b_1) + b_2                   relu (arXiv:1706.03762), gelu (arXiv:1606.08415), or any module

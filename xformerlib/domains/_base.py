@@ -28,6 +28,8 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
+from .._config import Described
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -44,7 +46,7 @@ _LIVING: WeakValueDictionary[int, Domain] = WeakValueDictionary()
 _NUMBERS = itertools.count(2)
 
 
-class Domain(ABC):
+class Domain(Described, ABC):
     """Where tokens live. Immutable; expensive facts are computed when first asked for, and kept.
 
     Attributes:
@@ -372,6 +374,24 @@ class Domain(ABC):
     def _value(self) -> Hashable:
         """What makes two domains equal; None where only the same object is."""
         return None
+
+    def _described(self) -> dict[str, Any]:
+        return {**self._given(), **({"rank_offset": self._rank_offset} if self._rank_offset else {})}
+
+    def _given(self) -> dict[str, Any]:
+        """What the domain is made with, by name; those of ``_rebuilt``."""
+        return super()._described()
+
+    @classmethod
+    def _rebuilt(cls, arguments: dict[str, Any]) -> Self:
+        arguments = dict(arguments)
+        offset = check_count("rank_offset", arguments.pop("rank_offset", 0))
+        return cls._made_of(arguments)._ranked_from(offset)
+
+    @classmethod
+    def _made_of(cls, arguments: dict[str, Any]) -> Self:
+        """The domain made with these arguments, those of ``_given``."""
+        return super()._rebuilt(arguments)
 
     def __eq__(self, other: object) -> bool:
         if self is other:

@@ -140,6 +140,12 @@ class Graph(Domain):
         features = "" if self.edge_attr is None else ", edge_attr=..."
         return f"Graph(<{self.num_edges} edges>, {self.num_nodes}{features}{batch}{virtual})"
 
+    def _given(self) -> dict[str, Any]:
+        return {
+            "edge_index": self.edge_index, "num_nodes": self.num_nodes, "edge_attr": self.edge_attr, "batch": self.batch,
+            "virtual_nodes": self.prefix, "num_graphs": self.num_graphs,
+        }  # fmt: skip
+
     # -- nodes and tokens ------------------------------------------------------------------------------------------
 
     @property

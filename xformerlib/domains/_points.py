@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
@@ -66,6 +68,13 @@ class Points(Domain):
         for axis in range(1, self.ndim):
             squares = squares + self.offset(axis, keys, b, q, k) ** 2
         return squares.sqrt()
+
+    def _given(self) -> dict[str, Any]:
+        given: dict[str, Any] = {"coordinates": self.places, "valid": self.valid}
+        if self.offsets is not None:
+            sizes = self.offsets.diff()
+            given["batch"] = torch.repeat_interleave(torch.arange(sizes.numel(), device=sizes.device), sizes)
+        return given
 
     def __repr__(self) -> str:
         items = "" if self.offsets is None else f", batch=<{self.num_items} items>"

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._recorded import Recorded
 from ..domains import Domain, Graph, Points
 from ..positions import Bias, PairBias
 from ..positions._base import at_least_fp32, check_positive, check_width, no_meaning
@@ -165,7 +166,7 @@ def _of_distances(
         return F.linear(F.gelu(F.linear(psi, inner, inner_bias)), outer, outer_bias)
 
 
-class _Columns(nn.Module):
+class _Columns(Recorded):
     """The sum of a learned row for the value of each column.
 
     Args:

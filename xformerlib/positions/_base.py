@@ -19,10 +19,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from .._recorded import Recorded
 from ..domains import Domain, Grid, Sequence
 
 
-class Position(nn.Module):
+class Position(Recorded):
     """Where tokens are, told to a Transformer. The root of every position; positions combine with ``+``.
 
     Example:

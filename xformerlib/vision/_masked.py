@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .._inputs import Positions
+from .._recorded import Recorded
 from ..blocks import Encoder
 from ..domains import Grid
 from ..positions import Sinusoidal
@@ -32,7 +33,7 @@ class Restored(NamedTuple):
     mask: Bool[Tensor, "batch *grid"]
 
 
-class MaskedAutoencoder(nn.Module):
+class MaskedAutoencoder(Recorded):
     """Masked autoencoder, MAE (He et al. 2021, arXiv:2111.06377): hide most patches of an image, and restore them from the others.
 
         z        = encoder(patches shown);   y_i = W z_i + b where patch i is shown, m where it is hidden

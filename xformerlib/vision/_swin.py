@@ -17,6 +17,7 @@ from .._dropout import Dropout
 from .._inputs import place, rates_of_layers
 from .._linear import applied
 from .._pooling import Pooling
+from .._recorded import Recorded
 from .._sublayers import NormLayer, Residual, norm_factory
 from ..blocks import Encoder
 from ..domains import Grid
@@ -29,7 +30,7 @@ from ._tokens import places_among, tokens_of
 Window = int | tuple[int, int]
 
 
-class PatchMerging(nn.Module):
+class PatchMerging(Recorded):
     """Each 2 x 2 patches become one, of twice the channels; the grid of an odd side is completed by zeros.
 
         y = W norm([x_00, x_10, x_01, x_11])     ``norm="pre"``, Swin
@@ -77,7 +78,7 @@ class PatchMerging(nn.Module):
         return Features(half.zero_padding(self.out_norm(applied(self.reduction, self.norm(merged)))), half)
 
 
-class Swin(nn.Module):
+class Swin(Recorded):
     """Swin Transformer (Liu et al. 2021, arXiv:2103.14030) and, with ``version=2``, Swin v2 (Liu et al. 2021, arXiv:2111.09883).
 
     A Vision Transformer in stages, each on half the height and width of the one before: an ``Encoder`` whose blocks attend within

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .._dropout import Dropout
 from .._inputs import Positions
 from .._pooling import Pool, Pooling
+from .._recorded import Recorded
 from .._sublayers import NormLayer, norm_factory
 from ..blocks import Encoder
 from ..positions import Learned
@@ -24,7 +25,7 @@ from ._tokens import places_among, tokens_of
 LAYER_NORM: NormLayer = partial(nn.LayerNorm, eps=1e-6)
 
 
-class ViT(nn.Module):
+class ViT(Recorded):
     """Vision Transformer (Dosovitskiy et al. 2020, arXiv:2010.11929), of images of any size and aspect ratio.
 
         x = [class, registers, patches] + positions;   x = Encoder(x);   logits = W pool(norm(x)) + b
