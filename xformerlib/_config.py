@@ -28,6 +28,9 @@ TAGS = {CLASS, VERSION, "tuple", "dict", "float", "dtype", "tensor", "function",
 # The modules whose public classes have names in configs: "masks.Local", "Sequence", "vision.ViT".
 MODULES = ("masks", "positions", "graph", "time_series", "vision", "domains", "")
 
+# Of these the classes hold data alone: torch.load reads them with weights_only=True, which is its default.
+PLAIN = ("masks", "positions", "domains")
+
 # What users registered, by name.
 _REGISTERED: dict[str, Any] = {}
 
@@ -36,6 +39,11 @@ Thing = TypeVar("Thing", bound="Callable[..., Any]")
 
 class Described:
     """Base of values that are described by the arguments of their constructor: they go to JSON and back."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if cls.__module__.startswith(tuple(f"{__package__}.{part}." for part in PLAIN)):
+            torch.serialization.add_safe_globals([cls])
 
     def to_config(self) -> dict[str, Any]:
         """Return the value as plain JSON: the name of its class and the arguments of its constructor, for ``from_config``.
@@ -49,7 +57,7 @@ class Described:
             >>> masks.Local(3).to_config()
             {'xformerlib': 1, 'class': 'masks.Local', 'radius': 3, 'border': 'cut'}
         """
-        return to_config(self)  # type: ignore[no-any-return]
+        return to_config(self)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
@@ -90,7 +98,8 @@ class Described:
         known = inspect.signature(cls).parameters.values()
         open_ended = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in known)
         unknown = [] if open_ended else sorted(arguments.keys() - _parameters(cls).keys())
-        needed = {one.name for one in known if one.default is one.empty and one.kind is not one.VAR_KEYWORD}
+        variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        needed = {one.name for one in known if one.default is one.empty and one.kind not in variable}
         missing = sorted(needed - arguments.keys())
         if unknown or missing:
             wrong = f"{', '.join(unknown)} beyond them" if unknown else f"no {', '.join(missing)}"
@@ -99,7 +108,7 @@ class Described:
             )
         several = next((one.name for one in known if one.kind is inspect.Parameter.VAR_POSITIONAL), None)
         rest = dict(arguments)
-        return cls(*rest.pop(several), **rest) if several else cls(**rest)
+        return cls(*rest.pop(several, ()), **rest) if several else cls(**rest)
 
 
 def to_config(value: Any) -> Any:
@@ -141,6 +150,8 @@ def from_config(config: Any) -> Any:
 def register(thing: Thing, name: str | None = None) -> Thing:
     """Give a function or a class of your own the name by which configs know it; the program that reads them must register it, too.
 
+    A registered class is also one that ``torch.load`` reads with ``weights_only=True``.
+
     Args:
         thing: a function, such as that of ``Where``; a frozen dataclass that derives from ``Leaf``; or a class that derives from
             ``Position`` or a model of this library.
@@ -171,12 +182,15 @@ def register(thing: Thing, name: str | None = None) -> Thing:
     if _public(name) is not None or (old is not None and old is not thing and _source(old) != _source(thing)):
         raise ValueError(f"name must be new; got name={name!r}, which {old or _public(name)!r} has. Choose another.")
     _REGISTERED[name] = thing
+    if inspect.isclass(thing):
+        torch.serialization.add_safe_globals([thing])
     return thing
 
 
 def _source(thing: Any) -> tuple[Any, ...]:
     """Where a function or class was written: the same for one that is defined again, as in a notebook."""
-    return getattr(thing, "__module__", None), getattr(thing, "__qualname__", thing)
+    name = getattr(thing, "__qualname__", "<lambda>")
+    return getattr(thing, "__module__", None), id(thing) if "<lambda>" in name else name
 
 
 # -- names -----------------------------------------------------------------------------------------------------------------
@@ -204,14 +218,12 @@ def _public(name: str) -> Any:
     """The public class of this name, of ours or torch's; None where there is none."""
     module, _, last = name.rpartition(".")
     if module == "torch.nn":
-        found, base = getattr(nn, last, None), nn.Module
-    elif module in MODULES and not last.startswith("_"):
-        source = importlib.import_module(f"{__package__}.{module}" if module else str(__package__))
-        found, base = vars(source).get(last), object
-    else:
+        found = getattr(nn, last, None)
+        return found if inspect.isclass(found) and issubclass(found, nn.Module) else None
+    if module not in MODULES or last.startswith("_"):
         return None
-    ours = inspect.isclass(found) and issubclass(found, base)
-    return found if ours and (module == "torch.nn" or found.__module__.startswith(f"{__package__}.")) else None
+    found = vars(importlib.import_module(f"{__package__}.{module}" if module else str(__package__))).get(last)
+    return found if inspect.isclass(found) and found.__module__.startswith(f"{__package__}.") else None
 
 
 def _named(name: Any, what: str) -> Any:
@@ -341,9 +353,14 @@ def _described_by(config: dict[str, Any], top: bool) -> Any:
             "with to_config, or use the release that wrote it."
         )
     kind = _named(config[CLASS], "class")
-    if not inspect.isclass(kind) or not issubclass(kind, Described) or inspect.isabstract(kind):
+    if not inspect.isclass(kind) or not issubclass(kind, Described) or _is_abstract(kind):
         raise ValueError(f"config must name a class that can be made; got {config[CLASS]!r}")
     return kind._rebuilt({name: _read(item) for name, item in config.items() if name not in (CLASS, VERSION)})
+
+
+def _is_abstract(kind: type) -> bool:
+    """Whether a class lacks methods that its subclasses have."""
+    return any(getattr(getattr(kind, name), "__isabstractmethod__", False) for name in dir(kind) if name[0] != "_")
 
 
 def _parameters(kind: type) -> dict[str, inspect.Parameter]:

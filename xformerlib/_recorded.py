@@ -145,3 +145,7 @@ def _with_config(save: Callable[..., Any]) -> Callable[..., Any]:
 
     save_pretrained._with_config = True  # type: ignore[attr-defined]
     return save_pretrained
+
+
+# What positions are made of: torch.load reads them, too, with weights_only=True.
+torch.serialization.add_safe_globals([_Record, _Part, Reference, nn.Linear, nn.ModuleList])
