@@ -37,11 +37,11 @@ def arrangement(mask: Mask | None, domain: Domain, device: torch.device) -> Arra
     if not isinstance(mask, (Windows, Axial)) or domain.whole is not domain or torch.compiler.is_compiling():
         return None
 
-    def make() -> Arrangement | None:
+    def make(domain: Domain) -> Arrangement | None:
         order = order_of_slices(mask, domain, device)
         return None if order is None else Arrangement(domain.subset(order), order, order.argsort())
 
-    return domain.fact(("arrangement", mask, device), make)
+    return domain.bound_fact(("arrangement", mask, device), make)
 
 
 def moved(

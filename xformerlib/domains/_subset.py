@@ -45,6 +45,12 @@ class Subset(Domain):
     def whole(self) -> Domain:
         return self._whole
 
+    @property
+    def anchor(self) -> Subset:
+        anchor = super().anchor
+        anchor._whole = self._whole.anchor
+        return anchor
+
     def token(self, b: Tensor, i: Tensor) -> Tensor:
         return self.index[i] if self.index.ndim == 1 else self.index[b, i]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -36,6 +36,10 @@ class Problem:
     dropout_p: float = 0.0
     softcap: bool = False
     sinks: bool = False
+
+    def anchored(self) -> Problem:
+        """The same problem on the anchors of the domains, for what is kept with a domain."""
+        return replace(self, domain=self.domain.anchor, keys=self.keys.anchor)
 
     @property
     def num_queries(self) -> int:
