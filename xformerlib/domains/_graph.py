@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float64, Int, Integer, Shaped
+from jaxtyping import Bool, Float, Float64, Int, Integer, Shaped
 from torch import Tensor
 
 from . import _graph_facts as facts
@@ -325,10 +325,11 @@ class Graph(Domain):
             return domain_fact(self.ticket(), "random_walk", steps, size, torch.float64, self.edge_index)
         return self.fact(("random_walk", steps), lambda: return_probabilities(self._topology, steps))
 
-    def walks(self, steps: int) -> Float64[Tensor, "pairs steps"]:
+    def walks(self, steps: int, dtype: torch.dtype = torch.float64) -> Float[Tensor, "pairs steps"]:
         """The probability that a random walk from query to key arrives after 0, 1, ..., ``steps`` - 1 steps.
 
-        ``(P^s)_qk`` with P = D^-1 A, for all pairs within each graph, as in ``pair_places``; walks as in ``random_walk``.
+        ``(P^s)_qk`` with P = D^-1 A, for all pairs within each graph, as in ``pair_places``; walks as in ``random_walk``. Computed
+        in float64, and kept in ``dtype`` alone: on many graphs this is the largest of their facts.
 
         Raises:
             ValueError: more than 2^28 entries.
@@ -341,7 +342,7 @@ class Graph(Domain):
             tensor([0., 1., 0.], dtype=torch.float64)
         """
         steps = check_count("steps", steps)
-        return self._found(("walks", steps), lambda: arrival_probabilities(self._topology, steps))
+        return self._found(("walks", steps, dtype), lambda: arrival_probabilities(self._topology, steps, dtype))
 
     # -- the vocabulary of domains -----------------------------------------------------------------------------------
 

@@ -70,7 +70,7 @@ class RandomWalkBias(NodePairBias):
                 self, domain, "Walks need edges; use ContinuousBias(heads), which is defined on every domain."
             )
         dtype = at_least_fp32(dtype or self.inner.weight.dtype)
-        walks = domain._found(("walks", self.steps, dtype), lambda: domain.walks(self.steps).to(dtype))
+        walks = domain.walks(self.steps, dtype)
         return small_network(walks, network_of(self.inner, self.outer, dtype), None)
 
     def extra_repr(self) -> str:
