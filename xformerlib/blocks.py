@@ -203,6 +203,10 @@ class _Stack(Recorded):
                 x = embedding(x, domain)
         return x
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only what goes from block to block for the backward, and compute the rest again (``checkpoint``)."""
+        self.checkpoint = bool(enable)
+
     def layer(
         self, index: int, x: Float[Tensor, "*batch tokens dim"], domain: Domain | None = None, **block: Any
     ) -> Float[Tensor, "*batch last dim"]:

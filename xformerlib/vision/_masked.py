@@ -149,6 +149,11 @@ class MaskedAutoencoder(Recorded):
         x = x.permute(0, 1 + axes, *order)
         return x.reshape(*x.shape[:2], *(n * p for n, p in zip(grid.sizes, size, strict=True)))
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute the blocks of encoder and decoder again in the backward, as ``Encoder(checkpoint=True)``."""
+        self.encoder.set_grad_checkpointing(enable)
+        self.decoder.set_grad_checkpointing(enable)
+
     def extra_repr(self) -> str:
         return f"ratio={self.ratio}, norm_targets={self.norm_targets}"
 
