@@ -249,7 +249,7 @@ MASK = masks.Local(3) | masks.Global(1)
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "Encoder": lambda: xf.Encoder(16, 2, heads=4, mask=[MASK, None], position=positions.Rotary(4), norm="post"),
     "Decoder": lambda: xf.Decoder(16, 2, 4, cross=False, position=positions.Sinusoidal(16) + positions.DistanceDecay(4)),
-    "EncoderDecoder": lambda: xf.EncoderDecoder(16, 2, 4, decoder_depth=1),
+    "EncoderDecoder": lambda: xf.EncoderDecoder(16, 4, encoder_depth=2, decoder_depth=1),
     "Block": lambda: xf.Block(16, 4, mask=MASK, activation="swiglu"),
     "Pooling": lambda: xf.Pooling(16, "attention", heads=2),
     "ViT": lambda: vision.ViT(

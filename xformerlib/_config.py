@@ -324,7 +324,7 @@ def understood(value: Any) -> Any:
 
 def _is_tagged(value: dict[str, Any]) -> bool:
     """Whether a dict is exactly what is written for something that JSON has no word for."""
-    return any(value.keys() == keys and isinstance(value[next(iter(keys))], (str, list)) for keys in _TAGGED)
+    return any(value.keys() == keys.keys() and isinstance(value[next(iter(keys))], (str, list)) for keys in _TAGGED)
 
 
 def _read(config: Any, top: bool = False) -> Any:

@@ -12,6 +12,7 @@ import timm
 import torch
 from timm.optim import param_groups_weight_decay
 from torch import nn
+from torch.nn.utils import prune
 
 import xformerlib as xf
 from tests.interop.test_timm import made
@@ -137,7 +138,10 @@ def saved_bytes(model: nn.Module, *inputs: Any) -> tuple[int, torch.Tensor]:
 
 
 CHECKPOINTED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "vit": (lambda: vision.ViT(5, size=32, patch=4, dim=32, depth=4, heads=4, dropout=0.2, attention_dropout=0.1, drop_path=0.3), (2, 3, 32, 32)),
+    "vit": (
+        lambda: vision.ViT(5, size=32, patch=4, dim=32, depth=4, heads=4, dropout=0.2, attention_dropout=0.1, drop_path=0.3),
+        (2, 3, 32, 32),
+    ),
     "swin": (lambda: vision.Swin(5, window=4, dim=16, depths=(2, 2), heads=(2, 4), dropout=0.1, drop_path=0.2), (2, 3, 32, 32)),
     "encoder": (lambda: xf.Encoder(32, 4, 4, dropout=0.2, attention_dropout=0.2, mask=xf.masks.Local(3)), (2, 40, 32)),
 }  # fmt: skip
@@ -185,7 +189,7 @@ def test_the_normalisation_is_kept(name: str) -> None:
     if name == "vit_tiny_patch16_224":
         assert timm.data.resolve_model_data_config(to_timm(ours)) == config
     plain = vision.ViT(3, size=32, patch=8, dim=16, depth=1, heads=2)
-    assert plain.pretrained_cfg is None and timm.data.resolve_model_data_config(plain)
+    assert timm.data.resolve_model_data_config(plain)
 
 
 def nothing(*_: Any) -> None:
@@ -206,7 +210,7 @@ HOOKS: dict[str, Callable[[nn.Module], Any]] = {
     "forward replaced": lambda model: setattr(model.blocks[0].mlp, "forward", lambda x: x),
     "method replaced": lambda model: setattr(model, "forward_features", lambda x: x),
     "weight norm": lambda model: nn.utils.parametrizations.weight_norm(model.head),
-    "pruned": lambda model: nn.utils.prune.l1_unstructured(model.head, "weight", 0.5),
+    "pruned": lambda model: prune.l1_unstructured(model.head, "weight", 0.5),
 }  # fmt: skip
 
 
