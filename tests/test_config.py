@@ -21,6 +21,7 @@ import xformerlib as xf
 from tests.positions import cases
 from tests.strategies import DOMAINS, HEADS, LEAVES, POSITIONS, ROWS, domain as any_domain, position, randoms, tree
 from xformerlib import graph, masks, positions, time_series, vision
+from xformerlib._names import name_of
 from xformerlib.masks._algebra import Leaf, Predicate
 
 
@@ -238,7 +239,7 @@ def test_arguments_of_positions() -> None:
 
 
 def test_no_position_is_forgotten() -> None:
-    assert set(POSITIONS) and all(xf._config.name_of(kind) == f"positions.{kind.__name__}" for kind in POSITIONS)
+    assert set(POSITIONS) and all(name_of(kind) == f"positions.{kind.__name__}" for kind in POSITIONS)
     assert set(DOMAINS)
 
 

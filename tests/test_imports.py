@@ -16,6 +16,7 @@ PACKAGE = ROOT / "xformerlib"
 
 # Each layer may import the layers above it in this list; the parts of one layer do not import each other.
 LAYERS = [
+    {"_names"},
     {"_config"},
     {"_recorded"},
     {"domains", "_twice", "_unwatched"},

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._config import Described, Reference, to_config, understood
+from ._config import Described, to_config, understood
+from ._names import Reference
 
 _RECORD = "_made_with"
 

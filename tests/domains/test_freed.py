@@ -16,7 +16,7 @@ import xformerlib as xf
 from tests.positions import cases
 from tests.strategies import ROWS, domain as any_domain, position, randoms, tree
 from xformerlib import graph, masks, positions
-from xformerlib.domains._base import _SHARED
+from xformerlib.domains._kept import SHARED
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,7 @@ def test_models_let_go_of_domains(rng: Random) -> None:
     model = xf.Encoder(48, 2, 4, mask=mask, position=place).train(train)
     said = f"{mask!r} and {place!r} on {where!r}"
     run(model, where, 48, train)
-    _SHARED.clear()
+    SHARED.clear()
     refs = watched(where)
     del where
     assert_freed(refs, said)
@@ -71,7 +71,7 @@ def test_every_kind_of_domain_is_freed(name: str, train: bool) -> None:
             train
         )
         run(model, where, 12, train)
-        _SHARED.clear()
+        SHARED.clear()
         refs = watched(where)
         del where
         assert_freed(refs, f"{bias!r} on {name}")

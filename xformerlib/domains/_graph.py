@@ -10,8 +10,9 @@ from jaxtyping import Bool, Float, Float64, Int, Integer, Shaped
 from torch import Tensor
 
 from . import _graph_facts as facts
-from ._base import Domain, Fact, check_count, offsets_of
+from ._base import Domain, check_count, offsets_of
 from ._graph_inputs import check_batch, check_edge_attr, check_edges
+from ._kept import Fact
 from ._neighbours import Neighbours, neighbours_of
 from ._random_walk import arrival_probabilities, return_probabilities
 from ._spectral import laplacian_eigenvectors
