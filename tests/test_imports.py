@@ -16,6 +16,9 @@ PACKAGE = ROOT / "xformerlib"
 
 # Each layer may import the layers above it in this list; the parts of one layer do not import each other.
 LAYERS = [
+    {"_names"},
+    {"_config"},
+    {"_recorded"},
     {"_autograd", "_projection"},
     {"domains"},
     {"masks", "positions", "_dropout"},

@@ -2,6 +2,7 @@
 
 from . import masks as masks, positions as positions
 from ._cache import Cache as Cache
+from ._config import from_config as from_config, register as register, to_config as to_config
 from ._explain import explain as explain
 from ._pooling import MultiheadPooling as MultiheadPooling, Pooling as Pooling
 from .attention import Attention as Attention, attention as attention, plan as plan
@@ -22,3 +23,5 @@ from .domains import (
     Timeline as Timeline,
 )
 from .kernels import Plan as Plan, strict as strict, using as using
+
+__version__ = "0.1.0"

@@ -161,16 +161,19 @@ def _work(
 def _template(bias: Bias, number: int, problem: Problem, device: torch.device) -> PairBias:
     """The bias bound to the domains, whose tensors are replaced by those of each call."""
     dtype = torch.promote_types(problem.dtype, torch.float32)
-    key = ("pair", number, problem.keys, dtype, device)
+    keys = problem.keys.anchor
     with torch.no_grad():
-        return problem.domain.fact(key, lambda: bias.pair(problem.domain, problem.keys, dtype=dtype))
+        return problem.domain.bound_fact(
+            ("pair", number, keys, dtype, device), lambda domain: bias.pair(domain, keys, dtype=dtype)
+        )
 
 
 def _keep(domains: tuple[Domain, Domain], as_long_as: Tensor) -> None:
-    """Keep domains alive as long as the memory of a tensor that a backward needs too."""
+    """Keep the anchors of domains alive as long as the memory of a tensor that a backward needs too."""
     _NEEDED[:] = [(storage, needed) for storage, needed in _NEEDED if not storage.expired()]
     if any(domain.ticket()[0] == 0 for domain in domains):
-        _NEEDED.append((StorageWeakRef(as_long_as.untyped_storage()), domains))
+        anchors = (domains[0].anchor, domains[1].anchor)
+        _NEEDED.append((StorageWeakRef(as_long_as.untyped_storage()), anchors))
 
 
 def _by_token(x: Tensor) -> Tensor:

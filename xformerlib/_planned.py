@@ -19,10 +19,11 @@ MOST_PLANS, MOST_FLEETING_PLANS = 64, 4  # kept on one domain
 
 
 def planned(problem: Problem, kernel: str, device: torch.device) -> Plan:
-    """The plan, kept on the domain of the queries: the last few, since a problem keeps its mask and its keys' domain in memory."""
+    """The plan, kept on the domain of the queries: the last few, since a problem keeps its mask and facts of its keys in memory."""
     # A mask of tensors compares by identity: one that is made anew for each call must not pile up.
     fleeting = getattr(problem.mask, "device", None) is not None
-    plans: dict[tuple[Problem, str, torch.device], Plan] = problem.domain.fact(("plan", fleeting), dict)
+    plans: dict[tuple[Problem, str, torch.device], Plan] = problem.domain.bound_fact(("plan", fleeting), lambda _: {})
+    problem = problem.anchored()
     key = (problem, kernel, device)
     known = plans.get(key)
     if known is None:

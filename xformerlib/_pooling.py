@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._inputs import place
+from ._recorded import Recorded
 from ._sublayers import Activation, FeedForward, NormLayer, norm_factory
 from .attention import Attention
 from .domains import Domain, Sequence
@@ -19,7 +20,7 @@ from .masks import Keys, Mask
 Pool = Literal["token", "mean", "sum", "max", "mean-max", "attention"]
 
 
-class Pooling(nn.Module):
+class Pooling(Recorded):
     """One vector for each item: each row of a batch, or each packed item. Prefix tokens and padding are left out; 0 of no tokens.
 
         token      the first token (a class token, a virtual node)
@@ -64,7 +65,7 @@ class Pooling(nn.Module):
         return f"{self.dim}, {self.pool!r}"
 
 
-class MultiheadPooling(nn.Module):
+class MultiheadPooling(Recorded):
     """A learned query that attends to the tokens of each item, and a feed-forward layer.
 
         y = attention(latent, x, x);   pooled = y + f(norm(y))

@@ -22,6 +22,9 @@ from .kernels import Plan, Problem, Scores, _chunked, _plain, _sdpa, choose
 from .kernels._merge import Part
 from .kernels._tiled import TiledPart
 
+# What domains keep, beside what they are.
+KEPT = ("_facts", "_bound", "_anchor", "_anchored")
+
 
 def run_portably(problem: Problem, kernel: str, scores: Scores, inputs: Inputs) -> Tensor:
     """The attention, as operations of the graph that is being made; ``scores`` has no predicate yet."""
@@ -92,6 +95,6 @@ def _values(x: Any) -> Iterator[Any]:
     elif isinstance(x, dict):
         yield from _values(list(x.values()))
     elif isinstance(x, Domain):
-        yield from _values([value for name, value in vars(x).items() if name != "_facts"])
+        yield from _values([value for name, value in vars(x).items() if name not in KEPT])
     elif hasattr(x, "__dataclass_fields__"):
         yield from _values([getattr(x, name) for name in x.__dataclass_fields__])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._dropout import Dropout
+from ._recorded import Recorded
 from .domains import Domain
 
 NormLayer = Literal["layer", "rms"] | Callable[[int], nn.Module]
@@ -26,7 +27,7 @@ _GATED: dict[str, Callable[[Tensor], Tensor]] = {
 }  # fmt: skip
 
 
-class FeedForward(nn.Module):
+class FeedForward(Recorded):
     """Two linear maps with a nonlinearity between, on each token alone.
 
         y = W_2 act(W_1 x + b_1) + b_2                   relu (arXiv:1706.03762), gelu (arXiv:1606.08415), or any module

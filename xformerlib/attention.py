@@ -30,6 +30,7 @@ from ._inputs import (
 from ._planned import bound_biases, check_extent, planned, scores_of, without_padding
 from ._portable import run_portably, shape_of
 from ._projection import columns_of, dtype_of
+from ._recorded import Recorded
 from ._sublayers import Cosine, NormLayer, norm_factory
 from .domains import Domain
 from .kernels import Plan, Problem
@@ -157,7 +158,7 @@ def plan(
     return planned(problem, kernel, torch.device(device))
 
 
-class Attention(nn.Module):
+class Attention(Recorded):
     """Multi-head attention over a domain, as a layer.
 
         q, k, v = split(x W_qkv + b);  o = attention(q, k, v);  y = (o * sigmoid(x W_g)) W_o + b   (the gate only with ``gate=True``)

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ._cache import Cache
 from ._inputs import Masks, Positions, check_last, masks_of_layers, place, positions_of_layers, rates_of_layers
+from ._recorded import Recorded
 from ._sublayers import (
     Activation as Activation,
     DropPath as DropPath,
@@ -31,7 +32,7 @@ from .positions import Position
 NormPlace = Literal["pre", "post", "sandwich", "res-post", "parallel"]
 
 
-class Block(nn.Module):
+class Block(Recorded):
     """A Transformer block: attention, optionally cross attention, and a feed-forward layer, each with a residual connection.
 
         pre       x + f(norm(x))                     each branch f in turn; GPT-2, ViT
@@ -155,7 +156,7 @@ class Block(nn.Module):
             )
 
 
-class _Stack(nn.Module):
+class _Stack(Recorded):
     """Blocks one after the other: the position's embeddings before them, a norm behind."""
 
     def __init__(
@@ -200,6 +201,10 @@ class _Stack(nn.Module):
             for embedding in self.position.embeddings:
                 x = embedding(x, domain)
         return x
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only what goes from block to block for the backward, and compute the rest again (``checkpoint``)."""
+        self.checkpoint = bool(enable)
 
     def layer(
         self, index: int, x: Float[Tensor, "*batch tokens dim"], domain: Domain | None = None, **block: Any
@@ -340,7 +345,7 @@ class Decoder(_Stack):
         )
 
 
-class EncoderDecoder(nn.Module):
+class EncoderDecoder(Recorded):
     """The Transformer of Vaswani et al. 2017 (arXiv:1706.03762): an encoder of the source, and a decoder of the target beside it.
 
     Works on embedded tokens; the embedding of symbols or values and the output layer are the model's around it. The defaults are the

@@ -282,9 +282,9 @@ def test_a_domain_lives_until_its_backward_and_no_longer() -> None:
         alive.append(number)
     run(tokens(5), xf.Sequence.packed([5]))
     gc.collect()
-    from xformerlib.domains._base import _LIVING
+    from xformerlib.domains._kept import LIVING
 
-    assert not set(alive) & set(_LIVING.keys())
+    assert not set(alive) & set(LIVING.keys())
 
 
 def test_a_graph_holds_no_tensors_of_a_plan() -> None:

@@ -1,5 +1,6 @@
 """Where tokens live: sequences, irregular time, grids, graphs and points."""
 
+from .._config import from_config as from_config, register as register
 from ._base import Domain as Domain
 from ._graph import Graph as Graph
 from ._grid import Grid as Grid

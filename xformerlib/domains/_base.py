@@ -18,35 +18,24 @@ and a scalar under ``vmap`` in FlexAttention.
 from __future__ import annotations
 
 import copy
-import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence as SequenceOf
-from typing import TYPE_CHECKING, Any, TypeVar
-from weakref import WeakValueDictionary
+from collections.abc import Hashable, Sequence as SequenceOf
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
-from .._autograd import is_compiling
+from .._config import Described
+from ._kept import OF_ITS_OWN, Kept
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
     from ._subset import Subset
 
-Fact = TypeVar("Fact")
 
-# Facts that equal domains share, of the values that were asked last: a domain made anew for each call must not start from nothing.
-MOST_SHARED = 64
-_SHARED: dict[Hashable, dict[Hashable, Any]] = {}
-
-# Living domains by number: so a compiled graph names one that is more than a few sizes. (0 and 1 would be constants to the compiler.)
-_LIVING: WeakValueDictionary[int, Domain] = WeakValueDictionary()
-_NUMBERS = itertools.count(2)
-
-
-class Domain(ABC):
+class Domain(Kept, Described, ABC):
     """Where tokens live. Immutable; expensive facts are computed when first asked for, and kept.
 
     Attributes:
@@ -60,7 +49,6 @@ class Domain(ABC):
     kind: str  # the name used in messages
     # Whether coordinates are real numbers (time, space) or whole steps.
     continuous: bool = False
-    _settled = False
 
     def __init__(
         self,
@@ -81,8 +69,7 @@ class Domain(ABC):
         self._batch_size = batch_size
         self._device = device
         self._rank_offset = 0
-        self._facts: dict[Hashable, Any] | None = None
-        self._number = 0 if is_compiling() else self._enlisted()
+        self._begin()
 
     # -- which tokens ------------------------------------------------------------------------------------------
 
@@ -115,59 +102,6 @@ class Domain(ABC):
             torch.arange(sizes.numel(), device=sizes.device), sizes, output_size=self.num_tokens
         )
 
-    def fact(self, key: Hashable, make: Callable[[], Fact]) -> Fact:
-        """A value that depends on the domain alone: made at the first call, kept for the next ones, and by equal domains."""
-        # A compiled graph must neither depend on what is kept nor leave anything behind, unless it is for this domain.
-        if is_compiling() and not (self._settled and self._facts is not None and key in self._facts):
-            return make()
-        facts = self._known_facts()
-        if key not in facts:
-            with torch.inference_mode(False):  # what is kept may be needed in training later
-                facts[key] = make()
-        return facts[key]
-
-    def settle(self) -> None:
-        """Let compiled code read the facts that are kept: for kernels that are compiled for this domain, after they were asked once."""
-        self._settled = True
-
-    def _known_facts(self) -> dict[Hashable, Any]:
-        if self._facts is None:
-            value = self._value()
-            if value is None:
-                self._facts = {}
-            else:
-                facts = _SHARED.pop((type(self), value), {})
-                while len(_SHARED) >= MOST_SHARED:
-                    _SHARED.pop(next(iter(_SHARED)), None)
-                self._facts = _SHARED[type(self), value] = facts  # behind the others: the last to go
-        return self._facts
-
-    def _own_facts(self) -> dict[Hashable, Any]:
-        """The facts without plans and copies on other devices, which refer back to the domain."""
-        return {
-            key: fact
-            for key, fact in (self._facts or {}).items()
-            if not (isinstance(key, tuple) and key[0] in ("to", "plan", "pair"))
-        }
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_facts": self._own_facts() if self._value() is None else None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._number = self._enlisted()
-
-    # -- in compiled graphs ----------------------------------------------------------------------------------------
-
-    def _enlisted(self) -> int:
-        number = next(_NUMBERS)
-        _LIVING[number] = self
-        return number
-
-    def ticket(self) -> list[int]:
-        """The domain as whole numbers, for operators of compiled graphs: ``domain_of`` gives the domain for it."""
-        return [0, self._number]
-
     def to(self, device: torch.device | str) -> Self:
         """The same domain with its tensors, and the facts already computed, on ``device``; one copy per device."""
         target = torch.empty(0, device=device).device  # "cuda" means "cuda:0" here as it does for tensors
@@ -180,7 +114,7 @@ class Domain(ABC):
                 {
                     name: _to_device(value, target)
                     for name, value in self.__dict__.items()
-                    if name not in ("_facts", "_number")
+                    if name not in ("_facts", "_number", *OF_ITS_OWN)
                 }
             )
             moved._device = target
@@ -380,6 +314,24 @@ class Domain(ABC):
     def _value(self) -> Hashable:
         """What makes two domains equal; None where only the same object is."""
         return None
+
+    def _described(self) -> dict[str, Any]:
+        return {**self._given(), **({"rank_offset": self._rank_offset} if self._rank_offset else {})}
+
+    def _given(self) -> dict[str, Any]:
+        """What the domain is made with, by name; those of ``_rebuilt``."""
+        return super()._described()
+
+    @classmethod
+    def _rebuilt(cls, arguments: dict[str, Any]) -> Self:
+        arguments = dict(arguments)
+        offset = check_count("rank_offset", arguments.pop("rank_offset", 0))
+        return cls._made_of(arguments)._ranked_from(offset)
+
+    @classmethod
+    def _made_of(cls, arguments: dict[str, Any]) -> Self:
+        """The domain made with these arguments, those of ``_given``."""
+        return super()._rebuilt(arguments)
 
     def __eq__(self, other: object) -> bool:
         if self is other:

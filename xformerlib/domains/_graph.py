@@ -6,13 +6,14 @@ from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float64, Int, Integer, Shaped
+from jaxtyping import Bool, Float, Float64, Int, Integer, Shaped
 from torch import Tensor
 
 from .._autograd import is_compiling
 from . import _graph_facts as facts
-from ._base import Domain, Fact, check_count, offsets_of
+from ._base import Domain, check_count, offsets_of
 from ._graph_inputs import check_batch, check_edge_attr, check_edges
+from ._kept import Fact
 from ._neighbours import Neighbours, neighbours_of
 from ._random_walk import arrival_probabilities, return_probabilities
 from ._spectral import laplacian_eigenvectors
@@ -140,6 +141,12 @@ class Graph(Domain):
         virtual = f", virtual_nodes={self.prefix}" if self.prefix else ""
         features = "" if self.edge_attr is None else ", edge_attr=..."
         return f"Graph(<{self.num_edges} edges>, {self.num_nodes}{features}{batch}{virtual})"
+
+    def _given(self) -> dict[str, Any]:
+        return {
+            "edge_index": self.edge_index, "num_nodes": self.num_nodes, "edge_attr": self.edge_attr, "batch": self.batch,
+            "virtual_nodes": self.prefix, "num_graphs": self.num_graphs,
+        }  # fmt: skip
 
     # -- nodes and tokens ------------------------------------------------------------------------------------------
 
@@ -320,10 +327,11 @@ class Graph(Domain):
             return domain_fact(self.ticket(), "random_walk", steps, size, torch.float64, self.edge_index)
         return self.fact(("random_walk", steps), lambda: return_probabilities(self._topology, steps))
 
-    def walks(self, steps: int) -> Float64[Tensor, "pairs steps"]:
+    def walks(self, steps: int, dtype: torch.dtype = torch.float64) -> Float[Tensor, "pairs steps"]:
         """The probability that a random walk from query to key arrives after 0, 1, ..., ``steps`` - 1 steps.
 
-        ``(P^s)_qk`` with P = D^-1 A, for all pairs within each graph, as in ``pair_places``; walks as in ``random_walk``.
+        ``(P^s)_qk`` with P = D^-1 A, for all pairs within each graph, as in ``pair_places``; walks as in ``random_walk``. Computed
+        in float64, and kept in ``dtype`` alone: on many graphs this is the largest of their facts.
 
         Raises:
             ValueError: more than 2^28 entries.
@@ -336,7 +344,7 @@ class Graph(Domain):
             tensor([0., 1., 0.], dtype=torch.float64)
         """
         steps = check_count("steps", steps)
-        return self._found(("walks", steps), lambda: arrival_probabilities(self._topology, steps))
+        return self._found(("walks", steps, dtype), lambda: arrival_probabilities(self._topology, steps, dtype))
 
     # -- the vocabulary of domains -----------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence as SequenceOf
+from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -109,6 +110,19 @@ class Grid(Domain):
             return 0, self.sizes[axis] - 1
         sizes = self.item_sizes[0] if self.items is None else self.item_sizes[self.items[i]]
         return 0, sizes[..., axis] - 1
+
+    def _given(self) -> dict[str, Any]:
+        if self.item_sizes is not None:
+            return {"packed": self.item_sizes, "prefix": self.prefix}
+        valid = None if self.valid is None else self.valid[:, self.prefix :].unflatten(1, self.sizes)
+        return {"sizes": list(self.sizes), "prefix": self.prefix, **({} if valid is None else {"valid": valid})}
+
+    @classmethod
+    def _made_of(cls, arguments: dict[str, Any]) -> Grid:
+        if "packed" not in arguments:
+            return super()._made_of(arguments)
+        arguments = dict(arguments)
+        return cls.packed(arguments.pop("packed"), **arguments)
 
     def ticket(self) -> list[int]:
         return [2, self.prefix, *self.sizes] if self._value() is not None else super().ticket()

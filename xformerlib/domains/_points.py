@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int, Shaped
@@ -79,6 +80,13 @@ class Points(Domain):
             return squares.sqrt()
         same = squares == 0  # where the derivative of the root is infinite
         return squares.masked_fill(same, 1).sqrt().masked_fill(same, 0)
+
+    def _given(self) -> dict[str, Any]:
+        given: dict[str, Any] = {"coordinates": self.places, "valid": self.valid}
+        if self.offsets is not None:
+            sizes = self.offsets.diff()
+            given["batch"] = torch.repeat_interleave(torch.arange(sizes.numel(), device=sizes.device), sizes)
+        return given
 
     def __repr__(self) -> str:
         items = "" if self.offsets is None else f", batch=<{self.num_items} items>"

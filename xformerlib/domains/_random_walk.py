@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float64, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from ._graph_facts import BLOCK, MOST_ENTRIES, Stack, Topology, first_pairs, stacks
@@ -30,7 +30,9 @@ def return_probabilities(topology: Topology, steps: int) -> Float64[Tensor, "nod
     return result
 
 
-def arrival_probabilities(topology: Topology, steps: int) -> Float64[Tensor, "pairs steps"]:
+def arrival_probabilities(
+    topology: Topology, steps: int, dtype: torch.dtype = torch.float64
+) -> Float[Tensor, "pairs steps"]:
     """``(D^-1 A)^s`` for s = 0, ..., steps - 1 and all pairs within each graph: row where a walk begins, column where it is."""
     pairs, begin = int(topology.size.square().sum()), first_pairs(topology)
     if pairs * steps > MOST_ENTRIES:
@@ -38,7 +40,7 @@ def arrival_probabilities(topology: Topology, steps: int) -> Float64[Tensor, "pa
             f"walks of all pairs need num_nodes^2 * steps entries per graph, at most {MOST_ENTRIES:,}; got {pairs:,} pairs and "
             f"steps={steps}. On large graphs use RandomWalk(dim, steps), which needs nodes * steps."
         )
-    result = torch.zeros(pairs, steps, dtype=torch.float64, device=topology.graph.device)
+    result = torch.zeros(pairs, steps, dtype=dtype, device=topology.graph.device)
     for stack in stacks(topology, LARGEST_DENSE_WALK):
         cells = torch.arange(stack.n * stack.n, device=result.device)
         power = torch.eye(stack.n, dtype=torch.float64, device=result.device).repeat(stack.graphs.numel(), 1, 1)
@@ -54,7 +56,7 @@ def arrival_probabilities(topology: Topology, steps: int) -> Float64[Tensor, "pa
             for _ in range(steps - 1):
                 powers.append(powers[-1] @ walk)
         if steps:
-            result[begin[stack.graphs][:, None] + cells] = torch.stack(powers, -1).flatten(1, 2)
+            result[begin[stack.graphs][:, None] + cells] = torch.stack(powers, -1).flatten(1, 2).to(dtype)
     return result
 
 

@@ -121,6 +121,21 @@ class Sequence(Domain):
             super().last(count)
         return Sequence(count, start=self.start + self.length - count)._ranked_from(self._rank_offset + self.prefix)
 
+    def _given(self) -> dict[str, Any]:
+        own = {"length": self.length, "start": self.start, "prefix": self.prefix}
+        if self.lengths is None:
+            return own
+        if self.valid is None:
+            own.pop("length")
+        return {"packed": self.valid is None, "lengths": self.lengths, **own}
+
+    @classmethod
+    def _made_of(cls, arguments: dict[str, Any]) -> Sequence:
+        if "packed" not in arguments:
+            return super()._made_of(arguments)
+        arguments = dict(arguments)
+        return (cls.packed if arguments.pop("packed") else cls.padded)(**arguments)
+
     def ticket(self) -> list[int]:
         dense = self.lengths is None
         return [1, self.length, self.start, self.prefix, self._rank_offset] if dense else super().ticket()
@@ -206,6 +221,16 @@ class Timeline(Domain):
         other = copy.copy(self)
         other._at, other._facts = coordinates[..., 0], {}
         return other
+
+    def _given(self) -> dict[str, Any]:
+        if self.offsets is not None:
+            return {"times": self.times, "lengths": self.offsets.diff()}
+        valid = None if self.valid is None else self.valid[:, self.prefix :]
+        return {"times": self.times, "valid": valid, "prefix": self.prefix}
+
+    @classmethod
+    def _made_of(cls, arguments: dict[str, Any]) -> Timeline:
+        return cls.packed(**arguments) if "lengths" in arguments else super()._made_of(arguments)
 
     def check_extendable(self) -> None:
         if self.offsets is not None or self.valid is not None:

@@ -46,6 +46,12 @@ class Subset(Domain):
     def whole(self) -> Domain:
         return self._whole
 
+    @property
+    def anchor(self) -> Subset:
+        anchor = super().anchor
+        anchor._whole = self._whole.anchor
+        return anchor
+
     def token(self, b: Tensor, i: Tensor) -> Tensor:
         return self.index[i] if self.index.ndim == 1 else self.index[b, i]
 
@@ -91,6 +97,16 @@ class Subset(Domain):
 
     def begins_with(self, keys: Domain) -> bool:
         return self.whole.begins_with(keys.whole)
+
+    def _given(self) -> dict[str, Any]:
+        return {"whole": self.whole, "index": self.index}
+
+    @classmethod
+    def _made_of(cls, arguments: dict[str, Any]) -> Subset:
+        whole, index = arguments.get("whole"), arguments.get("index")
+        if not isinstance(whole, Domain) or arguments.keys() != {"whole", "index"}:
+            raise ValueError(f"config of a Subset must have whole, a domain, and index; got {', '.join(arguments)}")
+        return cls(whole, checked_index(whole, index))
 
     def __repr__(self) -> str:
         return f"{self.whole!r}.subset(<{' x '.join(map(str, self.index.shape))} tokens>)"

@@ -11,8 +11,9 @@ from collections.abc import Sequence as SequenceOf
 import torch
 from torch import Tensor
 
-from ._base import _LIVING, Domain
+from ._base import Domain
 from ._grid import Grid
+from ._kept import ANCHORS, LIVING
 from ._sequence import Sequence
 
 
@@ -25,7 +26,7 @@ def domain_of(ticket: SequenceOf[int]) -> Domain:
     if kind == 2:
         prefix, *sizes = numbers
         return Grid(*sizes, prefix=prefix)
-    domain = _LIVING.get(numbers[0])
+    domain = LIVING.get(numbers[0]) or ANCHORS.get(numbers[0])
     if domain is None:
         raise RuntimeError(
             "a compiled call needs a domain that is no longer there: make domains of tensors outside of the compiled function, and keep "

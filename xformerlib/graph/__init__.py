@@ -17,6 +17,7 @@ from ._linear_attention import (
     PolynormerAttention as PolynormerAttention,
     SGFormerAttention as SGFormerAttention,
 )
+from ._made_once import keep_edges as keep_edges
 from ._model import GraphModel as GraphModel, GraphTransformer as GraphTransformer
 from ._readout import EdgeReadout as EdgeReadout
 from ._sampler import NeighborSampler as NeighborSampler

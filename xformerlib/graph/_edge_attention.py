@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .._along_edges import along_edges
 from .._projection import is_plain
+from .._recorded import Recorded
 from ._edges import Adjacency, SortedEdges, as_pairs, sorted_edges
 from ._inputs import linear_from
 
@@ -18,7 +19,7 @@ Nodes = Tensor | tuple[Tensor, Tensor]
 Weights = tuple[Int[Tensor, "2 edges"], Float[Tensor, "edges heads"]]
 
 
-class EdgeAttention(nn.Module):
+class EdgeAttention(Recorded):
     """Each node attends to the nodes from which edges lead to it, features of edges included (UniMP, Shi et al. 2020, arXiv:2009.03509).
 
         alpha_ij = softmax_j( q_i . (k_j + W e_ij) / sqrt(d) )        over the edges j -> i

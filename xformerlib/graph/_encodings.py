@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from .._autograd import is_compiling, no_autocast
 from .._projection import dtype_of
+from .._recorded import Recorded
 from ..domains import Domain, Graph, Points
 from ..positions import Bias, PairBias
 from ..positions._base import PlacePair, at_least_fp32, check_positive, check_width, no_meaning
@@ -71,8 +72,7 @@ class RandomWalkBias(NodePairBias):
                 self, domain, "Walks need edges; use ContinuousBias(heads), which is defined on every domain."
             )
         dtype = at_least_fp32(dtype or dtype_of(self))
-        walks = domain._found(("walks", self.steps, dtype), lambda: domain.walks(self.steps).to(dtype))
-        return Network.of(self.inner, self.outer, F.relu, dtype).scores(walks)
+        return Network.of(self.inner, self.outer, F.relu, dtype).scores(domain.walks(self.steps, dtype))
 
     def extra_repr(self) -> str:
         return f"{self.heads}, steps={self.steps}"
@@ -183,7 +183,7 @@ def _seen(
     return torch.exp(-0.5 * ((factor * distance + shift - means) / width) ** 2) / (math.sqrt(2 * math.pi) * width)
 
 
-class _Columns(nn.Module):
+class _Columns(Recorded):
     """The sum of a learned row for the value of each column.
 
     Args:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from .._recorded import Recorded
 from ..domains import Graph
 from ..domains._base import check_count
 from ..masks import Expander
@@ -72,7 +73,7 @@ def _with_virtual_nodes(graph: Graph) -> tuple[Tensor, Tensor]:
     return torch.cat([virtual, other]), torch.cat([other, virtual])
 
 
-class ExpanderAttention(nn.Module):
+class ExpanderAttention(Recorded):
     """Attention along edges, the links of an expander, and links with virtual nodes, told which is which (Exphormer, Shirzad et al. 2023,
     arXiv:2303.06147).
 

@@ -9,6 +9,7 @@ from typing import Any
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from .._recorded import Recorded
 from .._sublayers import Activation, FeedForward, NormLayer, Residual, TokenNorm, norm_factory
 from ..attention import Attention
 from ..domains import Domain, Graph
@@ -27,7 +28,7 @@ from ._reset import reset
 GraphNorm = NormLayer | str | None
 
 
-class GPSLayer(nn.Module):
+class GPSLayer(Recorded):
     """Message passing along edges and attention among all nodes of a graph, added (GPS, Rampášek et al. 2022, arXiv:2205.12454).
 
         h_M = norm(x + dropout(conv(x, edges)));   h_A = norm(x + dropout(attention(x)))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._along_edges import Pattern, along_edges
+from .._recorded import Recorded
 from ..positions._base import check_width
 from ._edges import Adjacency, as_pairs, sorted_edges
 from ._made_once import made_once
@@ -19,7 +20,7 @@ from ._made_once import made_once
 EdgeType = tuple[str, str, str]
 
 
-class HeteroAttention(nn.Module):
+class HeteroAttention(Recorded):
     """Each node attends to the nodes from which edges of any kind lead to it (HGT, Hu et al. 2020, arXiv:2003.01332).
 
         s_e = m_r (q_i . W_r k_j) / sqrt(d) + b_r                  for an edge e of kind r from j to i, by head

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._dropout import Dropout
+from .._recorded import Recorded
 from ..domains import Graph
 from ._reset import reset
 
@@ -110,7 +111,7 @@ def linear_attention(
     return y[..., :-1], y[..., -1:]
 
 
-class _LinearAttention(nn.Module, ABC):
+class _LinearAttention(Recorded, ABC):
     """Projections to queries, keys and values by head."""
 
     def __init__(self, channels: int, heads: int, head_channels: int | None, qkv_bias: bool) -> None:

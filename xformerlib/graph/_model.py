@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .._inputs import Masks, Positions
 from .._pooling import Pooling
+from .._recorded import Recorded
 from .._sublayers import NormLayer, normed
 from ..blocks import Encoder
 from ..domains import Graph
@@ -22,7 +23,7 @@ from ._readout import EdgeReadout, Readout
 from ._reset import reset
 
 
-class GraphModel(nn.Module, ABC):
+class GraphModel(Recorded, ABC):
     """A model on PyTorch Geometric's interface: ``model(x, edge_index, edge_attr, batch)``, or ``model(data)``.
 
     Args:

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._pooling import Pool
+from .._recorded import Recorded
 
 EdgePool = Literal["edge"]
 
 
-class EdgeReadout(nn.Module):
+class EdgeReadout(Recorded):
     """A vector for each edge, or for any pair of nodes, from its two ends: for classes of edges, and for links that may be missing.
 
         y_st = relu(W_s x_s + W_t x_t + W_p (x_s * x_t) + W_e e_st + b)

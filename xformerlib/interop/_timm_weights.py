@@ -20,6 +20,12 @@ LEAST = (1, 0, 31)
 if tuple(int(part) for part in timm.__version__.split(".")[:3] if part.isdigit()) < LEAST:
     raise ImportError(f"timm must be at least {'.'.join(map(str, LEAST))}; got {timm.__version__}. Upgrade it.")
 
+HOOKS = (
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+)  # fmt: skip
+TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+
 LAYER_NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32)
 RMS_NORMS = (nn.RMSNorm, RmsNorm, RmsNormFp32)
 
@@ -35,8 +41,18 @@ class Weights:
         self.left = {id(parameter): name for name, parameter in model.named_parameters()}
         self.names = {id(module): name for name, module in model.named_modules()}
         for module in model.modules():
-            if "forward" in vars(module):
-                self.refuse(module, "has a forward of its own, so nobody knows what it computes")
+            self._check_plain(module)
+
+    def _check_plain(self, module: nn.Module) -> None:
+        """Raise if a module does more than its class: what was put on it, ours would do without."""
+        own = [name for name, value in vars(module).items() if callable(value) and hasattr(type(module), name)]
+        if own:
+            self.refuse(module, f"has a {own[0]} of its own, so nobody knows what it computes")
+        hooked = [name for name in HOOKS if getattr(module, name, None)]
+        for name, parameter in module.named_parameters(recurse=False):
+            hooked += [f"{name}.{kind}" for kind in TENSOR_HOOKS if getattr(parameter, kind, None)]
+        if hooked:
+            self.refuse(module, f"has hooks ({', '.join(hooked)}), which ours would not run; remove them first")
 
     def refuse(self, module: nn.Module, why: str) -> NoReturn:
         """Raise, with the name that a module has in the model."""

@@ -10,6 +10,7 @@ True
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, overload
 
@@ -22,6 +23,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
 
+from .._recorded import not_described
 from ..vision import Swin, ViT
 from ._timm_export import exported
 from ._timm_swin import swin
@@ -57,9 +59,10 @@ def from_timm(model: nn.Module) -> ViT | Swin:
         SwinTransformer, SwinTransformerV2                                                     Swin(...)
 
     What weights do not hold is read from the model: activations, the eps of norms, heads, rotary positions, pooling, rates of dropout and
-    stochastic depth, training or evaluation mode, checkpointing; dtypes, devices and ``requires_grad`` carry over. The result takes images
-    of any size; at sizes other than that of the model it gives what the model gives after ``set_input_size``, except where timm
-    stretches a table of relative positions: there, convert after ``set_input_size``.
+    stochastic depth, training or evaluation mode, checkpointing; dtypes, devices and ``requires_grad`` carry over, and so does
+    ``pretrained_cfg``, from which timm tells how images are to be normalised. The result has timm's interface (``forward_features``,
+    ``reset_classifier``, ...) and takes images of any size; at sizes other than that of the model it gives what the model gives after
+    ``set_input_size``, except where timm stretches a table of relative positions: there, convert after ``set_input_size``.
 
     What is the same function is not always the same weights: rotary positions turn the first half of a head's channels with the second,
     so rows of queries and keys may be in another order; fixed biases of keys, which are 0, become part of the fused bias; parallel
@@ -71,7 +74,8 @@ def from_timm(model: nn.Module) -> ViT | Swin:
 
     Raises:
         TypeError: a model of another class, or weights that are not plain parameters.
-        ValueError: what ours cannot express, by name, such as differential attention or ``global_pool="prr"``; and parameters that were
+        ValueError: hooks or methods that were put on a module of the source, since they may change what it computes; what ours cannot
+            express, by name, such as differential attention or ``global_pool="prr"``; and parameters that were
             added to the model, such as adapters.
 
     Example:
@@ -84,7 +88,11 @@ def from_timm(model: nn.Module) -> ViT | Swin:
     if convert is None:
         names = ", ".join(kind.__name__ for kind in _CONVERTERS)
         raise TypeError(f"model must be one of timm's {names}; got {type(model).__name__}")
-    return convert(model)
+    ours = convert(model)
+    if hasattr(model, "pretrained_cfg"):
+        ours.pretrained_cfg = copy.deepcopy(model.pretrained_cfg)
+    not_described(ours, "it was taken over from timm")
+    return ours
 
 
 def to_timm(model: ViT) -> VisionTransformer:
@@ -102,4 +110,7 @@ def to_timm(model: ViT) -> VisionTransformer:
         >>> to_timm(ViT(10, size=32, patch=4, dim=64, depth=2, heads=4)).head
         Linear(in_features=64, out_features=10, bias=True)
     """
-    return exported(model)
+    theirs = exported(model)
+    if hasattr(model, "pretrained_cfg"):
+        vars(theirs)["pretrained_cfg"] = vars(theirs)["default_cfg"] = copy.deepcopy(model.pretrained_cfg)
+    return theirs

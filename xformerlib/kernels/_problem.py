@@ -37,6 +37,12 @@ class Problem:
     softcap: bool = False
     sinks: bool = False
 
+    def anchored(self) -> Problem:
+        """The same problem on the anchors of the domains, for what is kept with a domain."""
+        other = object.__new__(Problem)  # at every call, where dataclasses.replace takes its time
+        other.__dict__.update(self.__dict__, domain=self.domain.anchor, keys=self.keys.anchor)
+        return other
+
     @property
     def num_queries(self) -> int:
         """Tq."""

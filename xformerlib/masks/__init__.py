@@ -1,5 +1,6 @@
 """Who may look at whom: small frozen values that combine with ``&``, ``|`` and ``~``."""
 
+from .._config import from_config as from_config, register as register
 from ._algebra import And as And, Full as Full, Mask as Mask, Not as Not, Or as Or
 from ._general import (
     Dense as Dense,

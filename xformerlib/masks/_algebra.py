@@ -5,12 +5,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from .._config import Described
 from ..domains import Domain
 from ..domains._base import both, check_count
 from ._block_mask import block_mask_of
@@ -18,6 +19,7 @@ from ._outline import Outline, Tiling
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
+    from typing_extensions import Self
 
 Predicate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -29,7 +31,7 @@ class Extent(NamedTuple):
     heads: int | None = None
 
 
-class Mask:
+class Mask(Described):
     """Which query may attend to which key: True = may attend.
 
     A mask is a value. It is written once, without reference to any length, printed, compared, hashed and pickled, and gets its meaning
@@ -266,6 +268,16 @@ class _Combination(Mask):
     def __iter__(self) -> Iterator[Mask]:
         return iter(self.parts)
 
+    def _described(self) -> dict[str, Any]:
+        return {"parts": list(self.parts)}
+
+    @classmethod
+    def _rebuilt(cls, arguments: dict[str, Any]) -> Self:
+        parts = arguments.get("parts")
+        if arguments.keys() != {"parts"} or not isinstance(parts, list) or len(parts) < 2:
+            raise ValueError(f"config of {cls.__name__} must have parts, a list of at least two masks; got {arguments}")
+        return cls(tuple(map(_check_part, parts)))  # type: ignore[call-arg]
+
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and set(self.parts) == set(other.parts)
 
@@ -285,6 +297,12 @@ class _Combination(Mask):
 
     def without_keys(self, count: int) -> Mask:
         return type(self)(tuple(part.without_keys(count) for part in self.parts))  # type: ignore[call-arg]
+
+
+def _check_part(part: object) -> Mask:
+    if not isinstance(part, Mask):
+        raise TypeError(f"a mask must be made of masks; got {type(part).__name__}")
+    return part
 
 
 def _agreed(what: str, sizes: list[int | None], mask: Mask) -> int | None:
@@ -379,6 +397,9 @@ class Not(Mask):
     """What ``part`` forbids, among the pairs that the domain allows at all. Made by ``~``."""
 
     part: Mask
+
+    def __post_init__(self) -> None:
+        _check_part(self.part)
 
     def __invert__(self) -> Mask:
         return self.part

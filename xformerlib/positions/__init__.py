@@ -1,5 +1,6 @@
 """Where tokens are, told to a Transformer: embeddings, rotations and biases, which combine with ``+``."""
 
+from .._config import from_config as from_config, register as register
 from ._absolute import Learned as Learned, Sinusoidal as Sinusoidal
 from ._base import (
     Bias as Bias,

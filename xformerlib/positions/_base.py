@@ -20,12 +20,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .._autograd import is_compiling
+from .._recorded import Recorded
 from ..domains import Domain, Grid, Sequence
 
 Fact = TypeVar("Fact")
 
 
-class Position(nn.Module):
+class Position(Recorded):
     """Where tokens are, told to a Transformer. The root of every position; positions combine with ``+``.
 
     Example:

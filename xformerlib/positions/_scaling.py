@@ -10,9 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .._config import Described
+
 
 @dataclass(frozen=True)
-class Scaling(ABC):
+class Scaling(Described, ABC):
     """How a rotary position trained on short sequences is stretched to sequences ``factor`` times as long.
 
     Attributes:

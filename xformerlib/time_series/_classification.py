@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .._dropout import Dropout
 from .._pooling import Pooling
+from .._recorded import Recorded
 from ..blocks import Encoder
 from ..masks import Mask
 from ..positions import Position, Rotary
@@ -22,7 +23,7 @@ from ._pooling import AttentionPooling
 Pool = Literal["mean", "max", "attention"]
 
 
-class SeriesClassifier(nn.Module):
+class SeriesClassifier(Recorded):
     """The class of a whole series, from an encoder over its steps and a pool over what it makes of them.
 
         token_p = W [x_p, missing_p] + b,   h = Encoder(tokens),   logits = W_out [pool_p(h_p), static] + b_out

@@ -11,12 +11,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._config import Described
 from ._losses import mse, negative_log_likelihood, quantile_loss
 from ._parts import Affine
 from ._student_t import StudentTForecast
 
 
-class Head(ABC):
+class Head(Described, ABC):
     """How the numbers that a model ends in become a forecast, and the loss that trains it. A frozen value.
 
     A model gives ``size`` numbers for each step and channel, ``raw``: (B, H, channels, size).

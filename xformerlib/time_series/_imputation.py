@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .._autograd import is_compiling
 from .._dropout import Dropout
+from .._recorded import Recorded
 from ..blocks import Encoder
 from ..domains import Sequence, Timeline
 from ..masks import Keys, Mask
@@ -20,7 +21,7 @@ from ._losses import mse
 from ._parts import Affine, instance_norm
 
 
-class Imputer(nn.Module):
+class Imputer(Recorded):
     """Every value of a series, from those that were observed before, after and beside it.
 
         z, inverse = instance_norm(x);   token_t = W [z_t, missing_t] + b;   y = inverse(W_out Encoder(tokens) + b_out)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 from jaxtyping import Bool, Float, Shaped
-from torch import Tensor, nn
+from torch import Tensor
 
+from .._recorded import Recorded
 from ._checks import check_finite, check_size, check_times, check_values, seen_of
 from ._heads import Head, Point
 from ._windows import Batch
@@ -56,7 +57,7 @@ class Inputs(TypedDict, total=False):
     head: Head
 
 
-class ForecastModel(nn.Module):
+class ForecastModel(Recorded):
     """What all forecasting models share: the call, the sizes that they were declared with, and how inputs are checked.
 
     A model of one's own derives from this class, and says in ``forecast`` what it does with a ``Series``.

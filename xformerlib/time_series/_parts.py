@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Float64, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._recorded import Recorded
 from ._checks import check_size
 
 
@@ -188,7 +189,7 @@ _PHASES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Time2Vec(nn.Module):
+class Time2Vec(Recorded):
     """Features of continuous time: one that grows with it, and sines whose frequencies and phases are learned.
 
         f_0 = w_0 t + b_0,   f_i = sin(w_i t + b_i)        (Kazemi et al. 2019, arXiv:1907.05321)

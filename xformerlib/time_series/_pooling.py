@@ -6,13 +6,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from .._recorded import Recorded
 from ..attention import attention
 from ..domains import Sequence
 from ..masks import Keys
 from ._checks import check_size
 
 
-class AttentionPooling(nn.Module):
+class AttentionPooling(Recorded):
     """The mean of many states, weighted by how well each fits a learned direction:
 
         w = softmax_t(theta' h_t),   pooled = sum_t w_t h_t

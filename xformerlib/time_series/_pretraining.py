@@ -8,12 +8,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._autograd import touching
+from .._recorded import Recorded
 from ._losses import mse
 from ._parts import instance_norm, patches
 from ._patch import PatchTST
 
 
-class MaskedPatches(nn.Module):
+class MaskedPatches(Recorded):
     """Masked pre-training of a ``PatchTST`` (Nie et al. 2022, arXiv:2211.14730, section 3.2): hide patches, and restore them.
 
         z, inverse = instance_norm(x shown);   restored_p = inverse(W encoder(tokens)_p + b),   tokens of hidden patches from zeros

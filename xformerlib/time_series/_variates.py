@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._autograd import is_compiling
+from .._recorded import Recorded
 from ..masks import Keys
 from ._inputs import ForecastModel, Series
 from ._parts import instance_norm, patches
 
 
-class VariateTokens(nn.Module):
+class VariateTokens(Recorded):
     """One token for each variable, made of its whole series, and one for all static covariates together, as in iTransformer.
 
     token_c = W x[:, c] + b,  with a W and b of its own for each kind of variable

@@ -1,5 +1,6 @@
 """Vision Transformers: images, volumes, videos and signals of any size, cut into tokens on a ``Grid``."""
 
+from ._classifier import Classifier as Classifier
 from ._groups import parameter_groups as parameter_groups
 from ._kept import Features as Features, PatchDropout as PatchDropout
 from ._maps import AttentionMap as AttentionMap, attention_maps as attention_maps, rollout as rollout

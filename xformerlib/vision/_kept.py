@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
+from .._recorded import Recorded
 from ..domains import Grid, Subset
 
 
@@ -54,7 +55,7 @@ class Features(NamedTuple):
         return Features(tokens, Subset(self.domain, index))
 
 
-class PatchDropout(nn.Module):
+class PatchDropout(Recorded):
     """In training, keep only some of the patches of each image, drawn anew at each call (FLIP, Li et al. 2022, arXiv:2212.00794).
 
     Of n patches n (1 - share) rounded down, but at least one; patches that are not valid are not counted. The tokens in front of them

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .._autograd import touching
 from .._inputs import Positions
+from .._recorded import Recorded
 from ..blocks import Encoder
 from ..domains import Grid
 from ..positions import Sinusoidal
@@ -33,7 +34,7 @@ class Restored(NamedTuple):
     mask: Bool[Tensor, "batch *grid"]
 
 
-class MaskedAutoencoder(nn.Module):
+class MaskedAutoencoder(Recorded):
     """Masked autoencoder, MAE (He et al. 2021, arXiv:2111.06377): hide most patches of an image, and restore them from the others.
 
         z        = encoder(patches shown);   y_i = W z_i + b where patch i is shown, m where it is hidden
@@ -149,6 +150,11 @@ class MaskedAutoencoder(nn.Module):
         order = [part for axis in range(axes) for part in (1 + axis, 2 + axes + axis)]
         x = x.permute(0, 1 + axes, *order)
         return x.reshape(*x.shape[:2], *(n * p for n, p in zip(grid.sizes, size, strict=True)))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute the blocks of encoder and decoder again in the backward, as ``Encoder(checkpoint=True)``."""
+        self.encoder.set_grad_checkpointing(enable)
+        self.decoder.set_grad_checkpointing(enable)
 
     def extra_repr(self) -> str:
         return f"ratio={self.ratio}, norm_targets={self.norm_targets}"

@@ -11,12 +11,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._recorded import Recorded
 from .._sublayers import NormLayer, norm_factory
 
 Images = Tensor | SequenceOf[Tensor]
 
 
-class Tokenizer(nn.Module, ABC):
+class Tokenizer(Recorded, ABC):
     """What makes a grid of tokens of an image. Its result has the grid's sizes as axes: nothing is guessed from a number of tokens.
 
     Attributes:

@@ -16,11 +16,13 @@ from torch.nn import functional as F
 from .._dropout import Dropout
 from .._inputs import place, rates_of_layers
 from .._pooling import Pooling
+from .._recorded import Recorded
 from .._sublayers import NormLayer, Residual, norm_factory
 from ..blocks import Encoder
 from ..domains import Grid
 from ..masks import Windows
 from ..positions import ContinuousBias, Position, RelativeBias
+from ._classifier import Classifier
 from ._kept import Features
 from ._patches import Images, PatchEmbed, check_list, draw_linear
 from ._tokens import places_among, tokens_of
@@ -28,7 +30,7 @@ from ._tokens import places_among, tokens_of
 Window = int | tuple[int, int]
 
 
-class PatchMerging(nn.Module):
+class PatchMerging(Recorded):
     """Each 2 x 2 patches become one, of twice the channels; the grid of an odd side is completed by zeros.
 
         y = W norm([x_00, x_10, x_01, x_11])     ``norm="pre"``, Swin
@@ -76,7 +78,7 @@ class PatchMerging(nn.Module):
         return Features(half.zero_padding(self.out_norm(self.reduction(self.norm(merged)))), half)
 
 
-class Swin(nn.Module):
+class Swin(Classifier):
     """Swin Transformer (Liu et al. 2021, arXiv:2103.14030) and, with ``version=2``, Swin v2 (Liu et al. 2021, arXiv:2111.09883).
 
     A Vision Transformer in stages, each on half the height and width of the one before: an ``Encoder`` whose blocks attend within
@@ -187,6 +189,26 @@ class Swin(nn.Module):
         """The tokens after the last stage and norm."""
         x, domain = self.intermediates(images, [-1], valid=valid)[0]
         return Features(domain.zero_padding(self.norm(x)), domain)
+
+    def forward_features(
+        self, images: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch rows columns dim"]:
+        """The tokens of ``features`` by row and column of the grid, as timm has them."""
+        if not isinstance(images, Tensor):
+            raise TypeError(
+                f"images must be a tensor; got {type(images).__name__}. Of a list of images: features(images)."
+            )
+        x, domain = self.features(images)
+        return x.unflatten(1, domain.sizes)  # type: ignore[union-attr]
+
+    def forward_head(
+        self, x: Float[Tensor, "batch *tokens dim"] | Features, pre_logits: bool = False
+    ) -> Float[Tensor, "batch classes"]:
+        """The logits of ``forward_features`` or ``features``; with ``pre_logits`` the vector that the head sees."""
+        return super().forward_head(x if isinstance(x, Features) else x.flatten(1, -2), pre_logits)
+
+    def _heads(self) -> list[str]:
+        return ["head"]
 
     def pooled(self, features: Features) -> Float[Tensor, "batch dim"]:
         """One vector for each image, which the head sees."""

@@ -16,6 +16,7 @@ from .._pooling import Pool, Pooling
 from .._sublayers import NormLayer, norm_factory
 from ..blocks import Encoder
 from ..positions import Learned
+from ._classifier import Classifier
 from ._kept import Features as Features, PatchDropout
 from ._patches import Images, PatchEmbed, Tokenizer, draw_linear
 from ._tokens import places_among, tokens_of
@@ -24,7 +25,7 @@ from ._tokens import places_among, tokens_of
 LAYER_NORM: NormLayer = partial(nn.LayerNorm, eps=1e-6)
 
 
-class ViT(nn.Module):
+class ViT(Classifier):
     """Vision Transformer (Dosovitskiy et al. 2020, arXiv:2010.11929), of images of any size and aspect ratio.
 
         x = [class, registers, patches] + positions;   x = Encoder(x);   logits = W pool(norm(x)) + b
@@ -97,12 +98,12 @@ class ViT(nn.Module):
         self.embed = PatchEmbed(dim, patch, channels=channels) if embed is None else embed
         if self.embed.dim != dim:
             raise ValueError(f"embed must make tokens of dim={dim} channels; got {self.embed.dim}")
-        self.class_token, self.prefix = class_token, class_token + distillation + registers
-        self.prefix_tokens = nn.Parameter(torch.empty(self.prefix, dim)) if self.prefix else None
+        self.class_token, prefix = class_token, class_token + distillation + registers
+        self.prefix_tokens = nn.Parameter(torch.empty(prefix, dim)) if prefix else None
         every = position if isinstance(position, (list, tuple)) else [] if position is None else [position]
         if "learned" in every:
             sizes = (size,) * self.embed.ndim if isinstance(size, int) else tuple(size)
-            learned = Learned(dim, self.embed.grid(sizes), prefix=self.prefix)
+            learned = Learned(dim, self.embed.grid(sizes), prefix=prefix)
             every = [learned if each == "learned" else each for each in every]
         pool = ("token" if class_token else "mean") if pool is None else pool
         self.pool = pool if isinstance(pool, Pooling) else _pooling(dim, heads, pool, norm_layer)
@@ -168,10 +169,19 @@ class ViT(nn.Module):
 
     def logits(self, features: Features) -> tuple[Float[Tensor, "batch classes"], ...]:
         """The logits of each head: one, or with distillation those of the class token and of the token that learns from a teacher."""
-        pooled = self.head_dropout(self.pooled(features))
-        if self.distillation_head is None:
-            return (self.head(pooled),)
-        return self.head(pooled), self.distillation_head(self.head_dropout(_second(features)))
+        return tuple(getattr(self, name)(x) for name, x in zip(self._heads(), self._vectors(features), strict=True))
+
+    @property
+    def prefix(self) -> int:
+        """Tokens in front of the patches."""
+        return 0 if self.prefix_tokens is None else len(self.prefix_tokens)
+
+    def _heads(self) -> list[str]:
+        return ["head"] if self.distillation_head is None else ["head", "distillation_head"]
+
+    def _vectors(self, features: Features) -> list[Tensor]:
+        first = super()._vectors(features)
+        return first if self.distillation_head is None else [*first, self.head_dropout(_second(features))]
 
     def pooled(self, features: Features) -> Float[Tensor, "batch dim"]:
         """One vector for each image, which the head sees."""
