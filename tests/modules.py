@@ -29,11 +29,9 @@ def _tokens(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
-def _attention(position: positions.Position, domain: xf.Domain, **options: Any) -> Case:
+def _attention(position: Callable[[], positions.Position], domain: xf.Domain) -> Case:
     """A position in the layer that it acts in."""
-    return Case(
-        lambda: xf.Attention(8, 2, position=position, **options), lambda m: m(_tokens(domain.num_tokens, 8), domain)
-    )
+    return Case(lambda: xf.Attention(8, 2, position=position()), lambda m: m(_tokens(domain.num_tokens, 8), domain))
 
 
 def _forecaster(model: type[ts.ForecastModel], lookback: int = 24, **options: Any) -> Case:
@@ -69,12 +67,12 @@ CASES: dict[str, Case] = {
     "Pooling": Case(lambda: xf.Pooling(8, "attention", heads=2), lambda m: m(_tokens(2, 5, 8), xf.Sequence(5))),
     "MultiheadPooling": Case(lambda: xf.MultiheadPooling(8, 2), lambda m: m(_tokens(2, 5, 8), xf.Sequence(5))),
     # positions
-    "ContinuousBias, grid": _attention(positions.ContinuousBias(2, hidden=8, axes=2), xf.Grid(2, 3)),
-    "ContinuousBias, points": _attention(positions.ContinuousBias(2, hidden=8), POINTS),
-    "ContinuousBias, graph": _attention(positions.ContinuousBias(2, hidden=8, axes=2), GRAPH),
-    "RelativeBias": _attention(positions.RelativeBias(2, size=(2, 3)), xf.Grid(2, 3)),
-    "DistanceDecay": _attention(positions.DistanceDecay(2, learned=True), xf.Sequence(5)),
-    "Rotary": _attention(positions.Rotary(4, mixed=True, heads=2), xf.Grid(2, 3)),
+    "ContinuousBias, grid": _attention(lambda: positions.ContinuousBias(2, hidden=8, axes=2), xf.Grid(2, 3)),
+    "ContinuousBias, points": _attention(lambda: positions.ContinuousBias(2, hidden=8), POINTS),
+    "ContinuousBias, graph": _attention(lambda: positions.ContinuousBias(2, hidden=8, axes=2), GRAPH),
+    "RelativeBias": _attention(lambda: positions.RelativeBias(2, size=(2, 3)), xf.Grid(2, 3)),
+    "DistanceDecay": _attention(lambda: positions.DistanceDecay(2, learned=True), xf.Sequence(5)),
+    "Rotary": _attention(lambda: positions.Rotary(4, mixed=True, heads=2), xf.Grid(2, 3)),
     "RandomWalk": Case(lambda: positions.RandomWalk(8, 3), lambda m: m(_tokens(6, 8), GRAPH)),
     "Learned": Case(lambda: positions.Learned(8, 5), lambda m: m(_tokens(2, 5, 8), xf.Sequence(5))),
     "Sinusoidal": Case(lambda: positions.Sinusoidal(8), lambda m: m(_tokens(2, 5, 8), xf.Sequence(5))),
@@ -160,15 +158,20 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 
 
+def tensors_of(found: Any) -> list[Tensor]:
+    """The floating-point tensors among what a module returns."""
+    if isinstance(found, Tensor):
+        return [found] if found.is_floating_point() else []
+    values = found.values() if isinstance(found, dict) else found if isinstance(found, (list, tuple)) else ()
+    return [tensor for each in values for tensor in tensors_of(each)]
+
+
 def total(found: Any) -> Tensor:
     """One number out of whatever a module returns."""
-    if isinstance(found, Tensor):
-        weights = (
-            torch.arange(found.numel()).double().cos().view_as(found)
-        )  # a norm makes plain sums of its outputs constant
-        return (found * weights.to(found.dtype)).sum()
-    values = found.values() if isinstance(found, dict) else found
-    parts = [total(x) for x in values if isinstance(x, Tensor) and x.is_floating_point()]
+    parts = []
+    for x in tensors_of(found):
+        weights = torch.arange(x.numel()).double().cos().view_as(x)  # a norm makes plain sums of its outputs constant
+        parts.append((x * weights.to(x.dtype)).sum())
     return sum(parts[1:], parts[0])
 
 

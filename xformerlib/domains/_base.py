@@ -102,8 +102,13 @@ class Domain(Kept, Described, ABC):
             torch.arange(sizes.numel(), device=sizes.device), sizes, output_size=self.num_tokens
         )
 
-    def to(self, device: torch.device | str) -> Self:
-        """The same domain with its tensors, and the facts already computed, on ``device``; one copy per device."""
+    def to(self, device: torch.device | str | None, *, non_blocking: bool = False) -> Self:
+        """The same domain with its tensors, and the facts already computed, on ``device``; one copy per device.
+
+        As of a tensor, nothing moves where ``device`` is None.
+        """
+        if device is None:
+            return self
         target = torch.empty(0, device=device).device  # "cuda" means "cuda:0" here as it does for tensors
         if self.device is None or self.device == target:
             return self
@@ -112,13 +117,13 @@ class Domain(Kept, Described, ABC):
             moved = copy.copy(self)
             moved.__dict__.update(
                 {
-                    name: _to_device(value, target)
+                    name: _to_device(value, target, non_blocking)
                     for name, value in self.__dict__.items()
                     if name not in ("_facts", "_number", *OF_ITS_OWN)
                 }
             )
             moved._device = target
-            moved._facts = _to_device(self._own_facts(), target)
+            moved._facts = _to_device(self._own_facts(), target, non_blocking)
             return moved
 
         return self.fact(("to", target), move)
@@ -383,14 +388,14 @@ def offsets_of(sizes: Int[Tensor, " items"]) -> Int[Tensor, " bounds"]:
     return torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
 
 
-def _to_device(value: Any, device: torch.device) -> Any:
+def _to_device(value: Any, device: torch.device, non_blocking: bool) -> Any:
     """``value`` with every tensor inside it on ``device``."""
     if isinstance(value, (Tensor, Domain)):
-        return value.to(device)
+        return value.to(device, non_blocking=non_blocking)
     if isinstance(value, dict):
-        return {k: _to_device(v, device) for k, v in value.items()}
+        return {k: _to_device(v, device, non_blocking) for k, v in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):  # a NamedTuple
-        return type(value)(*(_to_device(v, device) for v in value))
+        return type(value)(*(_to_device(v, device, non_blocking) for v in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(_to_device(v, device) for v in value)
+        return type(value)(_to_device(v, device, non_blocking) for v in value)
     return value

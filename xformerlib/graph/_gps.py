@@ -117,7 +117,7 @@ class GPSLayer(Recorded):
         h = self.attention_residual(x, lambda y: self.attend(y, graph, edge_attr, **attend), graph)
         if self.conv is not None:
             h = h + self._passed(x, graph, edge_attr)
-        return self.feed_forward_residual(h, self.feed_forward, graph)
+        return self.feed_forward_residual(h, lambda y: self.feed_forward(y), graph)
 
     def attend(self, x: Tensor, graph: Graph, edge_attr: Tensor | None, **options: Any) -> Tensor:
         """The attention, which here is not told the features of edges."""

@@ -64,12 +64,20 @@ class PathBias(NodePairBias):
             raise no_meaning(self, domain, "Paths need edges; use RelativeBias(heads).")
         if domain.edge_attr is None:
             raise ValueError(f"PathBias asks for features of edges: give the Graph its edge_attr; got {domain!r}")
-        return self.of_features(domain, domain.edge_attr, dtype)
+        return self._of_features(domain, domain.edge_attr, dtype)
 
-    def of_features(
-        self, graph: Graph, edge_attr: Float[Tensor, "edges features"], dtype: torch.dtype | None = None
+    def forward(
+        self, domain: Domain, keys: Domain, dtype: torch.dtype | None, edge_attr: Tensor | None = None
+    ) -> PairBias:
+        """``between``, or the same with features other than the graph's."""
+        if edge_attr is None:
+            return self.between(domain, keys, dtype)
+        assert isinstance(domain, Graph)
+        return NodePairs(domain, keys, self._of_features(domain, edge_attr, dtype), None)
+
+    def _of_features(
+        self, graph: Graph, edge_attr: Float[Tensor, "edges features"], dtype: torch.dtype | None
     ) -> Float[Tensor, "pairs heads"]:
-        """The same with features other than the graph's."""
         steps, width, _ = self.weight.shape
         if edge_attr.shape != (graph.num_edges, width) or not edge_attr.is_floating_point():
             raise ValueError(
@@ -148,11 +156,13 @@ class Graphormer(GraphModel):
         self, x: Float[Tensor, "tokens channels"], graph: Graph, edge_attr: Shaped[Tensor, "edges *features"] | None
     ) -> Float[Tensor, "tokens channels"]:
         check_edge_features(edge_attr, self.paths is not None)
-        scores = self.hops.table[_hop_rows(graph, len(self.hops.table))]
+        hops = self.hops(graph, graph, None)
+        table, prefix_table = hops.tensors[0].split([hops.rows, hops.prefix_rows])
+        scores = table[_hop_rows(graph, hops.rows)]
         if self.paths is not None and edge_attr is not None:
             edges = edge_attr if self.embed_edges is None else self.embed_edges(edge_attr)
-            scores = scores + self.paths.of_features(graph, edges)
-        shared = _Scores(scores, self.hops.prefix_table)
+            scores = scores + self.paths(graph, graph, None, edges).tensors[0][: len(scores)]
+        shared = _Scores(scores, prefix_table if hops.prefix_rows else None)
         x = self.degree(x, graph)
         for block in self.blocks:
             x = block(x, graph, position=shared)

@@ -66,5 +66,5 @@ class _Once(Bias):
     def between(self, domain: Domain, keys: Domain, dtype: torch.dtype | None) -> PairBias:
         key = (domain, keys, dtype)
         if key not in self.bound:
-            self.bound[key] = self.bias.between(domain, keys, dtype)
+            self.bound[key] = self.bias(domain, keys, dtype)
         return self.bound[key]

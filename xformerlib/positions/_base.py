@@ -98,7 +98,12 @@ class Rotation(Position, ABC):
         domain: Domain,
         key_domain: Domain | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Queries and keys, turned; with grouped queries the keys have fewer heads than the queries."""
+        """Queries and keys, turned; with grouped queries the keys have fewer heads than the queries. As calling the module."""
+        found: tuple[Tensor, Tensor] = self(q, k, domain, key_domain)
+        return found
+
+    def forward(self, q: Tensor, k: Tensor, domain: Domain, key_domain: Domain | None = None) -> tuple[Tensor, Tensor]:
+        """Turn queries and keys, as ``rotate`` does."""
         keys = domain if key_domain is None else key_domain
         if keys is not domain:
             domain.whole.check_related(keys.whole, type(self).__name__)
@@ -231,8 +236,12 @@ class Bias(Position, ABC):
         if keys is not domain:
             domain.whole.check_related(keys.whole, type(self).__name__)
             domain.check_pairable(keys)
-        pair = self.between(domain.whole, keys.whole, dtype)
+        pair: PairBias = self(domain.whole, keys.whole, dtype)
         return pair if domain.whole is domain and keys.whole is keys else SubsetPair(pair, domain, keys)
+
+    def forward(self, domain: Domain, keys: Domain, dtype: torch.dtype | None) -> PairBias:
+        """``between``, as a call of the module, so that offloading and hooks act on it."""
+        return self.between(domain, keys, dtype)
 
     @abstractmethod
     def between(self, domain: Domain, keys: Domain, dtype: torch.dtype | None) -> PairBias:

@@ -267,7 +267,8 @@ class ContinuousBias(Bias):
 
     @property
     def _device(self) -> torch.device:
-        return next(self.parameters()).device
+        """Where the network computes; offloaded and quantised weights do not tell, and are given features of the CPU."""
+        return next((p.device for p in self.parameters() if not p.is_meta), torch.device("cpu"))
 
     def _of_places(
         self, domain: Domain, keys: Domain, b: Tensor, q: Tensor, k: Tensor

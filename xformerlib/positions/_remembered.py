@@ -33,7 +33,7 @@ def remembered(
     Weights are compared by what is in them, number by number: they can be changed in ways that leave no trace (``.data``), and a
     comparison takes a small part of the time of the network. On a GPU it would wait for all that was asked of it before.
     """
-    if torch.is_grad_enabled() or not unwatched(*weights):
+    if not weights or torch.is_grad_enabled() or not unwatched(*weights):
         return make()
     tables = _TABLES.setdefault(owner, {})
     known = tables.get(key)
