@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tests.closeness import assert_close
 from xformerlib import time_series as ts
 
 CHANNELS, LOOKBACK, HORIZON, BATCH = 2, 20, 6, 3
@@ -48,9 +49,9 @@ def assert_shorter_is_missing_in_front(model: ts.ForecastModel, times: Tensor | 
     if times is not None:
         shorter["times"] = times[:1, 7:]
     together = model.head.point(model(**late))
-    torch.testing.assert_close(model.head.point(model(**shorter)), together[:1], rtol=1e-9, atol=1e-9)
+    assert_close(model.head.point(model(**shorter)), together[:1])
     whole = model.head.point(model(**given))
-    torch.testing.assert_close(together[1:], whole[1:], rtol=1e-9, atol=1e-9)
+    assert_close(together[1:], whole[1:])
     assert not torch.allclose(together[:1], whole[:1])
 
 
@@ -60,12 +61,12 @@ def check_steps(model: ts.StepwiseModel, dtype: torch.dtype, holes: bool, times:
     tolerance = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
     cached = model(**given)
     with torch.no_grad():
-        torch.testing.assert_close(model(**given), again_from_the_start(model, given), **tolerance)
-    torch.testing.assert_close(model(**given, target=cached.detach()), cached, **tolerance)
+        assert_close(model(**given), again_from_the_start(model, given), **tolerance)
+    assert_close(model(**given, target=cached.detach()), cached, **tolerance)
     parameter = next(model.parameters())
     (through_steps,) = torch.autograd.grad(cached[:, 0].sum(), parameter)
     (at_once,) = torch.autograd.grad(model(**given, target=cached.detach())[:, 0].sum(), parameter)
-    torch.testing.assert_close(through_steps, at_once, **tolerance)
+    assert_close(through_steps, at_once, **tolerance)
 
 
 def check_no_leakage(model: ts.StepwiseModel, times: Tensor | None = None) -> None:
@@ -96,7 +97,7 @@ def check_samples(model: ts.StepwiseModel, times: Tensor | None = None) -> None:
     assert paths.shape == (n, BATCH, HORIZON, CHANNELS) and paths.isfinite().all()
     # Each path explains itself: given it as the target, the first steps of all agree, and later ones differ.
     forecasts = [model(**given, target=path) for path in paths]
-    torch.testing.assert_close(forecasts[0].loc[:, 0], forecasts[1].loc[:, 0])
+    assert_close(forecasts[0].loc[:, 0], forecasts[1].loc[:, 0])
     assert (forecasts[0].loc[:, 1] != forecasts[1].loc[:, 1]).any()
     # The noise is what stands between a path and the forecasts along it; drawn in the same way, it is found again.
     noise = torch.Generator().manual_seed(1)
@@ -110,7 +111,7 @@ def check_samples(model: ts.StepwiseModel, times: Tensor | None = None) -> None:
         2,
     )
     expected = torch.stack([f.loc + f.scale * t for f, t in zip(forecasts, drawn, strict=True)])
-    torch.testing.assert_close(paths, expected, rtol=1e-8, atol=1e-8)
+    assert_close(paths, expected)
 
 
 def _standard(df: Tensor, generator: torch.Generator) -> Tensor:

@@ -10,6 +10,7 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 
 import xformerlib as xf
+from tests.closeness import assert_close
 from tests.time_series.test_contract import redraw
 from xformerlib import masks, positions, time_series as ts
 
@@ -35,7 +36,7 @@ def padded(rows: list[Tensor], length: int, filling: float) -> Tensor:
 
 
 def close(got: Tensor, want: Tensor) -> None:
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert_close(got, want)
 
 
 @pytest.mark.parametrize("pool", POOLS)
@@ -105,7 +106,7 @@ def test_gradients_are_those_of_padded_rows() -> None:
     )
     got = torch.autograd.grad(model(torch.cat(rows), lengths=lengths).square().sum(), list(model.parameters()))
     for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+        assert_close(a, b)
 
 
 def test_what_is_missing_changes_nothing_and_is_told() -> None:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 
+from tests.closeness import assert_close
 from xformerlib import time_series as ts
 
 CHANNELS, LOOKBACK, HORIZON, BATCH = 2, 24, 6, 3
@@ -137,7 +138,7 @@ def test_the_loss_is_that_of_the_forecast_or_of_each_step_from_the_true_ones_bef
     forced = {"target": target} if isinstance(model, ts.StepwiseModel) else {}
     forecast = model(**batch.inputs, **forced)
     seen = ~target.isnan()
-    torch.testing.assert_close(model.loss(batch), (forecast - target)[seen].square().mean())
+    assert_close(model.loss(batch), (forecast - target)[seen].square().mean())
 
 
 @every_model
@@ -198,7 +199,7 @@ def test_a_row_does_not_depend_on_the_others(case: Case, share: float) -> None:
     together = point(model, given)
     for row in range(BATCH):
         alone = point(model, {name: value[row : row + 1] for name, value in given.items()})
-        torch.testing.assert_close(alone, together[row : row + 1], rtol=1e-4, atol=1e-4)
+        assert_close(alone, together[row : row + 1])
 
 
 @every_model
@@ -322,7 +323,7 @@ def test_double_precision(case: Case) -> None:
     given = inputs(model)
     exact = point(model.double(), {name: value.double() for name, value in given.items()})
     assert exact.dtype == torch.float64
-    torch.testing.assert_close(point(model.float(), given).double(), exact, rtol=1e-3, atol=1e-3)
+    assert_close(point(model.float(), given).double(), exact)
 
 
 @cases_with("head")

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 
+from tests.closeness import assert_close
 from tests.time_series import stepwise
 from xformerlib import time_series as ts
 
@@ -83,7 +84,7 @@ def test_the_weights_are_those_that_were_drawn() -> None:
 
 def test_a_kernel_of_one_is_a_map_of_each_step() -> None:
     layer, x = ts.CausalConvolution(3, 5, 1, dilation=4), torch.randn(2, 3, 7)
-    torch.testing.assert_close(layer(x), (x.mT @ layer.weight[..., 0].mT + layer.bias).mT)
+    assert_close(layer(x), (x.mT @ layer.weight[..., 0].mT + layer.bias).mT)
 
 
 @settings(max_examples=10)
@@ -97,7 +98,7 @@ def test_a_convolution_is_the_formula(kernel_size: int, dilation: int, steps: in
             at = t - (kernel_size - 1 - i) * dilation
             if at >= 0:
                 wanted[..., t] += x[..., at] @ layer.weight[..., i].mT
-    torch.testing.assert_close(layer(x), wanted)
+    assert_close(layer(x), wanted)
 
 
 @pytest.mark.parametrize("model", [ts.TCN, ts.WaveNet])

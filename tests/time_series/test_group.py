@@ -10,6 +10,7 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 import xformerlib as xf
+from tests.closeness import assert_close
 from tests.time_series.test_contract import redraw
 from xformerlib import masks, time_series as ts
 from xformerlib.time_series import _group
@@ -24,12 +25,12 @@ def small(channels: int = 1, **options: Any) -> ts.GroupTransformer:
 
 
 def close(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert_close(a, b)
 
 
 def test_forecasts_move_with_level_and_scale() -> None:
     model, x = small(3), torch.randn(2, 24, 3)
-    torch.testing.assert_close(model(100 * x + 7), 100 * model(x) + 7, rtol=1e-3, atol=1e-2)
+    assert_close(model(100 * x + 7), 100 * model(x) + 7)
 
 
 def test_series_of_other_groups_change_nothing() -> None:
@@ -37,7 +38,7 @@ def test_series_of_other_groups_change_nothing() -> None:
     groups = torch.tensor([4, 0, 4, -3, 0, 4, 9])
     forecast = model(x, groups=groups)
     other = torch.where((groups == 4)[:, None, None], x, 5 * torch.randn_like(x))
-    torch.testing.assert_close(model(other, groups=groups)[groups == 4], forecast[groups == 4], rtol=1e-6, atol=1e-6)
+    assert_close(model(other, groups=groups)[groups == 4], forecast[groups == 4])
     other[0] = torch.randn(24, 1)
     assert not torch.allclose(model(other, groups=groups)[2], forecast[2])
     assert not torch.allclose(model(x)[0], forecast[0])

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, strategies as st
 from scipy import stats
 
+from tests.closeness import assert_close
 from xformerlib import time_series as ts
 
 
@@ -50,9 +51,9 @@ def test_the_inverse_brings_forecasts_to_the_units_of_the_data(head: ts.Head) ->
     raw = torch.randn(2, 5, 3, head.size)
     inverse = ts.Affine(torch.randn(2, 1, 3), 1 + torch.rand(2, 1, 3))
     here, there = head.forecast(raw), head.forecast(raw, inverse)
-    torch.testing.assert_close(head.point(there), inverse(head.point(here)))
+    assert_close(head.point(there), inverse(head.point(here)))
     if isinstance(there, ts.StudentTForecast):
-        torch.testing.assert_close(there.quantile(0.9), inverse(here.quantile(0.9)))
+        assert_close(there.quantile(0.9), inverse(here.quantile(0.9)))
         assert (there.df > 2).all()
 
 
@@ -68,7 +69,7 @@ def test_losses_take_only_what_was_observed(head: ts.Head) -> None:
         (target.masked_fill(~observed, torch.inf), observed),
     ):
         loss = head.loss(head.forecast(raw), given_target, given_observed)
-        torch.testing.assert_close(loss, part)
+        assert_close(loss, part)
         (gradient,) = torch.autograd.grad(loss, raw)
         assert gradient.isfinite().all() and (gradient[~observed] == 0).all()
     nothing = head.loss(head.forecast(raw), target, torch.zeros_like(observed))
@@ -86,7 +87,7 @@ def test_the_quantile_loss_has_its_minimum_at_the_quantiles() -> None:
         losses = torch.stack([ts.quantile_loss(f.expand(1000, 1), y, (level,)) for f in candidates])
         assert abs(float(candidates[losses.argmin()]) - 1000 * level) <= 1
     median = torch.randn(20)
-    torch.testing.assert_close(ts.quantile_loss(median[:, None], y[:20], (0.5,)), ts.mae(median, y[:20]))
+    assert_close(ts.quantile_loss(median[:, None], y[:20], (0.5,)), ts.mae(median, y[:20]))
     with pytest.raises(ValueError, match="levels must be one for each of the 1 numbers"):
         ts.quantile_loss(median[:, None], y[:20], levels)
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, strategies as st
 from torch.nn import functional as F
 
+from tests.closeness import assert_close
 from xformerlib import time_series as ts
 
 
@@ -43,7 +44,7 @@ def test_dlinear_is_its_formula(individual: bool) -> None:
         expected = F.linear(trend[..., c], model.trend[i].weight, model.trend[i].bias) + F.linear(
             (x - trend)[..., c], model.rest[i].weight, model.rest[i].bias
         )
-        torch.testing.assert_close(model(x)[..., c], expected)
+        assert_close(model(x)[..., c], expected)
 
 
 @given(level=st.floats(-100, 100), scale=st.floats(1, 100), seed=st.integers(0, 1000))
@@ -54,7 +55,7 @@ def test_normalised_dlinear_follows_level_and_scale(level: float, scale: float, 
     plain = ts.DLinear(2, 9, 4, kernel=3).double()
     plain.load_state_dict(model.state_dict())
     expected = plain(z) * x.std(1, keepdim=True, correction=0) + x.mean(1, keepdim=True)
-    torch.testing.assert_close(model(x * scale + level), expected * scale + level, rtol=1e-3, atol=1e-3 * scale)
+    assert_close(model(x * scale + level), expected * scale + level)
     assert not torch.allclose(model(x), plain(x))
 
 
@@ -63,7 +64,7 @@ def test_dlinear_fills_what_is_missing_forward() -> None:
     filled = x.clone()
     x[:, 4:6] = torch.nan
     filled[:, 4:6] = filled[:, 3]
-    torch.testing.assert_close(model(x), model(filled))
+    assert_close(model(x), model(filled))
 
 
 def test_sizes_of_the_baselines_are_checked() -> None:

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, strategies as st
 from torch import Tensor
 
+from tests.closeness import assert_close
 from xformerlib import time_series as ts
 
 moments = st.datetimes(datetime.datetime(1900, 1, 1), datetime.datetime(2199, 12, 31))
@@ -39,9 +40,9 @@ def test_instance_norm_is_that_of_the_observed_values(seed: int, share: float, s
             seen = x[b, observed[b, :, c], c]
             if len(seen):
                 expected = (seen - seen.mean()) / (seen.var(correction=0) + 1e-5).sqrt()
-                torch.testing.assert_close(z[b, observed[b, :, c], c], expected)
+                assert_close(z[b, observed[b, :, c], c], expected)
     assert (z[~observed] == 0).all()
-    torch.testing.assert_close(inverse(z)[observed], x[observed])
+    assert_close(inverse(z)[observed], x[observed])
     again, _ = ts.instance_norm(x.masked_fill(~observed, torch.nan))
     assert torch.equal(again, z)
 
@@ -50,7 +51,7 @@ def test_instance_norm_survives_a_far_level_and_half_precision() -> None:
     x = 1e4 + torch.arange(8.0)[None, :, None]
     z, inverse = ts.instance_norm(x)
     assert abs(float(z.std(correction=0)) - 1) < 1e-3
-    torch.testing.assert_close(inverse(z), x)
+    assert_close(inverse(z), x)
     half, _ = ts.instance_norm(torch.full((1, 100, 1), 300.0, dtype=torch.float16))  # whose sum is beyond fp16
     assert half.dtype == torch.float16 and (half == 0).all()
 
@@ -61,7 +62,7 @@ def test_level_and_scale_are_constants_to_the_gradient() -> None:
     z, inverse = ts.instance_norm(x, observed)
     weight = torch.randn_like(x)
     (gradient,) = torch.autograd.grad((inverse(z) * weight).sum(), x)
-    torch.testing.assert_close(gradient, weight.masked_fill(~observed, 0))
+    assert_close(gradient, weight.masked_fill(~observed, 0))
 
 
 def test_the_inverse_of_the_first_channels() -> None:
@@ -136,9 +137,9 @@ def test_time2vec_is_its_formula_and_learns() -> None:
     times = torch.tensor([0.0, 0.25, 13.0])
     out = features(times)
     w, b = features.frequency, features.phase
-    torch.testing.assert_close(out[:, 0], w[0] * times + b[0])
-    torch.testing.assert_close(out[:, 3], torch.sin(w[3] * times + b[3]))
-    torch.testing.assert_close(2 * torch.pi / w[[1, -1]], torch.tensor([50.0, 2.0]))
+    assert_close(out[:, 0], w[0] * times + b[0])
+    assert_close(out[:, 3], torch.sin(w[3] * times + b[3]))
+    assert_close(2 * torch.pi / w[[1, -1]], torch.tensor([50.0, 2.0]))
     out.sum().backward()
     assert w.grad is not None and (w.grad != 0).all()
     with pytest.raises(ValueError, match="size must be >= 2"):

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
+from tests.closeness import assert_close
 from tests.time_series.test_contract import redraw
 from xformerlib import time_series as ts
 
@@ -94,7 +95,7 @@ def test_the_loss_is_its_formula_over_hidden_patches_alone(lookback: int) -> Non
             asked = hidden[b, :, c] & seen
             total += ((restored - x)[b, asked, c] / scale).square().sum()
             count += int(asked.sum())
-    torch.testing.assert_close(loss, total / count, rtol=1e-4, atol=1e-5)
+    assert_close(loss, total / count)
 
 
 def test_restored_values_stand_where_they_were() -> None:
@@ -107,7 +108,7 @@ def test_restored_values_stand_where_they_were() -> None:
             weight.copy_(torch.eye(PATCH))
         pretraining.restore.bias.zero_()
     x, nothing = torch.randn(3, 24, 2), torch.zeros(3, 24, 2, dtype=torch.bool)
-    torch.testing.assert_close(pretraining.restored(x, nothing), x, rtol=1e-4, atol=1e-5)
+    assert_close(pretraining.restored(x, nothing), x)
 
 
 def waves(count: int) -> Tensor:

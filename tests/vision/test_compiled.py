@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, export
 
+from tests.closeness import assert_close
 from xformerlib import positions, vision
 
 POSITIONS: dict[str, Any] = {
@@ -32,7 +33,7 @@ def made(position: Any = "learned", **options: Any) -> vision.ViT:
 
 
 def assert_equal(a: Tensor, b: Tensor) -> None:
-    assert float((a - b).detach().abs().max()) <= 1e-5 * float(b.detach().abs().max())
+    assert_close(a, b)
 
 
 @pytest.mark.parametrize("position", POSITIONS)

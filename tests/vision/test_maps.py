@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.closeness import assert_close
 from xformerlib import Grid, masks, positions, vision
 
 SMALL: dict[str, Any] = {"size": 16, "patch": 4, "dim": 16, "depth": 3, "heads": 2}
@@ -47,19 +48,19 @@ def test_maps_give_the_output_of_attention(name: str) -> None:
         value = layer.qkv(tokens)[..., -layer.kv_heads * layer.head_dim :].unflatten(-1, (layer.kv_heads, -1))
         value = value.transpose(1, 2).repeat_interleave(layer.heads // layer.kv_heads, 1)
         wanted = layer.out((weights @ value).transpose(1, 2).flatten(2))
-        assert float((out - wanted).abs().max()) < 1e-11
+        assert_close(out, wanted)
         assert domain == maps[0].domain
         if name != "bias":
-            assert float((weights.sum(-1) - 1).abs().max()) < 1e-12
+            assert_close(weights.sum(-1), 1)
 
 
 def test_layers_and_rows_are_chosen() -> None:
     model, x = made("parallel"), torch.randn(2, 3, 16, 12, dtype=torch.float64)
     every = vision.attention_maps(model, x)
     last, first = vision.attention_maps(model, x, [-1, 0], rows=[0, 5])
-    assert float((last.weights - every[2].weights[:, :, [0, 5]]).abs().max()) < 1e-14
-    assert float((first.weights - every[0].weights[:, :, [0, 5]]).abs().max()) < 1e-14
-    assert float((last.of(1) - every[2].of(5)).abs().max()) < 1e-14
+    assert_close(last.weights, every[2].weights[:, :, [0, 5]])
+    assert_close(first.weights, every[0].weights[:, :, [0, 5]])
+    assert_close(last.of(1), every[2].of(5))
     assert last.of(0).shape == (2, 2, 4, 3)
     assert torch.equal(every[2].of(5).flatten(2), every[2].weights[:, :, 5, 3:])
 
@@ -85,7 +86,7 @@ def test_images_in_a_list_have_the_maps_that_each_has_alone(name: str) -> None:
     for layer, singles in layers:
         for one, single in zip(layer.of(2), singles, strict=True):
             assert one.shape == single.of(2).shape[1:]
-            assert float((one - single.of(2)[0]).abs().max()) < 1e-12
+            assert_close(one, single.of(2)[0])
     with pytest.raises(ValueError, match="leave rows out"):
         vision.attention_maps(model, images, rows=[0])[0].of()
 
@@ -96,7 +97,7 @@ def test_patches_that_do_not_exist_are_not_seen() -> None:
     images = torch.randn(1, 3, 16, 16, dtype=torch.float64)
     for layer in vision.attention_maps(model, images, valid=valid):
         assert not layer.of(0)[:, :, 2:].any()
-        assert float((layer.weights[:, :, 0].sum(-1) - 1).abs().max()) < 1e-12
+        assert_close(layer.weights[:, :, 0].sum(-1), 1)
 
 
 def test_rollout_is_the_product_of_the_layers() -> None:
@@ -104,10 +105,10 @@ def test_rollout_is_the_product_of_the_layers() -> None:
     found = vision.rollout(maps)
     eye = torch.eye(19, dtype=torch.float64)
     a, b, c = ((layer.weights.mean(1) + eye) / 2 for layer in maps)
-    assert float((found.weights[:, 0] - c @ b @ a).abs().max()) < 1e-12
-    assert float((found.weights.sum(-1) - 1).abs().max()) < 1e-12
+    assert_close(found.weights[:, 0], c @ b @ a)
+    assert_close(found.weights.sum(-1), 1)
     sinks = vision.rollout(vision.attention_maps(made("bias"), torch.randn(2, 3, 16, 16, dtype=torch.float64)))
-    assert float((sinks.weights.sum(-1) - 1).abs().max()) < 1e-12
+    assert_close(sinks.weights.sum(-1), 1)
 
 
 def test_a_model_that_takes_images_apart_is_given_them_one_by_one() -> None:
@@ -155,6 +156,6 @@ def test_maps_of_swin_are_in_the_order_of_the_image() -> None:
     assert plain.domain == Grid(4, 4)
     for layer, mask in ((plain, masks.Windows(2)), (shifted, masks.Windows(2, shift=1))):
         assert torch.equal(layer.weights[0, 0] > 0, mask.dense(Grid(4, 4)))
-        torch.testing.assert_close(layer.weights.sum(-1), torch.ones(1, 2, 16))
+        assert_close(layer.weights.sum(-1), torch.ones(1, 2, 16))
     (some,) = vision.attention_maps(model, images, [1], rows=[5, 0])
-    torch.testing.assert_close(some.weights, shifted.weights[:, :, [5, 0]])
+    assert_close(some.weights, shifted.weights[:, :, [5, 0]])

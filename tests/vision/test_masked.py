@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import xformerlib as xf
+from tests.closeness import assert_close
 from tests.vision.test_vit import VARIANTS, made
 from xformerlib import vision
 
@@ -91,13 +92,13 @@ def test_it_is_the_recipe_of_the_paper(size: tuple[int, int]) -> None:
     assert got.mask.shape == (3, h, w) and got.mask.flatten(1).sum(1).tolist() == [h * w * 3 // 4] * 3
     shown = torch.stack([(~row).nonzero()[:, 0] for row in got.mask.flatten(1)])
     wanted, restored = plain(model, images, shown)
-    torch.testing.assert_close(got.loss, wanted, rtol=1e-10, atol=1e-12)
+    assert_close(got.loss, wanted)
     # Pictures are in the units of the image: what is restored is put back to the level and scale of its patch.
     patches = F.unfold(images, 4, stride=4).transpose(1, 2)
     pictures = F.unfold(got.reconstruction, 4, stride=4).transpose(1, 2)
     units = (patches.var(-1, keepdim=True) + 1e-6).sqrt()
     expected = torch.where(got.mask.flatten(1)[..., None], restored * units + patches.mean(-1, keepdim=True), patches)
-    torch.testing.assert_close(pictures, expected, rtol=1e-10, atol=1e-10)
+    assert_close(pictures, expected)
 
 
 def covered(mask: Tensor) -> Tensor:
@@ -127,7 +128,7 @@ def test_the_loss_is_of_hidden_patches_alone() -> None:
     model, images = autoencoder(norm_targets=False), torch.randn(2, 3, 16, 16, dtype=torch.float64)
     loss, reconstruction, mask = model(images, seeded())
     of_hidden = (reconstruction - images)[covered(mask).expand_as(images)].square().mean()
-    torch.testing.assert_close(loss, of_hidden, rtol=1e-12, atol=0)
+    assert_close(loss, of_hidden)
 
 
 def test_seeds_reproduce_and_gradients_reach_all_that_is_used() -> None:

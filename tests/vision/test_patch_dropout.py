@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import xformerlib as xf
+from tests.closeness import assert_close
 from tests.vision.cases import images
 from tests.vision.test_vit import VARIANTS, made
 from xformerlib import masks, vision
@@ -38,7 +39,7 @@ def test_what_is_left_is_what_it_is_in_the_whole_where_nobody_looks_at_the_other
     every = model.embed_norm(model.encoder.embed(*tokens))
     every = model.encoder.norm(model.encoder.layer(0, every, tokens.domain, mask=masks.Keys(seen)))
     wanted = every.gather(1, index[..., None].expand(-1, -1, 32))
-    torch.testing.assert_close(left.tokens, wanted, rtol=1e-10, atol=1e-10)
+    assert_close(left.tokens, wanted)
     pooled = model.pooled(left)
     assert pooled.shape == (2, 32) and pooled.isfinite().all()
 
@@ -57,7 +58,7 @@ def test_images_in_a_list_lose_patches_each_for_itself(name: str) -> None:
     for image, begin, end, start in zip(several, bounds, bounds[1:], starts, strict=False):
         alone = model.tokens(image[None])
         own = model.encode(alone.kept((index[begin:end] - start)[None]))
-        torch.testing.assert_close(own.tokens[0], left.tokens[begin:end], rtol=1e-10, atol=1e-10)
+        assert_close(own.tokens[0], left.tokens[begin:end])
     torch.manual_seed(7)
     assert torch.equal(model(several).detach(), sum(model.logits(left)).detach() / len(model.logits(left)))
 
@@ -79,7 +80,7 @@ def test_only_valid_patches_count(name: str) -> None:
     assert torch.equal(logits, model(other, valid=valid))
     # A row alone, with as many of its patches, gives the same.
     alone = model.encode(model.tokens(x[:1], valid=valid[:1]).kept(index[:1][left.domain.valid[:1]][None]))
-    torch.testing.assert_close(model.pooled(alone), model.pooled(left)[:1], rtol=1e-10, atol=1e-10)
+    assert_close(model.pooled(alone), model.pooled(left)[:1])
 
 
 def test_how_many_are_left() -> None:
@@ -147,4 +148,4 @@ def test_compiled() -> None:
     torch.manual_seed(3)
     got = compiled(x)
     nn.functional.mse_loss(got, torch.zeros_like(got)).backward()
-    torch.testing.assert_close(got, wanted)
+    assert_close(got, wanted)
