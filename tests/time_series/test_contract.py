@@ -127,6 +127,7 @@ def test_every_head_fits(case: Case, head: ts.Head) -> None:
 
 
 @every_model
+@pytest.mark.usefixtures("double")
 @settings(max_examples=3)
 @given(seed=st.integers(0, 1000))
 def test_the_loss_is_that_of_the_forecast_or_of_each_step_from_the_true_ones_before_it(case: Case, seed: int) -> None:
@@ -191,7 +192,7 @@ def test_what_is_missing_is_in_no_gradient(case: Case) -> None:
 
 @every_model
 @pytest.mark.parametrize("share", [0.0, 0.4])
-def test_a_row_does_not_depend_on_the_others(case: Case, share: float) -> None:
+def test_a_row_does_not_depend_on_the_others(case: Case, share: float, precision: torch.dtype) -> None:
     model = case.build(covariates=True)
     given = inputs(model)
     if share:
@@ -323,7 +324,7 @@ def test_double_precision(case: Case) -> None:
     given = inputs(model)
     exact = point(model.double(), {name: value.double() for name, value in given.items()})
     assert exact.dtype == torch.float64
-    assert_close(point(model.float(), given).double(), exact)
+    assert_close(point(model.float(), given), exact)
 
 
 @cases_with("head")

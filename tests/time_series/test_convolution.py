@@ -79,10 +79,12 @@ def test_the_weights_are_those_that_were_drawn() -> None:
     model(torch.randn(2, 64, 4))
     for block in model.blocks:
         for convolution in block.convolutions:
-            assert 0.009 < float(convolution.weight.detach().std()) < 0.011
+            # Six standard errors of the deviation of so many draws.
+            off = 6 * 0.01 / (2 * convolution.weight.numel()) ** 0.5
+            assert abs(float(convolution.weight.detach().std()) - 0.01) < off
 
 
-def test_a_kernel_of_one_is_a_map_of_each_step() -> None:
+def test_a_kernel_of_one_is_a_map_of_each_step(precision: torch.dtype) -> None:
     layer, x = ts.CausalConvolution(3, 5, 1, dilation=4), torch.randn(2, 3, 7)
     assert_close(layer(x), (x.mT @ layer.weight[..., 0].mT + layer.bias).mT)
 
@@ -114,10 +116,7 @@ def test_queues_agree_with_convolutions(depth: int, cycle: int, kernel_size: int
 
 
 def test_queues_agree_in_single_precision() -> None:
-    model, given = stepwise.built(ts.WaveNet, torch.float32, dim=8), stepwise.inputs(torch.float32)
-    with torch.no_grad():
-        queued, anew = model(**given), stepwise.again_from_the_start(model, given)
-    assert float((queued - anew).abs().max()) <= 1e-6 * float(anew.abs().max())
+    stepwise.check_steps(stepwise.built(ts.WaveNet, torch.float32, dim=8), torch.float32, holes=False)
 
 
 def test_no_step_sees_a_later_one() -> None:

@@ -15,6 +15,8 @@ from tests.closeness import assert_close
 from tests.time_series.test_contract import redraw
 from xformerlib import masks, positions, time_series as ts
 
+pytestmark = pytest.mark.usefixtures("double")
+
 
 def small(model: type[ts.ForecastModel], **options: object) -> ts.ForecastModel:
     sizes = {"dim": 8, "depth": 2, "heads": 2, "hidden": 16}
@@ -27,9 +29,9 @@ def small(model: type[ts.ForecastModel], **options: object) -> ts.ForecastModel:
 
 @pytest.mark.parametrize("model", [ts.PatchTST, ts.ITransformer])
 def test_forecasts_move_with_level_and_scale(model: type[ts.ForecastModel]) -> None:
-    model = small(model)
-    x = torch.randn(2, 24, 3)
-    assert_close(model(100 * x + 7), 100 * model(x) + 7)
+    # The epsilon of the norm does not scale: beside deviations so large it is nothing.
+    model, x = small(model), 1e6 * torch.randn(2, 24, 3)
+    assert_close(model(100 * x + 7e6), 100 * model(x) + 7e6)
 
 
 def test_channels_of_patchtst_do_not_see_each_other() -> None:
@@ -40,7 +42,7 @@ def test_channels_of_patchtst_do_not_see_each_other() -> None:
     assert_close(model(x[..., [2, 0, 1]]), model(x)[..., [2, 0, 1]])
 
 
-def test_patchtst_is_its_formula() -> None:
+def test_patchtst_is_its_formula(precision: torch.dtype) -> None:
     model, x = small(ts.PatchTST, dropout=0.0), torch.randn(2, 24, 3)
     level, scale = x.mean(1, keepdim=True), (x.var(1, keepdim=True, correction=0) + 1e-5).sqrt()
     z = ((x - level) / scale).transpose(1, 2)
@@ -98,7 +100,7 @@ def test_token_batch_norm_is_that_of_torch() -> None:
     assert norm(x[0]).shape == (5, 4)
 
 
-def test_variables_of_itransformer_have_no_order() -> None:
+def test_variables_of_itransformer_have_no_order(precision: torch.dtype) -> None:
     model, x = small(ts.ITransformer), torch.randn(2, 24, 3)
     assert_close(model(x[..., [2, 0, 1]]), model(x)[..., [2, 0, 1]])
     other = x.clone()
@@ -148,8 +150,10 @@ def test_patchtst_compiles_to_one_graph_whatever_is_missing(train: bool) -> None
         assert_close(got, want)
         got.square().sum().backward()
         want.square().sum().backward()
-    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
-        assert_close(a.grad, b.grad)
+    wanted = [parameter.grad for parameter in plain.parameters()]
+    # The gradient of a number that softmax or a norm takes away again is rounding of the others.
+    scale = max(float(grad.abs().max()) for grad in wanted)
+    assert_close([parameter.grad for parameter in model.parameters()], wanted, "gradient", depth=4, scale=scale)
     for (name, c), d in zip(model.named_buffers(), plain.buffers(), strict=True):
         assert_close(c, d, name)
     assert counter.frame_count == 1
@@ -173,7 +177,9 @@ def test_positions_of_blocks_are_those_of_the_patches_that_are_left() -> None:
     "options", [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}], ids=str
 )
 @pytest.mark.parametrize("train", [True, False])
-def test_token_batch_norm_leaves_out_what_does_not_exist(options: dict[str, Any], train: bool) -> None:
+def test_token_batch_norm_leaves_out_what_does_not_exist(
+    options: dict[str, Any], train: bool, precision: torch.dtype
+) -> None:
     lengths, norm = [5, 0, 2], ts.TokenBatchNorm(4, **options).train(train)
     for parameter in norm.parameters():
         nn.init.normal_(parameter)

@@ -60,7 +60,7 @@ def test_patches_that_are_not_valid_do_not_exist(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_an_image_with_a_padded_rim_is_the_image_without(name: str) -> None:
+def test_an_image_with_a_padded_rim_is_the_image_without(name: str, precision: torch.dtype) -> None:
     assert_a_padded_rim_does_not_count(made(name, window=2), (11, 9), (3, 7), 2, DEPTH)
 
 
