@@ -67,9 +67,8 @@ def test_the_best_weights_are_kept_also_of_a_run_that_goes_on(
     monkeypatch.setattr(training.time, "perf_counter", lambda: float(next(ticks)))
     whole, parted = common.Run(tmp_path / "whole", {}), common.Run(tmp_path / "parted", {})
     reached, seconds = go(whole, trained(), ranks, epochs=3)
-    assert (
-        reached == (-float("inf") if ranks is None else ranks[best - 1][0]) and seconds == 4
-    )  # one look for each epoch, and one at the end
+    assert reached == (-float("inf") if ranks is None else ranks[best - 1][0])
+    assert seconds == 4  # one look for each epoch, and one at the end
     go(parted, trained(), ranks, epochs=2)
     again, longer = go(parted, trained(), ranks, epochs=3, resume=True)
     assert again == reached and longer == parted.records()[1]["seconds"] + 2
