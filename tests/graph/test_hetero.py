@@ -65,9 +65,11 @@ def test_parity_with_hgt_conv(channels: dict[str, int], left_out: list[Any], pre
     sum(out.square().sum() for out in got.values()).backward()
     sum(out.square().sum() for out in wanted.values()).backward()
     lin = theirs.kqv_lin.lins["paper"].weight.grad
-    assert_close(ours.key_query_value[1].weight.grad, lin, depth=2)  # there and back
+    assert_close(
+        ours.key_query_value[1].weight.grad, lin, depth=4
+    )  # two maps and the attention between them, there and back
     maps = theirs.k_rel.weight.grad.view(2, 4, 4, 4).transpose(0, 1)
-    assert_close(ours.key_map.grad, maps, depth=2)
+    assert_close(ours.key_map.grad, maps, depth=4)
     with torch.no_grad():
         ours.value_map.zero_()
     assert largest(theirs(x, given), wanted) == 0
