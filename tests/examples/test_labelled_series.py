@@ -9,6 +9,8 @@ import torch
 from hypothesis import given, strategies as st
 from torch import Tensor
 
+from tests.closeness import assert_close
+
 HEAD = "# a comment\n@problemName Hills\n@timeStamps false\n@univariate false\n@classLabel true up down\n@data\n"
 
 
@@ -126,8 +128,8 @@ def test_scaling_is_by_train_and_says_the_same_in_any_unit(seed: int, scale: dat
     made = data.scaled(parts, scale, logarithm)
     steps = torch.cat(made["train"].series)
     assert steps.shape == (10, 4 if logarithm else 2)
-    torch.testing.assert_close(steps.nanmean(0), torch.zeros_like(steps[0]))
-    torch.testing.assert_close(steps.square().nanmean(0), torch.ones_like(steps[0]))
+    assert_close(steps.nanmean(0), torch.zeros_like(steps[0]), scale=float(steps.nan_to_num().abs().max()))
+    assert_close(steps.square().nanmean(0), torch.ones_like(steps[0]))
     assert made["train"].static.shape == (3, 2 if scale == "series" else 0)
     unit = torch.tensor([1e-3, 7.0])
     other = data.scaled(
@@ -135,14 +137,16 @@ def test_scaling_is_by_train_and_says_the_same_in_any_unit(seed: int, scale: dat
     )
     for name in parts:
         for one, two in zip(made[name].series, other[name].series, strict=True):
-            torch.testing.assert_close(one, two, equal_nan=True)
-        torch.testing.assert_close(made[name].static, other[name].static)
+            assert_close(one, two)
+        assert_close(made[name].static, other[name].static)
     changed = data.scaled(parts | {"test": labelled([100 * series[3]])}, scale, logarithm)
     for one, two in zip(changed["train"].series, made["train"].series, strict=True):
         assert torch.equal(one.nan_to_num(), two.nan_to_num())
-    same = torch.allclose(changed["test"].series[0], made["test"].series[0])
-    assert same == (scale == "series")  # its strength is then told beside the steps
-    assert scale == "train" or not torch.allclose(changed["test"].static, made["test"].static)
+    if scale == "series":  # its strength is then told beside the steps
+        assert_close(changed["test"].series[0], made["test"].series[0])
+        assert not torch.allclose(changed["test"].static, made["test"].static)
+    else:
+        assert not torch.allclose(changed["test"].series[0], made["test"].series[0])
 
 
 def test_what_never_varies_does_no_harm() -> None:

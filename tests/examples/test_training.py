@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import common
 import pytest
 import torch
+import training
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 from training import Rank, Trained, fit
+
+from tests.closeness import assert_close
 
 
 def trained(average: bool = False, clip: float = 1.0) -> Trained:
@@ -24,9 +28,8 @@ def test_a_step_goes_along_the_clipped_gradient(average: bool) -> None:
     made = trained(average, clip=0.5)
     for expected in ([0.7, 0.6], [0.55, 0.4]):  # of 0.5 and then 0.25, along 3 and 4
         made.step(made.model(torch.tensor([[3.0, 4.0]])).sum())
-        assert made.model.weight.tolist() == [pytest.approx(expected, abs=1e-5)]
-    mean = [[0.625, 0.5]] if average else made.model.weight.tolist()
-    assert [pytest.approx(row, abs=1e-5) for row in mean] == made.scored.weight.tolist()
+        assert_close(made.model.weight, torch.tensor([expected]))
+    assert_close(made.scored.weight, torch.tensor([[0.625, 0.5]]) if average else made.model.weight)
     assert made.parts.keys() == {"model", "optimizer", "schedule"} | ({"mean"} if average else set())
 
 
@@ -58,14 +61,17 @@ def go(
     ],
 )
 def test_the_best_weights_are_kept_also_of_a_run_that_goes_on(
-    ranks: list[Rank] | None, best: int, tmp_path: Path
+    ranks: list[Rank] | None, best: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    ticks = itertools.count()  # a second for each look at the clock
+    monkeypatch.setattr(training.time, "perf_counter", lambda: float(next(ticks)))
     whole, parted = common.Run(tmp_path / "whole", {}), common.Run(tmp_path / "parted", {})
     reached, seconds = go(whole, trained(), ranks, epochs=3)
-    assert reached == (-float("inf") if ranks is None else ranks[best - 1][0]) and seconds > 0
+    assert reached == (-float("inf") if ranks is None else ranks[best - 1][0])
+    assert seconds == 4  # one look for each epoch, and one at the end
     go(parted, trained(), ranks, epochs=2)
     again, longer = go(parted, trained(), ranks, epochs=3, resume=True)
-    assert again == reached and longer > parted.records()[1]["seconds"]
+    assert again == reached and longer == parted.records()[1]["seconds"] + 2
     for run in (whole, parted):
         kept = trained().model
         run.load_weights(kept)

@@ -9,34 +9,37 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.nn import AGNNConv
 
+from tests.closeness import assert_close
 from xformerlib import masks
 from xformerlib.graph import AGNN
+
+pytestmark = pytest.mark.usefixtures("double")
 
 EDGES = torch.tensor([[0, 1, 1, 2, 3, 4, 4, 0], [1, 0, 2, 1, 4, 3, 0, 4]])
 
 
 def made(**options: Any) -> AGNN:
-    model = AGNN(7, 8, 3, **options).double().eval()
+    model = AGNN(7, 8, 3, **options).eval()
     for parameter in model.parameters():
         nn.init.uniform_(parameter, -1, 1)
     return model
 
 
 def nodes(count: int = 6) -> Tensor:  # the last one is alone
-    return torch.randn(count, 7, dtype=torch.float64, requires_grad=True)
+    return torch.randn(count, 7, requires_grad=True)
 
 
 @pytest.mark.parametrize("num_layers", [1, 3])
-def test_without_teleport_it_is_the_layers_of_pyg(num_layers: int) -> None:
+def test_without_teleport_it_is_the_layers_of_pyg(num_layers: int, precision: torch.dtype) -> None:
     model, x = made(num_layers=num_layers), nodes()
-    layers = [AGNNConv().double() for _ in range(num_layers)]
+    layers = [AGNNConv() for _ in range(num_layers)]
     for layer, temperature in zip(layers, model.temperature, strict=True):
         layer.beta.data.copy_(temperature.detach())
     z = model.embed(x).relu()
     for layer in layers:
         z = layer(z, EDGES)
     ours, theirs = model(x, EDGES), model.head(z)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    assert_close(ours, theirs, depth=2 + num_layers)
     weights = [x, model.embed.weight, model.head.weight]
     for got, want in zip(
         torch.autograd.grad(ours.cos().sum(), [*weights, model.temperature]),
@@ -46,16 +49,16 @@ def test_without_teleport_it_is_the_layers_of_pyg(num_layers: int) -> None:
         ],
         strict=True,
     ):
-        torch.testing.assert_close(got, want, rtol=0, atol=1e-11)
+        assert_close(got, want, depth=2 * (2 + num_layers))
 
 
 def test_with_teleport_and_temperature_0_it_is_personalised_pagerank() -> None:
     model, x, share = made(num_layers=200, teleport=0.3), nodes(), 0.3
     nn.init.zeros_(model.temperature)
-    mean = torch.eye(6, dtype=torch.float64).index_put((EDGES[1], EDGES[0]), torch.ones(8, dtype=torch.float64))
+    mean = torch.eye(6).index_put((EDGES[1], EDGES[0]), torch.ones(8))
     mean = mean / mean.sum(1, keepdim=True)
-    far = share * torch.linalg.inv(torch.eye(6, dtype=torch.float64) - (1 - share) * mean)
-    torch.testing.assert_close(model(x, EDGES), model.head(far @ model.embed(x).relu()))
+    far = share * torch.linalg.inv(torch.eye(6) - (1 - share) * mean)
+    assert_close(model(x, EDGES), model.head(far @ model.embed(x).relu()))
 
 
 def test_a_node_looks_as_far_as_there_are_layers() -> None:

@@ -12,6 +12,7 @@ from torch_geometric import EdgeIndex
 from torch_geometric.nn import GPSConv, Sequential, TransformerConv
 
 import xformerlib as xf
+from tests.closeness import assert_close
 from xformerlib.graph import EdgeAttention
 from xformerlib.interop.pyg import from_pyg
 
@@ -42,23 +43,25 @@ def largest(a: Tensor, b: Tensor) -> float:
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("channels", [6, (6, 7)], ids=["one kind", "bipartite"])
-def test_parity_with_transformer_conv(options: dict[str, Any], channels: Any) -> None:
-    theirs = redrawn(TransformerConv(channels, 4, heads=3, **options))
+def test_parity_with_transformer_conv(options: dict[str, Any], channels: Any, precision: torch.dtype) -> None:
+    theirs = redrawn(TransformerConv(channels, 4, heads=3, **options)).to(precision)
     before = {name: value.clone() for name, value in theirs.state_dict().items()}
     ours = from_pyg(theirs)
     sources, targets = 20, 20 if channels == 6 else 15
-    x: Any = torch.randn(sources, 6, dtype=torch.float64)
-    x = x if channels == 6 else (x, torch.randn(targets, 7, dtype=torch.float64))
+    x: Any = torch.randn(sources, 6)
+    x = x if channels == 6 else (x, torch.randn(targets, 7))
     edges = drawn_edges(sources, targets, 60)
-    attr = torch.randn(60, options["edge_dim"], dtype=torch.float64) if "edge_dim" in options else None
+    attr = torch.randn(60, options["edge_dim"]) if "edge_dim" in options else None
     got, (same, alpha) = ours(x, edges, attr, return_attention_weights=True)
     wanted, (_, their_alpha) = theirs(x, edges, attr, return_attention_weights=True)
-    assert largest(got, wanted) < 1e-12 and largest(alpha, their_alpha) < 1e-12 and torch.equal(same, edges)
+    assert_close(got, wanted)
+    assert_close(alpha, their_alpha)
+    assert torch.equal(same, edges)
     (got**2).sum().backward()
     (wanted**2).sum().backward()
-    assert largest(ours.query.weight.grad, theirs.lin_query.weight.grad) < 1e-10
+    assert_close(ours.query.weight.grad, theirs.lin_query.weight.grad, depth=2)  # there and back
     if ours.edge is not None:
-        assert largest(ours.edge.weight.grad, theirs.lin_edge.weight.grad) < 1e-10
+        assert_close(ours.edge.weight.grad, theirs.lin_edge.weight.grad, depth=2)
     with torch.no_grad():
         ours.query.weight.zero_()
     assert all(torch.equal(value, before[name]) for name, value in theirs.state_dict().items())
@@ -71,7 +74,7 @@ def test_permuted_nodes_give_permuted_nodes(nodes: int, count: int, seed: int) -
     x, edges = torch.randn(nodes, 4, dtype=torch.float64), drawn_edges(nodes, nodes, count)
     attr, order, edge_order = torch.randn(count, 2, dtype=torch.float64), torch.randperm(nodes), torch.randperm(count)
     place = order.argsort()
-    assert largest(layer(x[order], place[edges][:, edge_order], attr[edge_order]), layer(x, edges, attr)[order]) < 1e-12
+    assert_close(layer(x[order], place[edges][:, edge_order], attr[edge_order]), layer(x, edges, attr)[order])
 
 
 def test_ways_to_give_edges_agree() -> None:
@@ -80,7 +83,7 @@ def test_ways_to_give_edges_agree() -> None:
     wanted = layer(x, edges)
     adjacency = torch.sparse_coo_tensor(edges.flip(0), torch.ones(edges.shape[1]), (9, 9), check_invariants=True)
     for given_as in (EdgeIndex(edges, sparse_size=(9, 9)), xf.Graph(edges, 9), adjacency, adjacency.to_sparse_csr()):
-        assert largest(layer(x, given_as), wanted) < 1e-12
+        assert_close(layer(x, given_as), wanted)
 
 
 def test_edges_that_change_in_place_are_sorted_anew() -> None:

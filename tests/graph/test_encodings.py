@@ -12,7 +12,9 @@ from hypothesis import given
 from torch import Tensor, nn
 
 import xformerlib as xf
+from tests.closeness import assert_close
 from tests.domains.graphs import permuted, random_graph, together
+from tests.graph.test_edge_attention import largest
 from tests.strategies import randoms
 from xformerlib.domains import _random_walk
 from xformerlib.graph import AtomEncoder, BondEncoder, GaussianBias, GraphTransformer, RandomWalkBias, SignNet
@@ -27,11 +29,6 @@ def redrawn(module: nn.Module) -> Any:
     for parameter in module.parameters():
         nn.init.uniform_(parameter, -1, 1)
     return module.double().eval()
-
-
-def largest(a: Tensor, b: Tensor) -> float:
-    assert a.shape == b.shape
-    return float((a - b).detach().abs().max()) if a.numel() else 0.0
 
 
 def every(bias: Any, domain: xf.Domain) -> Tensor:
@@ -59,7 +56,7 @@ def test_walks_of_all_pairs_are_powers_of_the_matrix(dense: int, rng: Any) -> No
     graph, steps = random_graph(rng), rng.randint(1, 6)
     same = graph.batch[:, None] == graph.batch
     with mock.patch.object(_random_walk, "LARGEST_DENSE_WALK", dense):
-        assert largest(graph.walks(steps), powers(graph, steps)[same]) < 1e-12
+        assert_close(graph.walks(steps), powers(graph, steps)[same])
 
 
 @given(rng=randoms)
@@ -68,21 +65,21 @@ def test_random_walk_bias_is_a_network_of_walks(rng: Any) -> None:
     same, tokens = graph.batch[:, None] == graph.batch, graph.node_tokens
     wanted = bias.outer(bias.inner(powers(graph, 4)).relu())
     got = every(bias, graph)[:, tokens[:, None], tokens]
-    assert largest(got.movedim(0, -1)[same], wanted[same]) < 1e-12
+    assert_close(got.movedim(0, -1)[same], wanted[same])
 
 
 @pytest.mark.parametrize("kernel", ["reference", "packed", "chunked"])
-def test_attention_with_walks_is_that_of_each_graph_alone(kernel: str) -> None:
+def test_attention_with_walks_is_that_of_each_graph_alone(kernel: str, precision: torch.dtype) -> None:
     alone = [PLAIN, xf.Graph(torch.tensor([[0, 1], [1, 0]]), 2), xf.Graph(torch.empty(2, 0).long(), 3)]
-    bias, batch = redrawn(RandomWalkBias(2, 4, hidden=5)), together(alone)
-    qkv = torch.randn(3, 1, 2, batch.num_nodes, 4, dtype=torch.float64)
+    bias, batch = redrawn(RandomWalkBias(2, 4, hidden=5)).to(precision), together(alone)
+    qkv = torch.randn(3, 1, 2, batch.num_nodes, 4)
     got = xf.attention(*qkv, bias=bias, domain=batch, kernel=kernel)
     parts = qkv.split([graph.num_nodes for graph in alone], 3)
     wanted = [
         nn.functional.scaled_dot_product_attention(*part, attn_mask=every(bias, graph)[None])
         for part, graph in zip(parts, alone, strict=True)
     ]
-    assert largest(got, torch.cat(wanted, 2)) < 1e-12
+    assert_close(got, torch.cat(wanted, 2))
 
 
 def test_walks_of_too_many_pairs_are_refused() -> None:
@@ -101,10 +98,10 @@ def test_gaussian_bias_is_its_formula() -> None:
     psi = torch.exp(-(((u - bias.means) / width) ** 2) / 2) / (math.sqrt(2 * math.pi) * width)
     wanted = bias.outer(nn.functional.gelu(bias.inner(psi)))
     got = every(bias, domain)
-    assert largest(got, wanted.movedim(-1, 0)) < 1e-6 * float(wanted.detach().abs().max())
+    assert_close(got, wanted.movedim(-1, 0))
     turn = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64)).Q
     moved = xf.Points(places @ turn + 5, batch=torch.tensor([0, 0, 1, 1, 1, 1]))
-    assert largest(every(bias, moved), got) < 1e-6 * float(wanted.detach().abs().max())
+    assert_close(every(bias, moved), got)
 
 
 # -- signs -----------------------------------------------------------------------------------------------------------
@@ -120,7 +117,7 @@ def signs(net: SignNet, graph: xf.Graph, flipped: Tensor | None = None) -> Tenso
 def test_signs_of_eigenvectors_do_not_matter_but_those_of_entries_do() -> None:
     net = redrawn(SignNet(4, 3, hidden=5, num_layers=2))
     plain = signs(net, PLAIN)
-    assert largest(signs(net, PLAIN, torch.tensor([-1.0, 1.0, -1.0])), plain) < 1e-12
+    assert_close(signs(net, PLAIN, torch.tensor([-1.0, 1.0, -1.0])), plain)
     entries = torch.ones(6, 3)
     entries[2] = -1
     assert largest(signs(net, PLAIN, entries), plain) > 1e-6
@@ -130,8 +127,8 @@ def test_sign_net_knows_no_order_and_no_company() -> None:
     net = redrawn(SignNet(4, 4, hidden=5))
     order = torch.randperm(6)
     plain, small = signs(net, PLAIN), xf.Graph(torch.tensor([[0, 1, 1], [1, 0, 1]]), 3)
-    assert largest(signs(net, permuted(PLAIN, order))[order], plain) < 1e-10
-    assert largest(signs(net, together([small, PLAIN])), torch.cat([signs(net, small), plain])) < 1e-10
+    assert_close(signs(net, permuted(PLAIN, order))[order], plain)
+    assert_close(signs(net, together([small, PLAIN])), torch.cat([signs(net, small), plain]))
 
 
 # -- atoms and bonds -------------------------------------------------------------------------------------------------
@@ -142,7 +139,7 @@ def test_columns_are_sums_of_embeddings(encoder: Any, columns: int) -> None:
     x = torch.stack([torch.randint(size, (20,)) for size in encoder.sizes], 1)
     assert x.shape[1] == columns
     wanted = sum(part[x[:, c]] for c, part in enumerate(encoder.table.split(encoder.sizes)))
-    assert largest(encoder(x), wanted) < 1e-6
+    assert_close(encoder(x), wanted)
     assert encoder(x[:0]).shape == (0, 6)
     for part in encoder.table.split(encoder.sizes):
         assert part.abs().max() <= math.sqrt(6 / (len(part) + 6))

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch_geometric.data import Batch, Data
 
 import xformerlib as xf
-from tests.graph.test_edge_attention import largest, redrawn
+from tests.closeness import assert_close
+from tests.graph.test_edge_attention import redrawn
 from xformerlib import masks, positions
 from xformerlib.graph import ExpanderAttention, Exphormer
 from xformerlib.graph._exphormer import links
@@ -49,7 +50,7 @@ def test_links_are_the_pairs_of_the_mask(sizes: list[int], virtual: int, degree:
     features = torch.zeros(graph.num_tokens, graph.num_tokens, 3, dtype=torch.float64)
     source, target = graph.node_tokens[graph.edge_index]
     features.index_put_((target, source), edge_attr, accumulate=True)
-    assert largest(found.features(edge_attr)[:, :3], features[found.edge_index[1], found.edge_index[0]]) < 1e-12
+    assert_close(found.features(edge_attr)[:, :3], features[found.edge_index[1], found.edge_index[0]])
 
 
 @pytest.mark.parametrize("virtual", [0, 2])
@@ -64,7 +65,7 @@ def test_without_features_it_is_attention_under_the_mask(virtual: int) -> None:
     x = torch.randn(graph.num_tokens, 8, dtype=torch.float64)
     mask = masks.Edges() | masks.Expander(3)
     mask = mask | masks.Global(virtual) if virtual else mask
-    assert largest(layer(x, graph), plain(x, graph, mask=mask)) < 1e-12
+    assert_close(layer(x, graph), plain(x, graph, mask=mask))
 
 
 def test_links_are_told_apart() -> None:
@@ -75,19 +76,19 @@ def test_links_are_told_apart() -> None:
     assert layer.along.edge.weight.grad.abs().amax(0).amin() > 0
 
 
-def test_a_large_graph_in_a_batch_gives_what_it_gives_alone() -> None:
+def test_a_large_graph_in_a_batch_gives_what_it_gives_alone(precision: torch.dtype) -> None:
     torch.manual_seed(0)
-    model = redrawn(Exphormer(7, 8, 3, 2, 2, edge_dim=2, degree=3, virtual_nodes=2)).eval()
+    model = redrawn(Exphormer(7, 8, 3, 2, 2, edge_dim=2, degree=3, virtual_nodes=2)).to(precision).eval()
     graphs = [
         Data(
-            x=torch.randn(n, 7).double(),
+            x=torch.randn(n, 7),
             edge_index=torch.randint(n, (2, 3 * n)),
-            edge_attr=torch.randn(3 * n, 2).double(),
+            edge_attr=torch.randn(3 * n, 2),
         )
         for n in (40, 1, 25)
     ]
     together = model(Batch.from_data_list(graphs))
-    assert largest(together, torch.cat([model(graph) for graph in graphs])) < 1e-10
+    assert_close(together, torch.cat([model(graph) for graph in graphs]), depth=2)
 
 
 def test_without_messages() -> None:

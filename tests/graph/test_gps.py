@@ -11,10 +11,13 @@ from torch_geometric.data import Batch, Data
 from torch_geometric.nn import GCNConv, GINEConv, GPSConv, TransformerConv
 
 import xformerlib as xf
-from tests.graph.test_edge_attention import largest, redrawn
+from tests.closeness import assert_close
+from tests.graph.test_edge_attention import redrawn
 from xformerlib import masks, positions
 from xformerlib.graph import GPS, EdgeAttention, GPSLayer
 from xformerlib.interop.pyg import from_pyg
+
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def gine() -> nn.Module:
@@ -30,8 +33,7 @@ CONVS: dict[str, Any] = {
 
 def drawn(nodes: int, edges: int) -> Data:
     return Data(
-        x=torch.randn(nodes, 8, dtype=torch.float64), edge_index=torch.randint(nodes, (2, edges)),
-        edge_attr=torch.randn(edges, 3, dtype=torch.float64),
+        x=torch.randn(nodes, 8), edge_index=torch.randint(nodes, (2, edges)), edge_attr=torch.randn(edges, 3)
     )  # fmt: skip
 
 
@@ -48,8 +50,8 @@ def graphs() -> list[Data]:
 
 @pytest.mark.parametrize("norm", ["batch_norm", "layer_norm", "graph_norm", None])
 @pytest.mark.parametrize("conv", CONVS)
-def test_parity_with_pytorch_geometric_run_graph_by_graph(conv: str, norm: str | None) -> None:
-    theirs = redrawn(GPSConv(8, CONVS[conv](), heads=2, norm=norm, act="gelu")).eval()
+def test_parity_with_pytorch_geometric_run_graph_by_graph(conv: str, norm: str | None, precision: torch.dtype) -> None:
+    theirs = redrawn(GPSConv(8, CONVS[conv](), heads=2, norm=norm, act="gelu")).to(precision).eval()
     for name, buffer in theirs.named_buffers():
         if name.endswith(("running_mean", "running_var")):
             nn.init.uniform_(buffer, 0.5, 1.5)
@@ -57,10 +59,10 @@ def test_parity_with_pytorch_geometric_run_graph_by_graph(conv: str, norm: str |
     batch = Batch.from_data_list(data)
     edge_attr = None if ours.conv is None else batch.edge_attr
     got = ours(batch.x, batch.edge_index, edge_attr, batch.batch)
-    assert largest(got, torch.cat([given(theirs, graph) for graph in data])) < 1e-11
+    assert_close(got, torch.cat([given(theirs, graph) for graph in data]))
     order = torch.randperm(batch.num_nodes)
     permuted = ours(batch.x[order], order.argsort()[batch.edge_index], edge_attr, batch.batch[order])
-    assert largest(permuted, got[order]) < 1e-11
+    assert_close(permuted, got[order])
 
 
 @pytest.mark.parametrize("conv", ["GINE", "UniMP"])
@@ -68,15 +70,15 @@ def test_parity_in_training(conv: str) -> None:
     theirs = redrawn(GPSConv(8, CONVS[conv](), heads=4))
     ours, batch = from_pyg(theirs), Batch.from_data_list(graphs())
     got, wanted = ours(batch.x, batch.edge_index, batch.edge_attr, batch.batch), given(theirs, batch)
-    assert largest(got, wanted) < 1e-10
+    assert_close(got, wanted)
     weight = torch.randn_like(got)
     (got * weight).sum().backward()
     (wanted * weight).sum().backward()
-    assert largest(ours.attention.qkv.weight.grad, theirs.attn.in_proj_weight.grad) < 1e-9
-    assert largest(ours.feed_forward.up.weight.grad, theirs.mlp[0].weight.grad) < 1e-9
+    assert_close(ours.attention.qkv.weight.grad, theirs.attn.in_proj_weight.grad, depth=2)
+    assert_close(ours.feed_forward.up.weight.grad, theirs.mlp[0].weight.grad, depth=2)
     own, other = ours.conv_residual.norm.module, theirs.norm1.module
-    assert largest(own.weight.grad, other.weight.grad) < 1e-9
-    assert largest(own.running_var, other.running_var) < 1e-10
+    assert_close(own.weight.grad, other.weight.grad, depth=2)
+    assert_close(own.running_var, other.running_var)
 
 
 def test_virtual_nodes_take_part_in_attention_and_not_in_messages() -> None:
@@ -112,7 +114,6 @@ def test_a_model_shares_its_position_and_edge_features_among_layers() -> None:
     position = positions.RandomWalk(16, 4) + positions.RelativeBias(2) + positions.Rotary(8)
     model = GPS(8, 16, 3, 3, 2, conv=gine_of_width_16, edge_dim=3, position=position, pool="sum", norm="layer")
     batch = Batch.from_data_list(graphs())
-    batch.x, batch.edge_attr = batch.x.float(), batch.edge_attr.float()
     model(batch).square().sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert position.biases[0].table.grad.abs().sum() > 0
@@ -125,12 +126,12 @@ def gine_of_width_16() -> nn.Module:
 def test_dropped_paths_drop_whole_graphs() -> None:
     layer = GPSLayer(8, GCNConv(8, 8), heads=2, norm=None, drop_path=0.9)
     batch = Batch.from_data_list(graphs())
-    same = layer(batch.x.float(), batch.edge_index, batch=batch.batch) == batch.x.float()
+    same = layer(batch.x, batch.edge_index, batch=batch.batch) == batch.x
     assert not same.all()
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.zero_()
-    assert torch.equal(layer(batch.x.float(), batch.edge_index, batch=batch.batch), 2 * batch.x.float())
+    assert torch.equal(layer(batch.x, batch.edge_index, batch=batch.batch), 2 * batch.x)
 
 
 def test_nothing_at_all() -> None:

@@ -10,7 +10,8 @@ from hypothesis import given, strategies as st
 from torch import Tensor, nn
 
 import xformerlib as xf
-from tests.graph.test_edge_attention import largest, redrawn
+from tests.closeness import assert_close
+from tests.graph.test_edge_attention import redrawn
 from xformerlib import positions
 from xformerlib.graph import Graphormer, PathBias
 
@@ -48,28 +49,28 @@ def test_scores_are_means_over_all_shortest_paths(nodes: int, count: int, steps:
             if q != k and paths:
                 each = [score(path, edge_attr, bias.weight) for path in paths]
                 wanted[:, virtual + q, virtual + k] = torch.stack(each).mean(0)
-    assert largest(got, wanted) < 1e-12
+    assert_close(got, wanted)
 
 
-def test_a_model_is_blocks_with_the_sum_of_its_biases() -> None:
-    model = redrawn(Graphormer(5, 8, None, 2, 2, edge_dim=3, max_hops=3, path_steps=2)).eval()
+def test_a_model_is_blocks_with_the_sum_of_its_biases(precision: torch.dtype) -> None:
+    model = redrawn(Graphormer(5, 8, None, 2, 2, edge_dim=3, max_hops=3, path_steps=2)).to(precision).eval()
     edge_index, batch = torch.randint(4, (2, 12)), torch.tensor([0] * 4 + [1] * 5)
     edge_index[:, 6:] += 4
-    edge_attr, x = torch.randn(12, 3, dtype=torch.float64), torch.randn(9, 5, dtype=torch.float64)
+    edge_attr, x = torch.randn(12, 3), torch.randn(9, 5)
     graph = xf.Graph(edge_index, 9, edge_attr=edge_attr, batch=batch, virtual_nodes=1)
-    tokens = torch.zeros(11, 8, dtype=torch.float64)
+    tokens = torch.zeros(11, 8)
     tokens[graph.node_tokens] = model.embed(x)
     tokens[graph.offsets[:-1]] = model.virtual
     tokens = model.degree(tokens, graph)
     for block in model.blocks:
         tokens = block(tokens, graph, position=model.hops + model.paths)
     got = model(x, edge_index, edge_attr, batch)
-    assert largest(got, model.norm(tokens)[graph.offsets[:-1]]) < 1e-12
+    assert_close(got, model.norm(tokens)[graph.offsets[:-1]], depth=2)
     weight = torch.randn_like(got)
     named = dict(model.named_parameters())
     one = torch.autograd.grad((got * weight).sum(), [*named.values()])
     other = torch.autograd.grad((model.norm(tokens)[graph.offsets[:-1]] * weight).sum(), [*named.values()])
-    assert max(map(largest, one, other)) < 1e-10
+    assert_close(one, other, depth=4)
     assert all(grad.abs().sum() > 0 for name, grad in zip(named, one, strict=True) if "table" in name or "path" in name)
 
 
@@ -81,12 +82,12 @@ def test_features_that_are_learned_get_gradients() -> None:
 
 
 def test_features_that_change_in_place_are_read_anew() -> None:
-    edge_attr = torch.ones(1, 1)
+    edge_attr = torch.ones(1, 1, dtype=torch.float64)
     graph = xf.Graph(torch.tensor([[0], [1]]), 2, edge_attr=edge_attr)
-    bias = redrawn(PathBias(1, 1)).float()
+    bias = redrawn(PathBias(1, 1))
     first = bias.pair(graph).at(torch.tensor(1), torch.tensor(0))
     edge_attr.mul_(2)
-    assert largest(bias.pair(graph).at(torch.tensor(1), torch.tensor(0)), 2 * first) < 1e-6
+    assert_close(bias.pair(graph).at(torch.tensor(1), torch.tensor(0)), 2 * first)
 
 
 def test_in_any_encoder() -> None:

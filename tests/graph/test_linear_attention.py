@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,18 +18,14 @@ from torch_geometric.nn.attention import (
 from torch_geometric.nn.models import SGFormer as TheirSGFormer
 
 import xformerlib as xf
+from tests.closeness import assert_close
 from tests.graph.test_edge_attention import largest, redrawn
 from xformerlib.graph import GPSLayer, PerformerAttention, PolynormerAttention, SGFormer, SGFormerAttention
 
 SIZES = (5, 0, 1, 70, 33, 32, 2)  # less than a block of tokens, just one, and several
 
 
-@pytest.fixture(autouse=True)
-def _fp64() -> Iterator[None]:
-    """Theirs makes tensors of the default dtype."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")  # theirs makes tensors of the default dtype
 
 
 def copied(own: nn.Linear, *theirs: Any) -> None:
@@ -42,14 +37,14 @@ def copied(own: nn.Linear, *theirs: Any) -> None:
 
 def sgformer() -> tuple[Any, Any]:
     theirs = redrawn(TheirSGFormerAttention(8, 2, 6, qkv_bias=True))
-    ours = SGFormerAttention(8, 2, 6, qkv_bias=True).double()
+    ours = SGFormerAttention(8, 2, 6, qkv_bias=True)
     copied(ours.qkv, theirs.q, theirs.k, theirs.v)
     return ours, theirs
 
 
 def performer() -> tuple[Any, Any]:
     theirs = redrawn(TheirPerformer(8, 2, 6))
-    ours = PerformerAttention(8, 2, 6, features="relu").double()
+    ours = PerformerAttention(8, 2, 6, features="relu")
     copied(ours.qkv, theirs.q, theirs.k, theirs.v)
     copied(ours.out, theirs.attn_out)
     ours.projection.copy_(theirs.fast_attn.projection_matrix)
@@ -58,7 +53,7 @@ def performer() -> tuple[Any, Any]:
 
 def polynormer(qk_shared: bool = True) -> tuple[Any, Any]:
     theirs = redrawn(TheirPolynormer(8, 1, 6, qk_shared=qk_shared, qkv_bias=True))
-    ours = PolynormerAttention(8, 1, 6, qk_shared=qk_shared, qkv_bias=True).double()
+    ours = PolynormerAttention(8, 1, 6, qk_shared=qk_shared, qkv_bias=True)
     copied(ours.qkv, *(() if qk_shared else (theirs.q,)), theirs.k, theirs.v)
     for own, other in ((ours.gate, theirs.h_lins), (ours.norm, theirs.lns), (ours.out, theirs.lin_out)):
         own.load_state_dict(other.state_dict())
@@ -77,19 +72,19 @@ ALONE: dict[str, Any] = {
 def batch_of(sizes: tuple[int, ...]) -> tuple[Tensor, xf.Graph]:
     item = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
     graph = xf.Graph(torch.zeros(2, 0).long(), sum(sizes), batch=item, num_graphs=len(sizes))
-    return torch.randn(sum(sizes), 8, dtype=torch.float64, requires_grad=True), graph
+    return torch.randn(sum(sizes), 8, requires_grad=True), graph
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_parity_with_pytorch_geometric_on_each_graph_alone(name: str) -> None:
-    ours, theirs = PAIRS[name]()
+def test_parity_with_pytorch_geometric_on_each_graph_alone(name: str, precision: torch.dtype) -> None:
+    ours, theirs = (module.to(precision) for module in PAIRS[name]())
     x, graph = batch_of(SIZES)
     wanted = torch.cat([theirs(part[None])[0] for part in x.split(SIZES) if len(part)])
     got = ours(x, graph)
-    assert largest(got, wanted) < 1e-11
+    assert_close(got, wanted)
     weight = torch.randn_like(got)
     ((a,), (b,)) = (torch.autograd.grad((y * weight).sum(), [x]) for y in (got, wanted))
-    assert largest(a, b) < 1e-9
+    assert_close(a, b, depth=2)
 
 
 @pytest.mark.parametrize("name", [*PAIRS, *ALONE])
@@ -98,12 +93,12 @@ def test_the_rest_of_a_batch_changes_nothing(name: str) -> None:
     x, graph = batch_of(SIZES)
     together = ours(x, graph).split(SIZES)
     for part, y in zip(x.split(SIZES), together, strict=True):
-        assert largest(ours(part, xf.Graph(torch.zeros(2, 0).long(), len(part))), y) < 1e-12
+        assert_close(ours(part, xf.Graph(torch.zeros(2, 0).long(), len(part))), y)
 
 
 def test_random_features_approach_softmax() -> None:
     torch.manual_seed(1)
-    layer = PerformerAttention(8, 2, 4, count=100_000).double()
+    layer = PerformerAttention(8, 2, 4, count=100_000)
     x, graph = batch_of((7, 12))
     x = x.detach() / 2  # the longer queries and keys, the more features it takes
     q, k, v = layer.projected(x, graph)
@@ -127,22 +122,22 @@ def test_random_features_stay_in_range() -> None:
 
 
 def test_gradients_of_gradients() -> None:
-    layer, (x, graph) = SGFormerAttention(8, 1, 3).double(), batch_of((3, 2))
+    layer, (x, graph) = SGFormerAttention(8, 1, 3), batch_of((3, 2))
     assert torch.autograd.gradgradcheck(lambda y: layer(y, graph), [x])
 
 
 def test_in_place_of_attention_in_a_gps_layer() -> None:
     layer = redrawn(GPSLayer(8, GCNConv(8, 8), attention=PerformerAttention(8, 2))).eval()
-    graphs = [Data(x=torch.randn(n, 8).double(), edge_index=torch.randint(n, (2, 2 * n))) for n in (4, 40, 9)]
+    graphs = [Data(x=torch.randn(n, 8), edge_index=torch.randint(n, (2, 2 * n))) for n in (4, 40, 9)]
     batch = Batch.from_data_list(graphs)
     together = layer(batch.x, batch.edge_index, batch=batch.batch)
-    assert largest(together, torch.cat([layer(graph.x, graph.edge_index) for graph in graphs])) < 1e-11
+    assert_close(together, torch.cat([layer(graph.x, graph.edge_index) for graph in graphs]))
 
 
 @pytest.mark.parametrize("aggregate", ["add", "cat"])
-def test_sgformer_equals_pytorch_geometrics_on_each_graph_alone(aggregate: Any) -> None:
-    theirs = redrawn(TheirSGFormer(7, 8, 3, 2, 2, 0.5, 3, 0.5, 0.3, aggregate)).eval()
-    ours = SGFormer(7, 8, 3, 2, 2, 0.5, 3, 0.5, 0.3, aggregate).double().eval()
+def test_sgformer_equals_pytorch_geometrics_on_each_graph_alone(aggregate: Any, precision: torch.dtype) -> None:
+    theirs = redrawn(TheirSGFormer(7, 8, 3, 2, 2, 0.5, 3, 0.5, 0.3, aggregate)).to(precision).eval()
+    ours = SGFormer(7, 8, 3, 2, 2, 0.5, 3, 0.5, 0.3, aggregate).eval()
     copied(ours.attention_in, theirs.trans_conv.fcs[0])
     copied(ours.conv_in, theirs.graph_conv.fcs[0])
     copied(ours.head, theirs.fc)
@@ -151,10 +146,10 @@ def test_sgformer_equals_pytorch_geometrics_on_each_graph_alone(aggregate: Any) 
     ours.attention_norms.load_state_dict(theirs.trans_conv.bns.state_dict())
     ours.conv_norms.load_state_dict(theirs.graph_conv.bns.state_dict())
     ours.convs.load_state_dict(theirs.graph_conv.convs.state_dict())
-    graphs = [Data(x=torch.randn(n, 7).double(), edge_index=torch.randint(n, (2, 2 * n))) for n in (4, 40, 9)]
+    graphs = [Data(x=torch.randn(n, 7), edge_index=torch.randint(n, (2, 2 * n))) for n in (4, 40, 9)]
     wanted = [theirs(graph.x, graph.edge_index, torch.zeros(graph.num_nodes).long()) for graph in graphs]
     got = ours(Batch.from_data_list(graphs)).log_softmax(-1)
-    assert largest(got, torch.cat(wanted)) < 1e-11
+    assert_close(got, torch.cat(wanted), depth=5)  # two attentions beside three convolutions
 
 
 @pytest.mark.parametrize(

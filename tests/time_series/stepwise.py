@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tests.closeness import assert_close
 from xformerlib import time_series as ts
 
 CHANNELS, LOOKBACK, HORIZON, BATCH = 2, 20, 6, 3
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
+DEPTH = 2 * HORIZON  # layers, and steps that are fed back
 
 
 def built(model: type[Any], dtype: torch.dtype = torch.float64, **options: Any) -> Any:
@@ -48,24 +49,23 @@ def assert_shorter_is_missing_in_front(model: ts.ForecastModel, times: Tensor | 
     if times is not None:
         shorter["times"] = times[:1, 7:]
     together = model.head.point(model(**late))
-    torch.testing.assert_close(model.head.point(model(**shorter)), together[:1], rtol=1e-9, atol=1e-9)
+    assert_close(model.head.point(model(**shorter)), together[:1], depth=2)
     whole = model.head.point(model(**given))
-    torch.testing.assert_close(together[1:], whole[1:], rtol=1e-9, atol=1e-9)
+    assert_close(together[1:], whole[1:], depth=2)
     assert not torch.allclose(together[:1], whole[:1])
 
 
 def check_steps(model: ts.StepwiseModel, dtype: torch.dtype, holes: bool, times: Tensor | None = None) -> None:
     """Step by step with what is cached, and everything anew, agree; gradients too."""
     given = inputs(dtype, holes=holes) | ({} if times is None else {"times": times})
-    tolerance = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
     cached = model(**given)
     with torch.no_grad():
-        torch.testing.assert_close(model(**given), again_from_the_start(model, given), **tolerance)
-    torch.testing.assert_close(model(**given, target=cached.detach()), cached, **tolerance)
+        assert_close(model(**given), again_from_the_start(model, given), depth=DEPTH)
+    assert_close(model(**given, target=cached.detach()), cached, depth=DEPTH)
     parameter = next(model.parameters())
     (through_steps,) = torch.autograd.grad(cached[:, 0].sum(), parameter)
     (at_once,) = torch.autograd.grad(model(**given, target=cached.detach())[:, 0].sum(), parameter)
-    torch.testing.assert_close(through_steps, at_once, **tolerance)
+    assert_close(through_steps, at_once, depth=DEPTH)
 
 
 def check_no_leakage(model: ts.StepwiseModel, times: Tensor | None = None) -> None:
@@ -96,7 +96,7 @@ def check_samples(model: ts.StepwiseModel, times: Tensor | None = None) -> None:
     assert paths.shape == (n, BATCH, HORIZON, CHANNELS) and paths.isfinite().all()
     # Each path explains itself: given it as the target, the first steps of all agree, and later ones differ.
     forecasts = [model(**given, target=path) for path in paths]
-    torch.testing.assert_close(forecasts[0].loc[:, 0], forecasts[1].loc[:, 0])
+    assert_close(forecasts[0].loc[:, 0], forecasts[1].loc[:, 0])
     assert (forecasts[0].loc[:, 1] != forecasts[1].loc[:, 1]).any()
     # The noise is what stands between a path and the forecasts along it; drawn in the same way, it is found again.
     noise = torch.Generator().manual_seed(1)
@@ -110,7 +110,7 @@ def check_samples(model: ts.StepwiseModel, times: Tensor | None = None) -> None:
         2,
     )
     expected = torch.stack([f.loc + f.scale * t for f, t in zip(forecasts, drawn, strict=True)])
-    torch.testing.assert_close(paths, expected, rtol=1e-8, atol=1e-8)
+    assert_close(paths, expected, depth=DEPTH)
 
 
 def _standard(df: Tensor, generator: torch.Generator) -> Tensor:

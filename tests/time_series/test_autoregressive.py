@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import xformerlib as xf
+from tests.closeness import assert_close
 from tests.time_series import stepwise
 from xformerlib import masks, positions, time_series as ts
 
@@ -79,7 +80,7 @@ def test_heads_feed_back_their_point(model: type[ts.StepwiseModel], head: ts.Hea
     with torch.no_grad():
         free = head.point(made(**given))
         forced = head.point(made(**given, target=free))
-    torch.testing.assert_close(free, forced)
+    assert_close(free, forced, depth=stepwise.DEPTH)
 
 
 @both
@@ -134,7 +135,7 @@ def test_regular_times_are_the_same_as_none(
     made, given = timed(model, options), stepwise.inputs(lookback=lookback, holes=True)
     steps = torch.arange(lookback + stepwise.HORIZON)
     for times in (steps, steps.expand(stepwise.BATCH, -1), steps - 1_700_000_000):
-        torch.testing.assert_close(made(**given, times=times), made(**given), rtol=1e-9, atol=1e-9)
+        assert_close(made(**given, times=times), made(**given))
 
 
 @both
@@ -142,7 +143,7 @@ def test_regular_times_are_the_same_as_none(
 def test_only_spans_of_time_matter(model: type[ts.StepwiseModel], options: dict[str, Any]) -> None:
     made, given, times = timed(model, options), stepwise.inputs(), stepwise.irregular()
     forecast = made(**given, times=times)
-    torch.testing.assert_close(made(**given, times=times + 1000), forecast, rtol=1e-6, atol=1e-6)
+    assert_close(made(**given, times=times + 1000), forecast)
     assert not torch.allclose(made(**given, times=24 * times), forecast, rtol=1e-3)
     steps = [5, stepwise.LOOKBACK - 1, stepwise.LOOKBACK, stepwise.LOOKBACK + stepwise.HORIZON - 1]
     for step in steps["mask" in options :]:  # each by itself; a window of time may not reach the first

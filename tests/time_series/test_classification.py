@@ -10,8 +10,11 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 
 import xformerlib as xf
+from tests.closeness import assert_close
 from tests.time_series.test_contract import redraw
 from xformerlib import masks, positions, time_series as ts
+
+pytestmark = pytest.mark.usefixtures("double")
 
 CHANNELS, CLASSES = 2, 5
 POOLS = ["mean", "attention", "max"]
@@ -32,10 +35,6 @@ def padded(rows: list[Tensor], length: int, filling: float) -> Tensor:
     for at, row in enumerate(rows):
         x[at, : len(row)] = row
     return x
-
-
-def close(got: Tensor, want: Tensor) -> None:
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("pool", POOLS)
@@ -64,17 +63,19 @@ def test_every_series_is_as_if_alone_however_it_comes(
     )
     assert alone.shape == (len(lengths), CLASSES) and alone.isfinite().all()
     times = torch.cat(when) if timed else None
-    close(model(torch.cat(rows), lengths=lengths, times=times, static=known), alone)
+    assert_close(model(torch.cat(rows), lengths=lengths, times=times, static=known), alone)
     longest = max(lengths) + 3
     times = padded(when, longest, 0.0) if timed else None
     for filling in (torch.nan, 1e9):
-        close(model(padded(rows, longest, filling), lengths=torch.tensor(lengths), times=times, static=known), alone)
-    close(model(padded(rows, longest, torch.nan), times=times, static=known), alone)
+        assert_close(
+            model(padded(rows, longest, filling), lengths=torch.tensor(lengths), times=times, static=known), alone
+        )
+    assert_close(model(padded(rows, longest, torch.nan), times=times, static=known), alone)
 
 
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("mask", [None, masks.Local(3), masks.Causal()])
-def test_it_is_its_formula_on_padded_rows(pool: str, mask: masks.Mask | None) -> None:
+def test_it_is_its_formula_on_padded_rows(pool: str, mask: masks.Mask | None, precision: torch.dtype) -> None:
     """The same encoder on padded rows with a time line of its own, and pools written out."""
     lengths = [9, 1, 6]
     model, rows = small(pool=pool, mask=mask), series(lengths)
@@ -89,10 +90,10 @@ def test_it_is_its_formula_on_padded_rows(pool: str, mask: masks.Mask | None) ->
     else:
         scores = (h @ model.pooling.theta).masked_fill(~valid, -torch.inf)
         pooled = (scores.softmax(1)[..., None] * h).sum(1)
-    close(model(torch.cat(rows), lengths=lengths), model.output(pooled))
+    assert_close(model(torch.cat(rows), lengths=lengths), model.output(pooled))
 
 
-def test_gradients_are_those_of_padded_rows() -> None:
+def test_gradients_are_those_of_padded_rows(precision: torch.dtype) -> None:
     lengths = [9, 1, 6]
     model, rows = small().train(), series(lengths)
     for module in model.modules():
@@ -105,7 +106,7 @@ def test_gradients_are_those_of_padded_rows() -> None:
     )
     got = torch.autograd.grad(model(torch.cat(rows), lengths=lengths).square().sum(), list(model.parameters()))
     for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+        assert_close(a, b)
 
 
 def test_what_is_missing_changes_nothing_and_is_told() -> None:
@@ -122,7 +123,7 @@ def test_what_is_missing_changes_nothing_and_is_told() -> None:
 def test_nothing_observed_is_no_nan(pool: str) -> None:
     model, x = small(pool=pool), torch.randn(2, 6, CHANNELS)
     x[0] = torch.nan
-    close(model(x)[:1], model.output.bias[None])
+    assert_close(model(x)[:1], model.output.bias[None])
     assert model(x * torch.nan).isfinite().all()
     model(x).square().sum().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
@@ -132,7 +133,7 @@ def test_a_step_that_was_not_observed_takes_no_work_and_leaves_its_time_behind()
     model, x = small(), torch.randn(1, 8, CHANNELS)
     x[:, 3:5] = torch.nan
     there = torch.tensor([0, 1, 2, 5, 6, 7])
-    close(model(x), model(x[:, there], times=there))
+    assert_close(model(x), model(x[:, there], times=there))
     assert not torch.allclose(model(x), model(x[:, there]))
     counts: list[int] = []
     model.encoder.register_forward_pre_hook(lambda _, given: counts.append(len(given[0])))
@@ -143,10 +144,10 @@ def test_a_step_that_was_not_observed_takes_no_work_and_leaves_its_time_behind()
 @pytest.mark.parametrize("position", [None, positions.Sinusoidal(8), positions.DistanceDecay(2)])
 def test_times_matter_and_regular_ones_are_steps(position: positions.Position | None) -> None:
     model, x = small(position=position), torch.randn(2, 9, CHANNELS)
-    close(model(x, times=torch.arange(9)), model(x))
+    assert_close(model(x, times=torch.arange(9)), model(x))
     assert not torch.allclose(model(x, times=torch.arange(9.0) ** 1.5), model(x))
     rows = torch.rand(2, 9).cumsum(1)
-    close(model(x, times=rows)[1:], model(x[1:], times=rows[1]))
+    assert_close(model(x, times=rows)[1:], model(x[1:], times=rows[1]))
 
 
 def test_a_window_is_a_span_of_time() -> None:
@@ -178,7 +179,7 @@ def test_patches_are_steps_side_by_side() -> None:
     steps = torch.cat([x[0], torch.full((2, CHANNELS), torch.nan)]).unflatten(0, (3, 3))
     tokens = model.embed(torch.cat([steps.nan_to_num(), steps.isnan().float()], -1).flatten(1))
     h = model.encoder(tokens, xf.Timeline(torch.tensor([0.0, 3.0, 6.0])))
-    close(model(x), model.output(h.mean(0, keepdim=True)))
+    assert_close(model(x), model.output(h.mean(0, keepdim=True)))
 
 
 def test_it_learns_which_wave_a_series_is() -> None:
@@ -211,14 +212,14 @@ def test_compiled_models_agree() -> None:
     compiled = torch.compile(model, backend="eager")
     for lengths in ([5, 9], [3, 3, 8]):
         x = torch.randn(sum(lengths), CHANNELS)
-        close(compiled(x, lengths=torch.tensor(lengths)), model(x, lengths=lengths))
+        assert_close(compiled(x, lengths=torch.tensor(lengths)), model(x, lengths=lengths))
 
 
 def test_pooling_of_packed_states_is_that_of_padded_ones() -> None:
     pooling, lengths = ts.AttentionPooling(4), torch.tensor([3, 0, 5])
     h = torch.randn(3, 5, 4)
     valid = torch.arange(5) < lengths[:, None]
-    close(pooling(h[valid], lengths=lengths), pooling(h, valid))
+    assert_close(pooling(h[valid], lengths=lengths), pooling(h, valid))
     for wrong in ({"lengths": lengths, "valid": valid}, {}):
         with pytest.raises(ValueError, match=r"packed \(N, dim\) with lengths"):
             pooling(h[valid], **wrong)

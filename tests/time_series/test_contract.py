@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 
+from tests.closeness import assert_close
 from xformerlib import time_series as ts
 
 CHANNELS, LOOKBACK, HORIZON, BATCH = 2, 24, 6, 3
@@ -126,6 +127,7 @@ def test_every_head_fits(case: Case, head: ts.Head) -> None:
 
 
 @every_model
+@pytest.mark.usefixtures("double")
 @settings(max_examples=3)
 @given(seed=st.integers(0, 1000))
 def test_the_loss_is_that_of_the_forecast_or_of_each_step_from_the_true_ones_before_it(case: Case, seed: int) -> None:
@@ -137,7 +139,7 @@ def test_the_loss_is_that_of_the_forecast_or_of_each_step_from_the_true_ones_bef
     forced = {"target": target} if isinstance(model, ts.StepwiseModel) else {}
     forecast = model(**batch.inputs, **forced)
     seen = ~target.isnan()
-    torch.testing.assert_close(model.loss(batch), (forecast - target)[seen].square().mean())
+    assert_close(model.loss(batch), (forecast - target)[seen].square().mean())
 
 
 @every_model
@@ -190,7 +192,7 @@ def test_what_is_missing_is_in_no_gradient(case: Case) -> None:
 
 @every_model
 @pytest.mark.parametrize("share", [0.0, 0.4])
-def test_a_row_does_not_depend_on_the_others(case: Case, share: float) -> None:
+def test_a_row_does_not_depend_on_the_others(case: Case, share: float, precision: torch.dtype) -> None:
     model = case.build(covariates=True)
     given = inputs(model)
     if share:
@@ -198,7 +200,7 @@ def test_a_row_does_not_depend_on_the_others(case: Case, share: float) -> None:
     together = point(model, given)
     for row in range(BATCH):
         alone = point(model, {name: value[row : row + 1] for name, value in given.items()})
-        torch.testing.assert_close(alone, together[row : row + 1], rtol=1e-4, atol=1e-4)
+        assert_close(alone, together[row : row + 1])
 
 
 @every_model
@@ -322,7 +324,7 @@ def test_double_precision(case: Case) -> None:
     given = inputs(model)
     exact = point(model.double(), {name: value.double() for name, value in given.items()})
     assert exact.dtype == torch.float64
-    torch.testing.assert_close(point(model.float(), given).double(), exact, rtol=1e-3, atol=1e-3)
+    assert_close(point(model.float(), given), exact)
 
 
 @cases_with("head")

@@ -44,7 +44,7 @@ def test_times_may_be_whole_numbers(tmp_path: Any) -> None:
     assert forecast["ds"].tolist() == [7 + 5 * t for n in (60, 45) for t in range(n, n + HORIZON)]
     assert forecast["DLinear"].tolist() == dates["DLinear"].tolist()
     forecaster.save(tmp_path / "model.pt")
-    pd.testing.assert_frame_equal(type(forecaster).load(tmp_path / "model.pt").predict(), forecast)
+    pd.testing.assert_frame_equal(type(forecaster).load(tmp_path / "model.pt").predict(), forecast, check_exact=True)
     assert quick().cross_validate(df)["cutoff"].tolist() == [7 + 5 * t for t in (55, 40) for _ in range(HORIZON)]
     with pytest.raises(TypeError, match="freq must be a whole number where 'ds' holds whole numbers"):
         quick(freq="h").fit(df)
@@ -63,7 +63,7 @@ def test_times_may_have_a_zone(tmp_path: Any) -> None:
     assert forecast["ds"].dt.tz_convert("UTC").dt.tz_localize(None).tolist() == utc["ds"].tolist()
     assert forecast["DLinear"].tolist() == utc["DLinear"].tolist()
     forecaster.save(tmp_path / "model.pt")
-    pd.testing.assert_frame_equal(type(forecaster).load(tmp_path / "model.pt").predict(), forecast)
+    pd.testing.assert_frame_equal(type(forecaster).load(tmp_path / "model.pt").predict(), forecast, check_exact=True)
 
 
 @pytest.mark.parametrize("kind", ["int", "category", "string", "object"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
+from tests.closeness import assert_close
 from tests.time_series import stepwise
 from xformerlib import time_series as ts
 
@@ -44,7 +45,7 @@ def test_the_cells_are_the_formula() -> None:
     for t in range(3):
         vector = torch.cat([z[:, t], torch.ones(1, 1, dtype=torch.float64)], -1)
         state = torch.gru_cell(vector, state, *(p for _, p in model.rnn.named_parameters()))
-    torch.testing.assert_close(model(x), inverse(model.output.linear(state)[..., None]))
+    assert_close(model(x), inverse(model.output.linear(state)[..., None]))
 
 
 @given(batch=st.integers(1, 4), steps=st.integers(1, 9), dim=st.integers(1, 6), holes=st.booleans())
@@ -56,9 +57,9 @@ def test_pooling_is_the_mean_with_softmax_weights(batch: int, steps: int, dim: i
     weights = shares / shares.sum(1, keepdim=True).clamp(min=1e-300)
     if valid is not None:
         h = h.masked_fill(~valid[..., None], torch.nan)
-    torch.testing.assert_close(pooling.weights(h, valid), weights.detach())
+    assert_close(pooling.weights(h, valid), weights.detach())
     pooled = pooling(h, valid)
-    torch.testing.assert_close(pooled, torch.einsum("bt,btd->bd", weights, h.nan_to_num()))
+    assert_close(pooled, torch.einsum("bt,btd->bd", weights, h.nan_to_num()))
     pooled.sum().backward()
     assert pooling.theta.grad is not None and pooling.theta.grad.isfinite().all()
 

@@ -10,15 +10,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import xformerlib as xf
+from tests.closeness import assert_close
 from tests.vision.test_vit import VARIANTS, made
 from xformerlib import vision
+
+pytestmark = pytest.mark.usefixtures("double")
 
 DECODER: dict[str, Any] = {"decoder_dim": 24, "decoder_depth": 2, "decoder_heads": 3}
 
 
 def autoencoder(name: str = "sin-cos", seed: int = 0, encoder: Any = None, **options: Any) -> vision.MaskedAutoencoder:
     encoder = made(name) if encoder is None else encoder
-    model = vision.MaskedAutoencoder(encoder, **{**DECODER, **options}).double().eval()
+    model = vision.MaskedAutoencoder(encoder, **{**DECODER, **options}).eval()
     torch.manual_seed(seed)
     for parameter in [*model.embed.parameters(), *model.decoder.parameters(), *model.out.parameters()]:
         nn.init.uniform_(parameter, -0.5, 0.5)
@@ -47,11 +50,11 @@ def sin_cos(dim: int, height: int, width: int) -> Tensor:
     """The position table of the published code: half of the channels for the column, half for the row; a row of 0 in front."""
 
     def axis(place: Tensor) -> Tensor:
-        omega = 1 / 10_000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+        omega = 1 / 10_000 ** (torch.arange(dim // 4) / (dim / 4))
         return torch.cat([(place[:, None] * omega).sin(), (place[:, None] * omega).cos()], 1)
 
-    row, column = torch.meshgrid(torch.arange(height).double(), torch.arange(width).double(), indexing="ij")
-    return torch.cat([torch.zeros(1, dim).double(), torch.cat([axis(column.flatten()), axis(row.flatten())], 1)])
+    row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.cat([torch.zeros(1, dim), torch.cat([axis(column.flatten()), axis(row.flatten())], 1)])
 
 
 def plain(model: vision.MaskedAutoencoder, images: Tensor, shown: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,30 +77,28 @@ def plain(model: vision.MaskedAutoencoder, images: Tensor, shown: Tensor) -> tup
     restored = model.out(model.decoder.norm(y))[:, 1:]
     target = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6) ** 0.5
     error = ((restored - target) ** 2).mean(-1)
-    hidden = torch.ones(batch, h * w).double()
+    hidden = torch.ones(batch, h * w)
     for row, keep in enumerate(shown):
         hidden[row, keep] = 0
     return (error * hidden).sum() / hidden.sum(), restored
 
 
 @pytest.mark.parametrize("size", [(16, 16), (8, 24)])
-def test_it_is_the_recipe_of_the_paper(size: tuple[int, int]) -> None:
-    encoder = vision.ViT(
-        5, size=16, patch=4, dim=32, depth=2, heads=4, position=xf.positions.Sinusoidal(32)
-    ).double()  # fmt: skip
-    model, images = autoencoder(encoder=encoder), torch.randn(3, 3, *size, dtype=torch.float64)
+def test_it_is_the_recipe_of_the_paper(size: tuple[int, int], precision: torch.dtype) -> None:
+    encoder = vision.ViT(5, size=16, patch=4, dim=32, depth=2, heads=4, position=xf.positions.Sinusoidal(32))
+    model, images = autoencoder(encoder=encoder), torch.randn(3, 3, *size)
     got = model(images, seeded())
     h, w = size[0] // 4, size[1] // 4
     assert got.mask.shape == (3, h, w) and got.mask.flatten(1).sum(1).tolist() == [h * w * 3 // 4] * 3
     shown = torch.stack([(~row).nonzero()[:, 0] for row in got.mask.flatten(1)])
     wanted, restored = plain(model, images, shown)
-    torch.testing.assert_close(got.loss, wanted, rtol=1e-10, atol=1e-12)
+    assert_close(got.loss, wanted, depth=4)  # two blocks, and two of the decoder
     # Pictures are in the units of the image: what is restored is put back to the level and scale of its patch.
     patches = F.unfold(images, 4, stride=4).transpose(1, 2)
     pictures = F.unfold(got.reconstruction, 4, stride=4).transpose(1, 2)
     units = (patches.var(-1, keepdim=True) + 1e-6).sqrt()
     expected = torch.where(got.mask.flatten(1)[..., None], restored * units + patches.mean(-1, keepdim=True), patches)
-    torch.testing.assert_close(pictures, expected, rtol=1e-10, atol=1e-10)
+    assert_close(pictures, expected, depth=4)
 
 
 def covered(mask: Tensor) -> Tensor:
@@ -107,7 +108,7 @@ def covered(mask: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name != "stem"])
 def test_the_encoder_sees_nothing_of_hidden_patches(name: str) -> None:
-    model, images = autoencoder(name), torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    model, images = autoencoder(name), torch.randn(2, 3, 16, 16)
     seen: list[Tensor] = []
     hook = model.encoder.encoder.blocks[-1].register_forward_hook(lambda _, inputs, out: seen.append(out))
     first = model(images, seeded())
@@ -124,14 +125,14 @@ def test_the_encoder_sees_nothing_of_hidden_patches(name: str) -> None:
 
 
 def test_the_loss_is_of_hidden_patches_alone() -> None:
-    model, images = autoencoder(norm_targets=False), torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    model, images = autoencoder(norm_targets=False), torch.randn(2, 3, 16, 16)
     loss, reconstruction, mask = model(images, seeded())
     of_hidden = (reconstruction - images)[covered(mask).expand_as(images)].square().mean()
-    torch.testing.assert_close(loss, of_hidden, rtol=1e-12, atol=0)
+    assert_close(loss, of_hidden)
 
 
 def test_seeds_reproduce_and_gradients_reach_all_that_is_used() -> None:
-    model, images = autoencoder("class token").train(), torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    model, images = autoencoder("class token").train(), torch.randn(2, 3, 16, 16)
     first, again, other = (model(images, seeded(seed)) for seed in (1, 1, 2))
     assert torch.equal(first.loss, again.loss) and torch.equal(first.mask, again.mask)
     assert not torch.equal(first.mask, other.mask)
@@ -189,7 +190,7 @@ def test_signals_images_and_videos(sizes: tuple[int, ...], patch: Any) -> None:
 
 
 def test_patches_that_do_not_exist_are_neither_shown_nor_asked_for() -> None:
-    model, images = autoencoder("mean"), torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    model, images = autoencoder("mean"), torch.randn(2, 3, 16, 16)
     valid = torch.ones(2, 4, 4, dtype=torch.bool)
     valid[0, 2:] = False
     first = model(images, seeded(), valid=valid)
