@@ -16,9 +16,11 @@ import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 # One layer of the library against the reference in double precision, relative to the largest number: the contract of every kernel.
 UNIT = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -68,6 +70,18 @@ def assert_close(
         f"({UNIT[dtype]:.0e} of {dtype} x depth {depth} x condition {condition:g} x scale {largest:.3g}); "
         f"{int((difference > bound).sum())} of {difference.numel()} values differ by more"
     )
+
+
+class InDouble(TorchFunctionMode):
+    """Inside, torch code that names single precision gets double: for peers that compute some of their numbers in fp32 whatever
+    the precision of the model is, such as rotary angles and tables of relative positions."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def wide(value: Any) -> Any:
+            return torch.float64 if value is torch.float32 else value
+
+        func = Tensor.double if func is Tensor.float else func
+        return func(*map(wide, args), **{name: wide(value) for name, value in (kwargs or {}).items()})
 
 
 def _record(what: str, dtype: torch.dtype, difference: float, bound: float) -> None:
