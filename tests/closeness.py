@@ -72,6 +72,12 @@ def assert_close(
     )
 
 
+def largest(*tensors: Tensor | Sequence[Tensor]) -> float:
+    """The largest number in tensors or lists of them: a scale for gradients, some of which are small sums of large numbers."""
+    flat = [tensor for each in tensors for tensor in ([each] if isinstance(each, Tensor) else each)]
+    return max((float(tensor.detach().abs().max()) for tensor in flat if tensor.numel()), default=0.0)
+
+
 class InDouble(TorchFunctionMode):
     """Inside, torch code that names single precision gets double: for peers that compute some of their numbers in fp32 whatever
     the precision of the model is, such as rotary angles and tables of relative positions."""
