@@ -74,11 +74,13 @@ def test_padding_changes_nothing(make: Callable[[], xf.Encoder], sizes: list[int
     assert_close(gradients(model, out, direction), wanted, "gradients", depth=2 * LAYERS, scale=largest(wanted))
 
 
-@given(models, lengths, st.integers(0, 2))
-def test_packing_changes_nothing(make: Callable[[], xf.Encoder], sizes: list[int], prefix: int) -> None:
-    model = make()
+@given(models, lengths, st.integers(0, 2), st.sampled_from([torch.float64, torch.float32]))
+def test_packing_changes_nothing(
+    make: Callable[[], xf.Encoder], sizes: list[int], prefix: int, dtype: torch.dtype
+) -> None:
+    model = make().to(dtype)
     domain = xf.Sequence.packed(sizes, prefix=prefix)
-    items = [tokens(prefix + size) for size in sizes]
+    items = [tokens(prefix + size, dtype=dtype) for size in sizes]
     out = model(torch.cat(items), domain)
     for got, item, size in zip(out.split([len(item) for item in items]), items, sizes, strict=True):
         assert_close(got, model(item, xf.Sequence(size, prefix=prefix)), depth=LAYERS)

@@ -36,9 +36,10 @@ def test_an_encoder_is_its_blocks_and_a_norm(norm: Any, final: bool | None) -> N
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_encoder_and_decoder_are_their_formulas(norm: Any) -> None:
-    model = redrawn(xf.EncoderDecoder(DIM, HEADS, encoder_depth=2, decoder_depth=3, norm=norm, hidden=HIDDEN))
-    source, target = x, y = tokens(2, 7), tokens(2, 5)
+def test_encoder_and_decoder_are_their_formulas(norm: Any, precision: torch.dtype) -> None:
+    model = xf.EncoderDecoder(DIM, HEADS, encoder_depth=2, decoder_depth=3, norm=norm, hidden=HIDDEN)
+    model = redrawn(model, precision)
+    source, target = x, y = tokens(2, 7, dtype=precision), tokens(2, 5, dtype=precision)
     for block in model.encoder.blocks:
         x = block_formula(block, norm, x, None, None)
     x = normed(x, model.encoder.norm)
