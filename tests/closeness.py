@@ -78,16 +78,17 @@ def largest(*tensors: Tensor | Sequence[Tensor]) -> float:
     return max((float(tensor.detach().abs().max()) for tensor in flat if tensor.numel()), default=0.0)
 
 
-class InDouble(TorchFunctionMode):
-    """Inside, torch code that names single precision gets double: for peers that compute some of their numbers in fp32 whatever
-    the precision of the model is, such as rotary angles and tables of relative positions."""
+class InDefaultPrecision(TorchFunctionMode):
+    """Inside, torch code that names single precision gets the default one: for peers that compute some of their numbers in fp32 in a
+    model of double precision, such as rotary angles and tables of relative positions."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        def wide(value: Any) -> Any:
-            return torch.float64 if value is torch.float32 else value
+        def default(value: Any) -> Any:
+            return torch.get_default_dtype() if value is torch.float32 else value
 
-        func = Tensor.double if func is Tensor.float else func
-        return func(*map(wide, args), **{name: wide(value) for name, value in (kwargs or {}).items()})
+        if func is Tensor.float:
+            func, args = Tensor.to, (*args, torch.float32)
+        return func(*map(default, args), **{name: default(value) for name, value in (kwargs or {}).items()})
 
 
 def _record(what: str, dtype: torch.dtype, difference: float, bound: float) -> None:

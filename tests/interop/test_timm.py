@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ import torch
 from timm import layers
 from torch import Tensor, nn
 
-from tests.closeness import InDouble, assert_close
+from tests.closeness import InDefaultPrecision, assert_close
 from xformerlib import vision
 from xformerlib.interop import _timm_weights
 from xformerlib.interop.timm import from_timm
@@ -97,14 +96,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 TABLES = ("beit", "vit_srelpos")  # relative tables, which timm resamples to another size by a rule of its own
 
 
-def in_precision() -> AbstractContextManager[Any]:
-    """Where timm computes in the default precision what it names single precision for: rotary angles, tables that it resamples."""
-    return InDouble() if torch.get_default_dtype() == torch.float64 else nullcontext()
-
-
 def made(name: str, **options: Any) -> nn.Module:
     """A model of timm with two blocks, every parameter drawn anew, in the default precision."""
-    with in_precision():
+    with InDefaultPrecision():
         model = timm.create_model(name, pretrained=False, **{"depth": 2, "num_classes": 10, **options}).eval()
     generator = torch.Generator().manual_seed(0)
     for path, parameter in model.named_parameters():
@@ -127,7 +121,7 @@ def image_of(model: Any) -> Tensor:
 
 def assert_same(ours: vision.ViT, theirs: Any, image: Tensor) -> None:
     with torch.no_grad():
-        with in_precision():
+        with InDefaultPrecision():
             wanted = theirs(image)
         inferred = ours(image)
     assert 0.1 < float(wanted.std()) < 10
@@ -161,7 +155,7 @@ def test_logits_are_the_same(name: str, options: dict[str, Any]) -> None:
     assert all(torch.equal(value, before[key]) for key, value in theirs.state_dict().items())
 
     size = tuple(patch * count for patch, count in zip(theirs.patch_embed.patch_size, (5, 7), strict=True))
-    with in_precision():
+    with InDefaultPrecision():
         theirs.set_input_size(size)
     if name.startswith(TABLES) or options.get("rel_pos_type") == "mlp_swin":
         ours = from_timm(theirs)

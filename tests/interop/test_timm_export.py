@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import xformerlib as xf
-from tests.closeness import InDouble, assert_close
+from tests.closeness import InDefaultPrecision, assert_close
 from xformerlib import masks, positions, vision
 from xformerlib.interop.timm import from_timm, to_timm
 
@@ -56,9 +55,7 @@ def test_there_and_back(name: str) -> None:
     }
     for x in (images(16, 24), images(8, 40)):
         wanted = ours(x)
-        with (
-            InDouble() if wanted.dtype == torch.float64 else nullcontext()
-        ):  # timm resamples positions in single precision
+        with InDefaultPrecision():  # timm resamples positions in single precision
             assert_close(theirs(x), wanted, "logits of timm", depth=4)
         assert_close(back(x), wanted, "logits of what came back", depth=4)
 

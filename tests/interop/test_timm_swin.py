@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ import timm
 import torch
 from torch import nn
 
-from tests.closeness import InDouble, assert_close
+from tests.closeness import InDefaultPrecision, assert_close
 from xformerlib.interop.timm import from_timm
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -21,15 +20,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::Deprec
 TINY, TINY_V2 = "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"
 
 
-def in_precision() -> AbstractContextManager[Any]:
-    """Where timm computes in the default precision what it names single precision for: offsets within windows."""
-    return InDouble() if torch.get_default_dtype() == torch.float64 else nullcontext()
-
-
 def made(name: str, **options: Any) -> nn.Module:
     """Every parameter drawn anew: at initialisation many models are nearly the identity."""
     torch.manual_seed(0)
-    with in_precision():
+    with InDefaultPrecision():
         model = timm.create_model(name, depths=(2, 2, 2, 2), **options).eval()
     for key, parameter in model.named_parameters():
         if "table" in key:
@@ -74,7 +68,7 @@ def compare(name: str, options: dict[str, Any], size: tuple[int, int]) -> None:
     x = torch.randn(1, 3, *size)
     logits = ours(x).detach()
     with torch.no_grad():
-        with in_precision():
+        with InDefaultPrecision():
             wanted, maps = theirs(x), theirs.forward_intermediates(x)[1]
         assert float(wanted.std()) > 0.3
         for what, got in (("with gradients", logits), ("without", ours(x))):
