@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from random import Random
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import xformerlib as xf
 from tests.closeness import assert_close
+from tests.counting import Made
 from tests.strategies import HEADS, LEAVES, ROWS, domain, leaf, tree
 from xformerlib import masks
 from xformerlib.masks import Causal, Dilated, Full, Global, Keys, Local, Mask, Prefix, Segments, Where, Windows
@@ -176,22 +174,6 @@ def test_bad_arguments_are_refused() -> None:
 
 
 MILLION = xf.Sequence(1_000_000)
-
-
-class Made(TorchDispatchMode):
-    """Counts operators, and the bytes that they make, those of views apart."""
-
-    operators = bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        given, tensors = (
-            {x.untyped_storage()._cdata: x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)}
-            for tree in (args, out)
-        )
-        self.operators += 1
-        self.bytes += sum(x.untyped_storage().nbytes() for key, x in tensors.items() if key not in given)
-        return out
 
 
 def test_a_window_on_a_million_tokens_is_made_of_few_numbers() -> None:
