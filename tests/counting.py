@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -17,7 +18,12 @@ class Made(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         given, made = (
-            {x.untyped_storage()._cdata: x for x in tree_leaves(tree) if isinstance(x, Tensor)} for tree in (args, out)
+            {
+                x.untyped_storage()._cdata: x
+                for x in tree_leaves(tree)
+                if isinstance(x, Tensor) and x.layout == torch.strided
+            }
+            for tree in (args, out)
         )
         self.operators += 1
         self.bytes += sum(x.untyped_storage().nbytes() for key, x in made.items() if key not in given)

@@ -229,7 +229,8 @@ def check(rng: Random, dtype: torch.dtype) -> None:
     for name, x in got.items():
         assert torch.equal(x, again[name]), f"{name} differs between two runs"
         assert x.shape == want[name].shape and x.dtype == want[name].dtype, name
-        assert_close(x, want[name], name, scale=max(1.0, largest(want[name])))
+        # The largest scores: a rounding error of one is a relative error of its weight.
+        assert_close(x, want[name], name, condition=4, scale=max(1.0, largest(want[name])))
 
 
 @on_device
@@ -288,17 +289,15 @@ def test_attention_on_a_gpu_is_that_on_the_cpu(trained: bool) -> None:
 
 
 @on_device
-def test_it_makes_no_vector_for_an_edge() -> None:
+def test_it_makes_no_vector_for_an_edge(monkeypatch: pytest.MonkeyPatch) -> None:
     """All that operators of torch make is some numbers for each token and edge: vectors of edges never leave the programs."""
+    monkeypatch.setattr(_pattern, "DIVIDED_ENTRIES", 2**10)
     entries = 120 if INTERPRETED else 2_000_000
     call = graph(entries, entries // 20, heads=2, dim=32)
-    made = {}
-    for engine in (_sparse_triton, _sparse_torch):
-        with Made() as count:
-            one_step(engine, call, torch.ones_like(call.query))
-        made[engine] = count.bytes
-    vectors = entries * 2 * 32 * call.query.element_size()
-    assert made[_sparse_triton] < vectors < made[_sparse_torch]
+    with Made() as made:
+        one_step(_sparse_triton, call, torch.ones_like(call.query))
+    vectors = entries * 2 * 32 * 4
+    assert made.bytes < vectors / 2
 
 
 @pytest.mark.cuda
