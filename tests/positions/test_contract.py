@@ -171,7 +171,7 @@ def test_where_places_are_steps_biases_depend_on_offsets_alone(name: str) -> Non
         )
         for kind in torch.unique(offsets.flatten(0, 1), dim=0):
             same = scores[:, (offsets == kind).all(-1)]
-            assert torch.equal(same, same[:, :1].expand_as(same))
+            assert_close(same, same[:, :1].expand_as(same))
 
 
 # -- embeddings --------------------------------------------------------------------------------------------------------
