@@ -229,8 +229,9 @@ def check(rng: Random, dtype: torch.dtype) -> None:
     for name, x in got.items():
         assert torch.equal(x, again[name]), f"{name} differs between two runs"
         assert x.shape == want[name].shape and x.dtype == want[name].dtype, name
-        # The largest scores: a rounding error of one is a relative error of its weight.
-        assert_close(x, want[name], name, condition=4, scale=max(1.0, largest(want[name])))
+        # The largest scores: a rounding error of one is a relative error of its weight. In half precision, scores are of single.
+        condition = 1 if dtype.itemsize == 2 else 4
+        assert_close(x, want[name], name, condition=condition, scale=max(1.0, largest(want[name])), dtype=dtype)
 
 
 @on_device
@@ -271,6 +272,7 @@ def graph(entries: int, nodes: int, heads: int, dim: int) -> Call:
 
 
 @pytest.mark.cuda
+@pytest.mark.usefixtures("double")
 @pytest.mark.parametrize("trained", [False, True])
 def test_attention_on_a_gpu_is_that_on_the_cpu(trained: bool) -> None:
     edges = torch.randint(300, (2, 2000))
@@ -285,7 +287,8 @@ def test_attention_on_a_gpu_is_that_on_the_cpu(trained: bool) -> None:
         out = layer(x.to(device), where.to(device))
         out.square().sum().backward()
         results.append([out.cpu(), *(p.grad.cpu() for p in layer.parameters())])
-    assert_close(results[1], results[0], "output and gradients", depth=2)  # there and back
+    # There and back. Gradients of biases are sums that all but cancel.
+    assert_close(results[1], results[0], "output and gradients", depth=2, scale=largest(results[0]))
 
 
 @on_device
