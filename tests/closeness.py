@@ -16,9 +16,11 @@ import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 # One layer of the library against the reference in double precision, relative to the largest number: the contract of every kernel.
 UNIT = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -32,6 +34,7 @@ def assert_close(
     depth: int = 1,
     condition: float = 1.0,
     scale: float | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Raise unless ``got`` is ``want`` up to rounding in the less precise dtype of the two; NaN and infinities stand in the same places.
 
@@ -42,18 +45,19 @@ def assert_close(
             normalised, for example. Say at the call where the number comes from.
         scale: the largest number that is added up on the way; that of ``want`` if not given. Needed where ``want`` is a small
             difference of large numbers.
+        dtype: the precision that the result was computed in, where it is given in a higher one.
     """
     if not isinstance(got, Tensor) or not isinstance(want, Tensor):
         assert len(got) == len(want), f"{what}: {len(got)} tensors, {len(want)} wanted"
         for i, (one, other) in enumerate(zip(got, want, strict=True)):
-            assert_close(one, other, f"{what}[{i}]", depth=depth, condition=condition, scale=scale)
+            assert_close(one, other, f"{what}[{i}]", depth=depth, condition=condition, scale=scale, dtype=dtype)
         return
     assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, {tuple(want.shape)} wanted"
     got, want = got.detach(), want.detach().to(got.device)
     if not (got.is_floating_point() and want.is_floating_point()):
         assert torch.equal(got, want), f"{what}: {int((got != want).sum())} of {got.numel()} values differ"
         return
-    dtype = max((got.dtype, want.dtype), key=UNIT.__getitem__)
+    dtype = max((dtype or got.dtype, got.dtype, want.dtype), key=UNIT.__getitem__)
     finite = want.isfinite()
     same = torch.equal(got.isfinite(), finite) and torch.equal(got[~finite].nan_to_num(), want[~finite].nan_to_num())
     assert same, f"{what}: NaN or infinity in other places, or not where it is wanted"
@@ -70,8 +74,27 @@ def assert_close(
     )
 
 
+def largest(*tensors: Tensor | Sequence[Tensor]) -> float:
+    """The largest finite number in tensors or lists of them: a scale for gradients, some of which are small sums of large numbers."""
+    flat = [tensor.detach() for each in tensors for tensor in ([each] if isinstance(each, Tensor) else each)]
+    return max((float(tensor.nan_to_num(0.0, 0.0, 0.0).abs().max()) for tensor in flat if tensor.numel()), default=0.0)
+
+
+class InDefaultPrecision(TorchFunctionMode):
+    """Inside, torch code that names single precision gets the default one: for peers that compute some of their numbers in fp32 in a
+    model of double precision, such as rotary angles and tables of relative positions."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def default(value: Any) -> Any:
+            return torch.get_default_dtype() if value is torch.float32 else value
+
+        if func is Tensor.float:
+            func, args = Tensor.to, (*args, torch.float32)
+        return func(*map(default, args), **{name: default(value) for name, value in (kwargs or {}).items()})
+
+
 def _record(what: str, dtype: torch.dtype, difference: float, bound: float) -> None:
-    path = os.environ.get("CLOSENESS_LOG")
+    path, what = os.environ.get("CLOSENESS_LOG"), " ".join(what.split())
     if path and difference > bound / 100:
         test = os.environ.get("PYTEST_CURRENT_TEST", "?").removesuffix(" (call)")
         with open(path, "a") as log:  # one write of a line, so that processes do not mix theirs

@@ -121,11 +121,18 @@ def test_tensors_made_beforehand_count_as_memory() -> None:
     assert row["peer_bytes"] == row["bytes"] + 4000
 
 
-def test_fastest_takes_turns() -> None:
+def test_fastest_takes_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    best, rounds = fastest([lambda: calls.append("a"), lambda: calls.append("b")], Setting(rounds=3))
+    now, took = [0.0], iter([5, 7, 3, 9, 4, 8])
+
+    def step(name: str) -> None:
+        calls.append(name)
+        now[0] += next(took) / 64
+
+    monkeypatch.setattr(_measure.time, "perf_counter", lambda: now[0])
+    best, rounds = fastest([lambda: step("a"), lambda: step("b")], Setting(rounds=3))
     assert calls == ["a", "b"] * 3 and rounds == 3
-    assert all(0 <= seconds < 1 for seconds in best)
+    assert best == [3 / 64, 7 / 64]
 
 
 @pytest.mark.parametrize(

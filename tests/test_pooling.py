@@ -8,6 +8,7 @@ from hypothesis import given, strategies as st
 from torch import Tensor, nn
 
 import xformerlib as xf
+from tests.closeness import assert_close
 
 PLAIN = {
     "mean": lambda x: x.mean(0) if len(x) else x.sum(0),
@@ -30,7 +31,7 @@ def test_pooling_is_that_of_each_item_alone(lengths: list[int], prefix: int, poo
         x = torch.full((len(items), domain.num_tokens, 3), torch.nan, dtype=torch.float64)
         for row, item in zip(x, items, strict=True):
             row[: len(item)] = item
-    assert torch.allclose(xf.Pooling(3, pool)(x, domain), wanted, atol=1e-12)
+    assert_close(xf.Pooling(3, pool)(x, domain), wanted)
     if prefix:
         assert torch.equal(xf.Pooling(3, "token")(x, domain), torch.stack([item[0] for item in items]))
 
@@ -50,17 +51,18 @@ def test_attention_pools_each_item_alone(lengths: list[int], prefix: int, with_p
 
     wanted = torch.stack([plain(item if with_prefix else item[prefix:]) for item in items])
     got = pool(torch.cat(items), xf.Sequence.packed(lengths, prefix=prefix))
-    assert torch.allclose(got, wanted, atol=1e-12)
+    assert_close(got, wanted)
     alone = pool(items[0][None], xf.Sequence(lengths[0], prefix=prefix))
-    assert torch.allclose(alone, wanted[:1], atol=1e-12)
+    assert_close(alone, wanted[:1])
 
 
+@pytest.mark.usefixtures("precision")
 def test_graphs_are_pooled_one_by_one() -> None:
     graphs = xf.Graph(torch.tensor([[0, 3], [1, 4]]), 5, batch=torch.tensor([0, 0, 1, 1, 1]), virtual_nodes=1)
     x = torch.randn(graphs.num_tokens, 4)
     offsets = graphs.offsets.tolist()
     wanted = torch.stack([x[a + 1 : b].mean(0) for a, b in zip(offsets, offsets[1:], strict=False)])
-    assert torch.allclose(xf.Pooling(4)(x, graphs), wanted, atol=1e-6)
+    assert_close(xf.Pooling(4)(x, graphs), wanted)
 
 
 def test_bad_options() -> None:

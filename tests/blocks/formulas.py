@@ -14,22 +14,15 @@ DIM, HEADS, HIDDEN = 16, 4, 20
 NORMS = ["pre", "post", "sandwich", "res-post", "parallel"]
 
 
-def redrawn(module: Any) -> Any:
-    """The module in fp64, every parameter drawn anew, so that norms, biases and scales count."""
+def redrawn(module: Any, dtype: torch.dtype = torch.float64) -> Any:
+    """The module in fp64, or the precision that is asked for, every parameter drawn anew, so that norms, biases and scales count."""
     for parameter in module.parameters():
         nn.init.uniform_(parameter, -0.5, 0.5)
-    return module.double()
+    return module.to(dtype)
 
 
-def tokens(*shape: int) -> Tensor:
-    return torch.randn(*shape, DIM, dtype=torch.float64)
-
-
-def assert_equal(got: Tensor, wanted: Tensor, tolerance: float = 1e-12) -> None:
-    assert got.shape == wanted.shape
-    got, wanted = got.detach(), wanted.detach()
-    if wanted.numel():
-        assert float((got - wanted).abs().max()) <= tolerance * max(1.0, float(wanted.abs().max()))
+def tokens(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, DIM, dtype=dtype)
 
 
 def normed(x: Tensor, norm: nn.Module) -> Tensor:

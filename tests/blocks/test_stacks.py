@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 import xformerlib as xf
-from tests.blocks.formulas import DIM, HEADS, HIDDEN, NORMS, assert_equal, block_formula, normed, redrawn, tokens
+from tests.blocks.formulas import DIM, HEADS, HIDDEN, NORMS, block_formula, normed, redrawn, tokens
+from tests.closeness import assert_close
 from xformerlib import masks, positions
 
 # -- stacks ----------------------------------------------------------------------------------------------------------------
@@ -31,22 +32,23 @@ def test_an_encoder_is_its_blocks_and_a_norm(norm: Any, final: bool | None) -> N
         y = block_formula(block, norm, y, None, None)
     has_norm = norm != "post" if final is None else final
     assert isinstance(encoder.norm, nn.LayerNorm) is has_norm
-    assert_equal(encoder(x), normed(y, encoder.norm))
+    assert_close(encoder(x), normed(y, encoder.norm), depth=4)
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_encoder_and_decoder_are_their_formulas(norm: Any) -> None:
-    model = redrawn(xf.EncoderDecoder(DIM, HEADS, encoder_depth=2, decoder_depth=3, norm=norm, hidden=HIDDEN))
-    source, target = x, y = tokens(2, 7), tokens(2, 5)
+def test_encoder_and_decoder_are_their_formulas(norm: Any, precision: torch.dtype) -> None:
+    model = xf.EncoderDecoder(DIM, HEADS, encoder_depth=2, decoder_depth=3, norm=norm, hidden=HIDDEN)
+    model = redrawn(model, precision)
+    source, target = x, y = tokens(2, 7, dtype=precision), tokens(2, 5, dtype=precision)
     for block in model.encoder.blocks:
         x = block_formula(block, norm, x, None, None)
     x = normed(x, model.encoder.norm)
     for block in model.decoder.blocks:
         y = block_formula(block, norm, y, x, masks.Causal().dense(xf.Sequence(5)))
     wanted = normed(y, model.decoder.norm)
-    assert_equal(model(source, target), wanted)
-    assert_equal(model.decoder(target, context=model.encoder(source)), wanted)
-    assert_equal(model(source[0], target[0]), wanted[0])
+    assert_close(model(source, target), wanted, depth=2 + 3 + 2)
+    assert_close(model.decoder(target, context=model.encoder(source)), wanted, depth=2 + 3 + 2)
+    assert_close(model(source[0], target[0]), wanted[0], depth=2 + 3 + 2)
 
 
 def test_the_defaults_of_the_whole_are_the_paper() -> None:
@@ -79,7 +81,7 @@ def test_masks_of_each_layer_and_of_each_call() -> None:
             mask = masks.Full() if own is None else own
             mask = mask if given_mask is None else mask & given_mask
             y = block_formula(block, "pre", y, None, mask.dense(xf.Sequence(6)))
-        assert_equal(encoder(x, mask=given_mask), normed(y, encoder.norm))
+        assert_close(encoder(x, mask=given_mask), normed(y, encoder.norm), depth=4)
 
 
 def test_masks_of_source_target_and_context() -> None:
@@ -103,6 +105,7 @@ def test_masks_of_source_target_and_context() -> None:
     assert not torch.equal(model(moved, target), base)
 
 
+@pytest.mark.usefixtures("double")
 def test_a_position_is_shared_and_a_function_makes_one_for_each_layer() -> None:
     shared = xf.Encoder(DIM, 3, HEADS, position=positions.RelativeBias(HEADS))
     own = xf.Encoder(DIM, 3, HEADS, position=lambda: positions.RelativeBias(HEADS))
@@ -116,12 +119,13 @@ def test_a_position_is_shared_and_a_function_makes_one_for_each_layer() -> None:
         )
         for block in own.blocks:
             block.attention.position.table.copy_(shared.position.table)
-    assert_equal(own(x), shared(x), 1e-6)
+    assert_close(own(x), shared(x), depth=4)
     with torch.no_grad():
         own.blocks[2].attention.position.table.zero_()
     assert not torch.allclose(own(x), shared(x), atol=1e-4)
 
 
+@pytest.mark.usefixtures("double")
 def test_a_list_mixes_positions_that_are_shared_with_those_of_each_layer() -> None:
     def table() -> positions.RelativeBias:
         return positions.RelativeBias(HEADS)
@@ -141,7 +145,7 @@ def test_a_list_mixes_positions_that_are_shared_with_those_of_each_layer() -> No
     with torch.no_grad():
         for here, there in zip(summed.blocks, mixed.blocks, strict=True):
             here.attention.position.table.copy_(sum(p.table for p in (shared, *there.attention.position)))
-    assert_equal(mixed(x), summed(x), 1e-5)
+    assert_close(mixed(x), summed(x), depth=3)
 
 
 def test_embeddings_are_added_once_and_rotations_and_biases_in_every_layer() -> None:
@@ -151,7 +155,7 @@ def test_embeddings_are_added_once_and_rotations_and_biases_in_every_layer() -> 
     y = position.terms[0](x, domain)
     for block in encoder.blocks:
         y = block(y, domain, position=position.terms[1] + position.terms[2])
-    assert_equal(encoder(x, domain), encoder.norm(y))
+    assert_close(encoder(x, domain), encoder.norm(y), depth=3)
     assert not torch.allclose(encoder(x), redrawn(xf.Encoder(DIM, 2, HEADS))(x))
 
 
@@ -240,10 +244,10 @@ def test_masks_of_a_call_may_be_listed_for_each_layer() -> None:
     each = [masks.Local(1), masks.Causal()]
     built = xf.Encoder(DIM, 2, HEADS, mask=each).double()
     built.load_state_dict(encoder.state_dict())
-    assert_equal(encoder(x, mask=each), built(x))
+    assert_close(encoder(x, mask=each), built(x), depth=3)
     y = encoder.embed(x)
     for index, mask in enumerate(each):
         y = encoder.layer(index, y, mask=mask)
-    assert_equal(encoder.norm(y), built(x))
+    assert_close(encoder.norm(y), built(x), depth=3)
     with pytest.raises(ValueError, match="one for each of the 2 layers; got 3"):
         encoder(x, mask=[None] * 3)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 
 import xformerlib as xf
+from tests.closeness import assert_close
 from tests.strategies import DOMAINS, domain, randoms
 
 S, T, G, P = xf.Sequence, xf.Timeline, xf.Grid, xf.Points
@@ -42,15 +43,13 @@ def test_grid_layouts():
 
 
 def test_points_layouts():
-    places = torch.randn(5, 3)
+    places = torch.randn(5, 3, dtype=torch.float64)
     packed = P(places, batch=torch.tensor([0, 0, 2, 2, 2]))
     assert packed.offsets.tolist() == [0, 2, 2, 5] and packed.num_items == 3
     assert torch.equal(packed.coordinates, places)
     one = torch.zeros((), dtype=torch.long)
     index = torch.arange(5)
-    assert torch.allclose(
-        P(places).distance(P(places), one, index[:, None], index), torch.cdist(places, places), atol=1e-6
-    )
+    assert_close(P(places).distance(P(places), one, index[:, None], index), torch.cdist(places, places))
 
 
 @given(rng=randoms)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 import xformerlib as xf
+from tests.closeness import assert_close
 from tests.strategies import HEADS, ROWS, domain, leaf, position, randoms, tree
 from xformerlib import masks, positions
 from xformerlib.domains import Subset
@@ -102,18 +103,18 @@ def test_positions_give_kept_tokens_what_they_give_them_in_the_whole(rng):
     whole = where.whole
     x = torch.randn(ROWS, whole.num_tokens, dim, dtype=torch.float64)
     for embedding in given_position.embeddings:
-        torch.testing.assert_close(embedding(rows_of(x, where), where), rows_of(embedding(x, whole), where))
+        assert_close(embedding(rows_of(x, where), where), rows_of(embedding(x, whole), where))
     q = torch.randn(ROWS, HEADS, whole.num_tokens, dim // HEADS, dtype=torch.float64)
     for rotation in given_position.rotations:
         turned = rotation.rotate_one(rows_of(q, where), where)
-        torch.testing.assert_close(turned, rows_of(rotation.rotate_one(q, whole), where), rtol=0, atol=0)
+        assert_close(turned, rows_of(rotation.rotate_one(q, whole), where))
     b = torch.arange(ROWS)[:, None, None]
     for bias in given_position.biases:
         few, many = (
             bias.pair(on).at(torch.arange(on.num_tokens)[:, None], torch.arange(on.num_tokens), b).transpose(0, 1)
             for on in (where, whole)
         )
-        torch.testing.assert_close(few, pairs_of(many, where), rtol=1e-12, atol=1e-12)
+        assert_close(few, pairs_of(many, where))
 
 
 @given(rng=randoms)
@@ -126,7 +127,7 @@ def test_attention_among_kept_tokens_is_attention_to_them_in_the_whole(rng):
     x = torch.randn(ROWS, whole.num_tokens, 24, dtype=torch.float64)
     seen = torch.zeros(ROWS, whole.num_tokens, dtype=torch.bool).scatter_(1, kept_of(where), True)
     few, many = layer(rows_of(x, where), where), layer(x, whole, mask=masks.Keys(seen))
-    torch.testing.assert_close(few, rows_of(many, where), rtol=1e-10, atol=1e-10)
+    assert_close(few, rows_of(many, where), depth=2)
 
 
 def test_between_kept_tokens_and_the_whole():

@@ -12,11 +12,18 @@ from torch import nn
 from torch_geometric.explain import AttentionExplainer, Explainer, GNNExplainer
 from torch_geometric.nn import GPSConv, HeteroConv, Sequential, TransformerConv, to_hetero
 
-from tests.graph.test_edge_attention import largest, redrawn
+from tests.closeness import assert_close
 from xformerlib.graph import GPS, EdgeAttention, Exphormer, GPSLayer, GraphTransformer
 from xformerlib.interop.pyg import from_pyg, to_pyg
 
+pytestmark = pytest.mark.usefixtures("double")
 EDGES = torch.tensor([[0, 1, 2, 2, 3, 0, 4], [1, 0, 0, 2, 4, 1, 4]])
+
+
+def redrawn(module: nn.Module) -> Any:
+    for parameter in module.parameters():
+        nn.init.uniform_(parameter, -1, 1)
+    return module
 
 
 @given(
@@ -32,19 +39,20 @@ def test_there_and_back(
     )
     theirs = to_pyg(ours)
     assert type(theirs) is TransformerConv
-    x: Any = torch.randn(5, 5, dtype=torch.float64)
-    x = (x, torch.randn(5, 4, dtype=torch.float64)) if bipartite else x
-    e = None if edge_dim is None else torch.randn(7, edge_dim, dtype=torch.float64)
-    assert largest(theirs(x, EDGES, e), ours(x, EDGES, e)) < 1e-12
+    x: Any = torch.randn(5, 5)
+    x = (x, torch.randn(5, 4)) if bipartite else x
+    e = None if edge_dim is None else torch.randn(7, edge_dim)
+    assert_close(theirs(x, EDGES, e), ours(x, EDGES, e), "nodes", depth=2)  # attention, and a map of the node itself
     back = from_pyg(theirs).state_dict()
     assert all(torch.equal(back[name], value) for name, value in ours.state_dict().items())
 
 
+@pytest.mark.usefixtures("precision")
 def test_a_model_and_what_is_left_as_it_is() -> None:
     for model in (GPS(5, 8, 3, 2, 2, norm="layer"), Exphormer(5, 8, 3, 2, 2, norm="layer")):
         before, x = copy.deepcopy(model.state_dict()), torch.randn(5, 5)
         other = to_pyg(model)
-        assert largest(other(x, EDGES), model(x, EDGES)) < 1e-5
+        assert_close(other(x, EDGES), model(x, EDGES), f"{type(model).__name__} of PyG's layers", depth=2 * 2 + 2)
         assert sum(isinstance(m, TransformerConv) for m in other.modules()) == 2
         assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     with pytest.raises(ValueError, match="must be an EdgeAttention or have one in it; got GraphTransformer"):
@@ -72,10 +80,10 @@ def test_inside_its_containers() -> None:
     own, last = GPSLayer(5, EdgeAttention(5, 5, edge_dim=3), norm="layer"), EdgeAttention(5, 4, 2, edge_dim=3)
     steps = [(own, "x, edge_index, edge_attr, batch -> x"), (last, "x, edge_index, edge_attr -> x"), nn.ReLU()]
     chain = Sequential("x, edge_index, edge_attr, batch", steps)
-    assert largest(chain(x, inside, e, batch), last(own(x, inside, e, batch), inside, e).relu()) == 0
+    assert_close(chain(x, inside, e, batch), last(own(x, inside, e, batch), inside, e).relu(), "chain", depth=3)
     theirs = GPSConv(5, EdgeAttention(5, 5, edge_dim=3), norm=None)
     theirs.reset_parameters()
-    assert largest(theirs(x, inside, batch, edge_attr=e), from_pyg(theirs)(x, inside, e, batch)) < 1e-5
+    assert_close(theirs(x, inside, batch, edge_attr=e), from_pyg(theirs)(x, inside, e, batch), "GPS", depth=2)
 
 
 def test_inside_its_models_of_several_kinds() -> None:

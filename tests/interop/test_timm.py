@@ -12,6 +12,7 @@ import torch
 from timm import layers
 from torch import Tensor, nn
 
+from tests.closeness import InDefaultPrecision, assert_close
 from xformerlib import vision
 from xformerlib.interop import _timm_weights
 from xformerlib.interop.timm import from_timm
@@ -96,8 +97,9 @@ TABLES = ("beit", "vit_srelpos")  # relative tables, which timm resamples to ano
 
 
 def made(name: str, **options: Any) -> nn.Module:
-    """A model of timm with two blocks, every parameter drawn anew."""
-    model = timm.create_model(name, pretrained=False, **{"depth": 2, "num_classes": 10, **options}).eval()
+    """A model of timm with two blocks, every parameter drawn anew, in the default precision."""
+    with InDefaultPrecision():
+        model = timm.create_model(name, pretrained=False, **{"depth": 2, "num_classes": 10, **options}).eval()
     generator = torch.Generator().manual_seed(0)
     for path, parameter in model.named_parameters():
         owner, _, leaf = path.rpartition(".")
@@ -117,15 +119,15 @@ def image_of(model: Any) -> Tensor:
     return torch.randn(1, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(1))
 
 
-def assert_same(ours: vision.ViT, theirs: nn.Module, image: Tensor) -> None:
+def assert_same(ours: vision.ViT, theirs: Any, image: Tensor) -> None:
     with torch.no_grad():
-        wanted, inferred = theirs(image), ours(image)
-    got = ours(image).detach()
-    assert got.shape == wanted.shape
+        with InDefaultPrecision():
+            wanted = theirs(image)
+        inferred = ours(image)
     assert 0.1 < float(wanted.std()) < 10
-    assert float((got - wanted).abs().max()) <= 2e-6 * max(1.0, float(wanted.std()))
-    # Without gradients ours multiplies matrices by oneDNN, which adds in another order.
-    assert float((inferred - wanted).abs().max()) <= 5e-6 * max(1.0, float(wanted.std()))
+    # An embedding, the blocks and a head. Without gradients ours multiplies matrices by oneDNN, which adds in another order.
+    for what, got in (("with gradients", ours(image)), ("without", inferred)):
+        assert_close(got, wanted, f"logits {what}", depth=len(theirs.blocks) + 2)
 
 
 CASES = [pytest.param(name, options, id=name) for name, options in MODELS.items()] + [
@@ -133,8 +135,15 @@ CASES = [pytest.param(name, options, id=name) for name, options in MODELS.items(
 ]
 
 
+FAMILIES = (
+    "test_vit", "deit_tiny_distilled_patch16_224", "eva02_tiny_patch14_224", "vit_small_patch16_rope_mixed_224",
+    "vit_small_patch16_dinov3", "beit_base_patch16_224", "test_vit_relpos", "vit_srelpos_small_patch16_224",
+)  # fmt: skip
+
+
 @pytest.mark.filterwarnings("ignore:torch.searchsorted", "ignore:Using a non-tuple sequence")  # theirs, in resampling
 @pytest.mark.parametrize(("name", "options"), CASES)
+@pytest.mark.usefixtures("double")
 def test_logits_are_the_same(name: str, options: dict[str, Any]) -> None:
     theirs: Any = made(name, **options)
     before = {key: value.clone() for key, value in theirs.state_dict().items()}
@@ -145,14 +154,21 @@ def test_logits_are_the_same(name: str, options: dict[str, Any]) -> None:
     assert all(parameter.data_ptr() not in pointers for parameter in ours.parameters())
     assert all(torch.equal(value, before[key]) for key, value in theirs.state_dict().items())
 
-    theirs.set_input_size(
-        tuple(patch * count for patch, count in zip(theirs.patch_embed.patch_size, (5, 7), strict=True))
-    )
+    size = tuple(patch * count for patch, count in zip(theirs.patch_embed.patch_size, (5, 7), strict=True))
+    with InDefaultPrecision():
+        theirs.set_input_size(size)
     if name.startswith(TABLES) or options.get("rel_pos_type") == "mlp_swin":
         ours = from_timm(theirs)
     assert_same(ours, theirs, image_of(theirs))
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_are_close_in_single_precision(name: str) -> None:
+    theirs = made(name, **MODELS[name])
+    assert_same(from_timm(theirs), theirs, image_of(theirs))
+
+
+@pytest.mark.usefixtures("double")
 @pytest.mark.parametrize("name", ["test_vit", "eva02_tiny_patch14_224"])
 def test_images_of_any_size_as_timm_takes_them(name: str) -> None:
     theirs = made(name, dynamic_img_size=True)
@@ -170,9 +186,10 @@ def test_gradients_reach_every_parameter(name: str) -> None:
     assert not blind
 
 
+@pytest.mark.usefixtures("precision")
 def test_gradients_are_those_of_timm() -> None:
-    theirs = made("test_vit").double()
-    ours, image = from_timm(theirs), image_of(theirs).double()
+    theirs = made("test_vit")
+    ours, image = from_timm(theirs), image_of(theirs)
     for model in (ours, theirs):
         model(image).square().sum().backward()
     for mine, wanted in (
@@ -180,7 +197,7 @@ def test_gradients_are_those_of_timm() -> None:
         (ours.embed.proj.weight, theirs.patch_embed.proj.weight.grad.flatten(1)),
         (ours.encoder.blocks[0].attention.qkv.weight, theirs.blocks[0].attn.qkv.weight.grad),
     ):
-        torch.testing.assert_close(mine.grad, wanted)
+        assert_close(mine.grad, wanted, "gradient", depth=2 * 4)  # two blocks, an embedding and a head, there and back
 
 
 def test_what_weights_do_not_hold_carries_over() -> None:
@@ -213,14 +230,15 @@ def test_what_weights_do_not_hold_carries_over() -> None:
     assert not from_timm(made("test_vit")).training
 
 
+@pytest.mark.usefixtures("double")
 def test_a_distilled_model_has_both_heads() -> None:
     theirs = made("deit_tiny_distilled_patch16_224").train()
     theirs.set_distilled_training()
     ours, image = from_timm(theirs), image_of(theirs)
-    for got, wanted in zip(ours.logits(ours.features(image)), theirs(image), strict=True):
-        torch.testing.assert_close(got, wanted, atol=5e-6, rtol=0)
+    assert_close(ours.logits(ours.features(image)), theirs(image), "logits", depth=4)
 
 
+@pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize(
     "name",
     [
@@ -236,7 +254,7 @@ def test_images_in_a_list_give_what_each_gives_alone(name: str) -> None:
     images = [torch.randn(3, patch * height, patch * width) for height, width in ((3, 5), (4, 2))]
     with torch.no_grad():
         alone = torch.cat([ours(image[None]) for image in images])
-        torch.testing.assert_close(ours(images), alone, atol=1e-5, rtol=0)
+        assert_close(ours(images), alone, "logits", depth=4)
 
 
 def test_an_earlier_timm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,6 +263,7 @@ def test_an_earlier_timm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         importlib.reload(_timm_weights)
 
 
+@pytest.mark.usefixtures("double")
 def test_no_head() -> None:
     theirs = made("test_vit", num_classes=0)
     assert_same(from_timm(theirs), theirs, image_of(theirs))

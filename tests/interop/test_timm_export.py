@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import xformerlib as xf
+from tests.closeness import InDefaultPrecision, assert_close
 from xformerlib import masks, positions, vision
 from xformerlib.interop.timm import from_timm, to_timm
 
@@ -31,16 +32,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def made(**options: Any) -> vision.ViT:
     torch.manual_seed(0)
-    model = vision.ViT(**{"classes": 5, **SMALL, **options}).double().eval()
+    model = vision.ViT(**{"classes": 5, **SMALL, **options}).to(torch.get_default_dtype()).eval()
     for parameter in model.parameters():
         nn.init.uniform_(parameter, -0.5, 0.5)
     return model
 
 
 def images(height: int, width: int) -> Tensor:
-    return torch.randn(2, 2, height, width, dtype=torch.float64)
+    return torch.randn(2, 2, height, width)
 
 
+@pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize("name", VARIANTS)
 def test_there_and_back(name: str) -> None:
     ours = made(**VARIANTS[name])
@@ -51,13 +53,11 @@ def test_there_and_back(name: str) -> None:
     assert {key: value.shape for key, value in back.state_dict().items()} == {
         key: value.shape for key, value in ours.state_dict().items()
     }
-    for x, tolerance in (
-        (images(16, 24), 1e-12),
-        (images(8, 40), 1e-6),
-    ):  # timm resamples positions in single precision
+    for x in (images(16, 24), images(8, 40)):
         wanted = ours(x)
-        torch.testing.assert_close(theirs(x), wanted, atol=tolerance, rtol=0)
-        torch.testing.assert_close(back(x), wanted, atol=1e-12, rtol=0)
+        with InDefaultPrecision():  # timm resamples positions in single precision
+            assert_close(theirs(x), wanted, "logits of timm", depth=4)
+        assert_close(back(x), wanted, "logits of what came back", depth=4)
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import xformerlib as xf
+from tests.closeness import assert_close
 from xformerlib import masks
 from xformerlib.interop.torch_nn import from_torch, from_torch_mask
 
 DIM, HEADS, HIDDEN, ROWS, SOURCE, TARGET = 16, 4, 24, 3, 7, 5
-TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 ACTIVATIONS: list[Callable[[], Any]] = [
     lambda: "relu",
     lambda: "gelu",
@@ -44,10 +44,8 @@ def tokens(count: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def assert_same(ours: Tensor, theirs: Tensor) -> None:
-    assert ours.shape == theirs.shape
     assert ours.dtype == theirs.dtype
-    ours, theirs = ours.detach(), theirs.detach()
-    assert float((ours - theirs).abs().max()) <= TOLERANCE[ours.dtype] * max(1.0, float(theirs.abs().max()))
+    assert_close(ours, theirs, depth=4)  # no stack has more than three layers and a norm
 
 
 def front(x: Tensor, module: nn.Module) -> Tensor:
@@ -59,7 +57,7 @@ def front(x: Tensor, module: nn.Module) -> Tensor:
 booleans = st.booleans()
 options = st.fixed_dictionaries({"norm_first": booleans, "batch_first": booleans, "bias": booleans})
 activations = st.sampled_from(ACTIVATIONS)
-dtypes = st.sampled_from(list(TOLERANCE))
+dtypes = st.sampled_from([torch.float32, torch.float64])
 
 
 # -- equal outputs ---------------------------------------------------------------------------------------------------------
@@ -217,7 +215,7 @@ def test_a_query_that_sees_nothing_gets_nan_there_and_nothing_here() -> None:
     expected, _ = theirs(x, x, x, key_padding_mask=hidden)
     ours = from_torch(theirs)(x, mask=from_torch_mask(key_padding_mask=hidden))
     assert expected[1].isnan().all()
-    assert torch.equal(ours[1], theirs.out_proj.bias.expand(TARGET, DIM))
+    assert_close(ours[1], theirs.out_proj.bias.expand(TARGET, DIM))
     assert_same(ours[::2], expected[::2])
 
 
@@ -289,8 +287,9 @@ def test_training_drops_as_much_as_theirs() -> None:
     theirs = redrawn(nn.TransformerEncoderLayer(DIM, HEADS, HIDDEN, 0.5, batch_first=True))
     ours, x = from_torch(theirs), tokens(1)[:1].expand(4000, 1, DIM)
     mean, deviation = ours(x).mean(0), ours(x).std(0)
-    assert torch.allclose(mean, theirs(x).mean(0), atol=0.1)
-    assert torch.allclose(deviation, theirs(x).std(0), atol=0.1)
+    same, as_wide = theirs(x).mean(0), theirs(x).std(0)
+    error = 2**0.5 * as_wide / len(x) ** 0.5  # of a difference of two means; that of deviations is smaller
+    assert ((mean - same).abs() < 6 * error).all() and ((deviation - as_wide).abs() < 6 * error).all()
 
 
 def test_tied_layers_stay_tied() -> None:

@@ -14,8 +14,10 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import xformerlib as xf
+from tests.closeness import assert_close, largest
 from xformerlib import masks, positions
 
+pytestmark = pytest.mark.usefixtures("double")
 DIM, HEADS = 16, 2
 EDGES = torch.randint(0, 60, (2, 240), generator=torch.Generator().manual_seed(0))
 
@@ -72,7 +74,7 @@ def compiled(fn: Any, backend: str = "aot_eager") -> tuple[Any, CompileCounterWi
 def made(name: str) -> tuple[xf.Attention, xf.Domain | None, Tensor]:
     options, make = CASES[name]
     torch.manual_seed(1)
-    layer, domain = xf.Attention(DIM, HEADS, **options), make()
+    layer, domain = xf.Attention(DIM, HEADS, **options).to(torch.get_default_dtype()), make()
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     rows = 2 if domain is None or domain.batch_size is None else domain.batch_size
@@ -81,7 +83,7 @@ def made(name: str) -> tuple[xf.Attention, xf.Domain | None, Tensor]:
 
 def results(run: Any, layer: xf.Attention, x: Tensor, *args: Any) -> list[Tensor]:
     layer.zero_grad()
-    x = x.clone().requires_grad_()
+    x = x.to(next(layer.parameters()).dtype).clone().requires_grad_()
     out = run(x, *args)
     out.square().sum().backward()
     assert x.grad is not None
@@ -89,11 +91,10 @@ def results(run: Any, layer: xf.Attention, x: Tensor, *args: Any) -> list[Tensor
 
 
 def assert_same(got: list[Tensor], want: list[Tensor]) -> None:
-    assert len(got) == len(want)
-    largest = max(float(w.abs().max()) for w in want[1:])
-    torch.testing.assert_close(got[0], want[0], atol=1e-5, rtol=1e-4)
-    for g, w in zip(got[1:], want[1:], strict=True):
-        torch.testing.assert_close(g, w, atol=1e-5 * largest, rtol=1e-4)
+    assert_close(got[0], want[0], "output")
+    assert_close(
+        got[1:], want[1:], "gradients", depth=2, scale=largest(want[1:])
+    )  # those of biases are sums that all but cancel
 
 
 def tokens(count: int, rows: int = 1) -> Tensor:
@@ -110,6 +111,7 @@ def test_one_graph_without_an_eager_call_first(name: str) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize("name", ["sdpa", "windowed with a trained bias"])
 def test_inductor(name: str) -> None:
     layer, domain, x = made(name)
@@ -144,7 +146,7 @@ def test_models_of_several_layers() -> None:
     )
     run, counter = compiled(encoder)
     x, domain = torch.randn(3, 40, DIM), xf.Sequence.padded([40, 10, 0])
-    torch.testing.assert_close(run(x, domain), encoder(x, domain), atol=1e-5, rtol=1e-4)
+    assert_close(run(x, domain), encoder(x, domain), depth=3)
     assert counter.frame_count == 1
 
 
@@ -152,11 +154,11 @@ def test_models_of_several_layers() -> None:
     "position", [positions.Learned(DIM, 8, directed=True), positions.RandomWalk(DIM, 3), positions.Sinusoidal(DIM)]
 )
 def test_what_positions_know_of_graphs(position: positions.Position) -> None:
-    encoder = xf.Encoder(DIM, 1, HEADS, mask=masks.Edges(self_loops=True), position=position).eval()
+    encoder = xf.Encoder(DIM, 1, HEADS, mask=masks.Edges(self_loops=True), position=position).double().eval()
     run, counter = compiled(encoder)
     for nodes in (60, 70, 80):
         graph, x = xf.Graph(EDGES, nodes), torch.randn(nodes, DIM)
-        torch.testing.assert_close(run(x, graph), encoder(x, graph), atol=1e-5, rtol=1e-4)
+        assert_close(run(x, graph), encoder(x, graph), depth=2)
     assert counter.frame_count <= 2
 
 
@@ -195,7 +197,7 @@ SERIES = [[10 * n, 20, 3 * n] for n in range(1, 6)]
     ids=["sdpa", "windowed", "windowed with a bias", "sdpa with a bias"],
 )
 def test_two_graphs_serve_all_lengths(options: dict[str, Any], most: int) -> None:
-    layer = xf.Attention(DIM, HEADS, **options)
+    layer = xf.Attention(DIM, HEADS, **options).double()
     assert graphs(layer, ((tokens(n), xf.Sequence(n)) for n in LENGTHS), layer) <= most
 
 

@@ -111,8 +111,8 @@ def check_agrees_with_the_oracle(rng: Random, kind: str, dtype: torch.dtype, pro
     )
     want, got = (gradients(out, leaves) for out in (want, computed(plan, problem, tensors, where, options)))
     for name, value in got.items():
-        slack = 4 if name[0].isdigit() else 1
-        close(value, want[name], dtype, f"{name} by\n{plan}\n{options} on {where!r}", slack)
+        steep = 4 if name[0].isdigit() else 1  # parameters of biases
+        close(value, want[name], dtype, f"{name} by\n{plan}\n{options} on {where!r}", steep)
 
 
 @pytest.mark.parametrize("kind", DOMAINS)

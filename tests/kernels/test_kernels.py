@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import xformerlib as xf
+from tests.closeness import assert_close, largest
 from xformerlib import masks, positions
 from xformerlib.kernels import _chunked
 
@@ -35,14 +36,14 @@ def test_the_oracle_is_the_formula():
             s = 1.5 * torch.tanh(q[:, h, i, None] @ k[:, h // 2].mT / math.sqrt(4) / 1.5)[:, 0] + bias[h, i]
             weights = torch.exp(s) * allowed[i]
             want = (weights[:, None] @ v[:, h // 2])[:, 0] / (weights.sum(-1, keepdim=True) + torch.exp(sinks[h]))
-            assert torch.allclose(got[:, h, i], want, rtol=0, atol=1e-13)
+            assert_close(got[:, h, i], want)
 
 
 def test_grouped_queries_are_those_of_torch():
     q, k, v = qkv(value_dim=4)
     want = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
     for kernel in EVERYWHERE:
-        assert torch.allclose(xf.attention(q, k, v, kernel=kernel), want, atol=1e-13)
+        assert_close(xf.attention(q, k, v, kernel=kernel), want, kernel)
 
 
 @pytest.mark.parametrize("kernel", EVERYWHERE)
@@ -107,8 +108,7 @@ def test_chunks_do_not_show(monkeypatch):
         out = xf.attention(q, k, v, mask=~masks.Local(1), bias=bias, domain=S(37), kernel="chunked")
         results.append((out, *torch.autograd.grad(out.square().sum(), [q, k, v, *bias.parameters()])))
     for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
+        assert_close(other, results[0], "output and gradients", scale=largest(results[0]))
 
 
 def _peak(tokens: int) -> int:
@@ -134,9 +134,9 @@ def test_memory_kept_for_the_backward_is_linear():
 def test_bf16_accumulates_in_fp32():
     q, k, v = (t.detach().to(torch.bfloat16) for t in qkv(tokens=600, dim=16))
     for kernel in ("sdpa", "chunked"):
-        got = xf.attention(q, k, v, mask=masks.Causal(), kernel=kernel).float()
-        want = xf.attention(q.double(), k.double(), v.double(), mask=masks.Causal(), kernel="reference").float()
-        assert (got - want).abs().max() < 1e-2 * want.abs().max()
+        got = xf.attention(q, k, v, mask=masks.Causal(), kernel=kernel)
+        want = xf.attention(q.double(), k.double(), v.double(), mask=masks.Causal(), kernel="reference")
+        assert_close(got, want, kernel)
 
 
 def test_gradients_of_many_blocks_are_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +146,7 @@ def test_gradients_of_many_blocks_are_summed_in_fp32(monkeypatch: pytest.MonkeyP
     value = value.requires_grad_()
     out = xf.attention(query, key, value, domain=where, kernel="chunked")
     out.backward(torch.ones_like(out))
-    torch.testing.assert_close(value.grad, torch.ones_like(value), rtol=1e-2, atol=0)
+    assert_close(value.grad, torch.ones_like(value))
 
 
 def test_plans_say_why():

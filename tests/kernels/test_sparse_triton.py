@@ -22,6 +22,8 @@ import torch
 from hypothesis import given, settings
 
 import xformerlib as xf
+from tests.closeness import UNIT, assert_close, largest
+from tests.counting import Made
 from tests.strategies import randoms
 from xformerlib import masks, positions
 from xformerlib.kernels import _pattern, _sparse_torch, _sparse_triton
@@ -32,7 +34,6 @@ from xformerlib.kernels._sparse_torch import Call, FeatureGradients, Features
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 PROGRAMS = {"forward", "backward_queries", "backward_keys", "backward_entries", "combine"}
 on_device = pytest.mark.filterwarnings("ignore:.*TRITON_DEFAULT_FP_FUSION") if INTERPRETED else pytest.mark.cuda
 
@@ -228,16 +229,13 @@ def check(rng: Random, dtype: torch.dtype) -> None:
     for name, x in got.items():
         assert torch.equal(x, again[name]), f"{name} differs between two runs"
         assert x.shape == want[name].shape and x.dtype == want[name].dtype, name
-        finite = want[name].isfinite()
-        assert torch.equal(x.isfinite(), finite) and torch.equal(x[~finite], want[name][~finite]), name
-        a, b = x[finite].double(), want[name][finite].double()
-        if a.numel():
-            error = float((a - b).abs().max())
-            assert error <= TOLERANCE[dtype] * max(1.0, float(b.abs().max())), f"{name}: {error:.2e}"
+        # The largest scores: a rounding error of one is a relative error of its weight. In half precision, scores are of single.
+        condition = 1 if dtype.itemsize == 2 else 4
+        assert_close(x, want[name], name, condition=condition, scale=max(1.0, largest(want[name])), dtype=dtype)
 
 
 @on_device
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", UNIT, ids=str)
 @given(rng=randoms)
 @settings(max_examples=3 if INTERPRETED else 100)
 def test_it_agrees_with_the_other_engine(dtype: torch.dtype, rng: Random) -> None:
@@ -274,6 +272,7 @@ def graph(entries: int, nodes: int, heads: int, dim: int) -> Call:
 
 
 @pytest.mark.cuda
+@pytest.mark.usefixtures("double")
 @pytest.mark.parametrize("trained", [False, True])
 def test_attention_on_a_gpu_is_that_on_the_cpu(trained: bool) -> None:
     edges = torch.randint(300, (2, 2000))
@@ -287,18 +286,29 @@ def test_attention_on_a_gpu_is_that_on_the_cpu(trained: bool) -> None:
         layer.zero_grad()
         out = layer(x.to(device), where.to(device))
         out.square().sum().backward()
-        results.append([out, *(p.grad for p in layer.parameters())])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(b.cpu(), a.cpu(), rtol=1e-4, atol=1e-4)
+        results.append([out.cpu(), *(p.grad.cpu() for p in layer.parameters())])
+    # There and back. Gradients of biases are sums that all but cancel.
+    assert_close(results[1], results[0], "output and gradients", depth=2, scale=largest(results[0]))
+
+
+@on_device
+def test_it_makes_no_vector_for_an_edge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that operators of torch make is some numbers for each token and edge: vectors of edges never leave the programs."""
+    monkeypatch.setattr(_pattern, "DIVIDED_ENTRIES", 2**10)
+    entries = 120 if INTERPRETED else 2_000_000
+    call = graph(entries, entries // 20, heads=2, dim=32)
+    with Made() as made:
+        one_step(_sparse_triton, call, torch.ones_like(call.query))
+    vectors = entries * 2 * 32 * 4
+    assert made.bytes < vectors / 2
 
 
 @pytest.mark.cuda
-def test_on_a_gpu_it_is_faster_and_linear_and_never_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_it_is_linear_and_never_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_pattern, "DIVIDED_ENTRIES", 2**10)
     call = graph(2_000_000, 100_000, heads=8, dim=32)
-    seconds = {engine: time_of(engine, call) for engine in (_sparse_triton, _sparse_torch)}
-    assert seconds[_sparse_triton] < seconds[_sparse_torch]
     upstream = torch.randn_like(call.query)
+    one_step(_sparse_triton, call, upstream)  # compiles
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     torch.cuda.reset_peak_memory_stats()
@@ -314,16 +324,3 @@ def test_on_a_gpu_it_is_faster_and_linear_and_never_waits(monkeypatch: pytest.Mo
 def one_step(engine: ModuleType, call: Call, grad: torch.Tensor) -> None:
     out, lse, _, _ = engine.forward(call)
     engine.backward(call, Merged(out, lse, grad, (grad * out).sum(-1)), Gradients([]), None, None)
-
-
-def time_of(engine: ModuleType, call: Call) -> float:
-    """Milliseconds of a forward and a backward: the least of several."""
-    grad, times = torch.randn_like(call.query), []
-    for _ in range(8):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        one_step(engine, call, grad)
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return min(times)

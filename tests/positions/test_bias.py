@@ -10,6 +10,7 @@ from hypothesis import given, strategies as st
 from timm.layers.pos_embed_rel import RelPosBias, RelPosMlp
 from torch import Tensor
 
+from tests.closeness import InDefaultPrecision, assert_close
 from xformerlib import Domain, Grid, Points, Sequence, Timeline
 from xformerlib.positions import Bias, ContinuousBias, DistanceDecay, RelativeBias
 
@@ -50,7 +51,7 @@ def test_sequence_has_the_buckets_of_t5(length: int, start: int, bidirectional: 
     queries, keys = Sequence(length, start=start), Sequence(200, start=100)
     table = bias.double().table
     rows = [[t5_bucket(k - q, bidirectional, *shape) for k in range(100, 300)] for q in range(start, start + length)]
-    torch.testing.assert_close(scores(bias, queries, keys), table[torch.tensor(rows)].movedim(-1, 0), rtol=0, atol=0)
+    assert torch.equal(scores(bias, queries, keys), table[torch.tensor(rows)].movedim(-1, 0))
 
 
 @given(
@@ -75,12 +76,12 @@ def test_timeline_has_the_buckets_of_gaps_rounded_down(times: list[float], scale
                 ratio = torch.log(torch.tensor(whole).float() / exact) / math.log(128 / exact)
                 whole = min(exact + int(ratio * (n - exact)), n - 1)
             rows[i, j] = side + int(whole)
-    torch.testing.assert_close(scores(bias, domain), bias.table[rows].movedim(-1, 0), rtol=0, atol=0)
+    assert torch.equal(scores(bias, domain), bias.table[rows].movedim(-1, 0))
 
 
 def test_a_timeline_of_whole_times_is_a_sequence() -> None:
     bias = redrawn(RelativeBias(2))
-    torch.testing.assert_close(scores(bias, Timeline(torch.arange(40.0))), scores(bias, Sequence(40)))
+    assert_close(scores(bias, Timeline(torch.arange(40.0))), scores(bias, Sequence(40)))
 
 
 def test_each_row_of_a_timeline_has_its_own_gaps() -> None:
@@ -94,7 +95,7 @@ def test_each_row_of_a_timeline_has_its_own_gaps() -> None:
         )
         assert together.shape == (2, 2, 3, 3)
         for row in range(2):
-            torch.testing.assert_close(together[:, row], scores(bias, Timeline(times[row])))
+            assert_close(together[:, row], scores(bias, Timeline(times[row])))
 
 
 def test_points_share_a_row_at_equal_distance() -> None:
@@ -102,8 +103,8 @@ def test_points_share_a_row_at_equal_distance() -> None:
     places = torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 1.5], [100.0, 0.0]])
     result = scores(bias, Points(places))
     rows = torch.tensor([0, 4, 1, 7])  # 0, 5 in the first range beyond 4, 1.5, far away
-    torch.testing.assert_close(result[:, 0], bias.table[rows].T)
-    torch.testing.assert_close(result, result.transpose(-2, -1))
+    assert_close(result[:, 0], bias.table[rows].T)
+    assert_close(result, result.transpose(-2, -1))
 
 
 @pytest.mark.parametrize(("window", "prefix"), [((4, 4), 0), ((3, 5), 0), ((3, 5), 1)])
@@ -115,7 +116,7 @@ def test_grid_has_the_table_of_swin_and_beit(window: tuple[int, int], prefix: in
         ours.table.copy_(table[: len(ours.table)])
         if prefix:
             ours.prefix_table.copy_(table[len(ours.table) :])
-    torch.testing.assert_close(scores(ours, Grid(*window, prefix=prefix)), theirs.get_bias()[0], rtol=0, atol=0)
+    assert torch.equal(scores(ours, Grid(*window, prefix=prefix)), theirs.get_bias()[0])
 
 
 @given(size=st.tuples(st.integers(1, 4), st.integers(1, 4)), grid=st.tuples(st.integers(1, 6), st.integers(1, 6)))
@@ -125,7 +126,7 @@ def test_offsets_beyond_the_table_share_its_outermost_entry(size: tuple[int, int
     places = Grid(*grid).coordinates
     offset = places[:, None] - places[None, :]
     row, column = (offset[..., a].clamp(1 - size[a], size[a] - 1) + size[a] - 1 for a in range(2))
-    torch.testing.assert_close(scores(bias, Grid(*grid)), table[row, column].movedim(-1, 0), rtol=0, atol=0)
+    assert torch.equal(scores(bias, Grid(*grid)), table[row, column].movedim(-1, 0))
 
 
 @pytest.mark.parametrize("size", [5, (5,)])
@@ -133,14 +134,14 @@ def test_a_table_of_offsets_on_a_sequence(size: int | tuple[int]) -> None:
     bias = redrawn(RelativeBias(2, size=size)).double()
     offset = torch.arange(4, 10)[:, None] - torch.arange(12)[None, :]
     result = scores(bias, Sequence(6, start=4), Sequence(12))
-    torch.testing.assert_close(result, bias.table[offset.clamp(-4, 4) + 4].movedim(-1, 0), rtol=0, atol=0)
+    assert torch.equal(result, bias.table[offset.clamp(-4, 4) + 4].movedim(-1, 0))
 
 
 def test_queries_and_keys_may_have_grids_of_different_size() -> None:
     for bias in (redrawn(RelativeBias(2, size=(3, 4))), redrawn(ContinuousBias(2)), DistanceDecay(2)):
         all_pairs = scores(bias, Grid(4, 6)).reshape(2, 4, 6, 4, 6)
         part = scores(bias, Grid(2, 5), Grid(4, 6)).reshape(2, 2, 5, 4, 6)
-        torch.testing.assert_close(part, all_pairs[:, :2, :5])
+        assert_close(part, all_pairs[:, :2, :5])
 
 
 def test_rows_are_kept_on_the_domain_for_equal_settings_only() -> None:
@@ -156,8 +157,8 @@ def test_rows_are_kept_on_the_domain_for_equal_settings_only() -> None:
     ]
     for setting in settings:
         bias = redrawn(RelativeBias(2, **setting))
-        torch.testing.assert_close(scores(bias, domain), scores(bias, Sequence(20)), rtol=0, atol=0)
-        torch.testing.assert_close(scores(bias, Sequence(3), domain), scores(bias, Sequence(20))[:, :3], rtol=0, atol=0)
+        assert torch.equal(scores(bias, domain), scores(bias, Sequence(20)))
+        assert torch.equal(scores(bias, Sequence(3), domain), scores(bias, Sequence(20))[:, :3])
 
 
 def test_the_gradient_of_a_table_is_accurate_over_many_pairs() -> None:
@@ -173,7 +174,7 @@ def test_the_gradient_of_a_table_is_accurate_over_many_pairs() -> None:
             score = pair.at(rows[:, None], i[None, :])
             total += torch.autograd.grad((score * weight[:, rows].to(dtype)).sum(), bias.table, retain_graph=True)[0]
         grads.append(total)
-    assert ((grads[0] - grads[1]).abs().max() / grads[1].abs().max()).item() < 1e-6
+    assert_close(grads[0].float(), grads[1], "gradient in single precision")
 
 
 # -- network -----------------------------------------------------------------------------------------------------------
@@ -197,30 +198,34 @@ def network(bias: ContinuousBias, offset: Tensor) -> Tensor:
 def test_continuous_bias_is_the_formula(domain: Domain) -> None:
     bias = redrawn(ContinuousBias(3, hidden=16)).double()
     places = domain.coordinates.double()
-    torch.testing.assert_close(scores(bias, domain), network(bias, places[:, None] - places[None, :]))
+    assert_close(scores(bias, domain), network(bias, places[:, None] - places[None, :]))
 
 
+@pytest.mark.usefixtures("double")
 @pytest.mark.parametrize("window", [(4, 4), (3, 6)])
 def test_continuous_bias_is_that_of_swin_v2(window: tuple[int, int]) -> None:
-    theirs = redrawn(RelPosMlp(window, num_heads=3, hidden_dim=32, mode="swin")).double().eval()
-    ours = ContinuousBias(3, hidden=32, axes=2, scale=tuple(8 / (n - 1) for n in window)).double()
+    with InDefaultPrecision():
+        theirs = redrawn(RelPosMlp(window, num_heads=3, hidden_dim=32, mode="swin")).eval()
+    ours = ContinuousBias(3, hidden=32, axes=2, scale=tuple(8 / (n - 1) for n in window))
     with torch.no_grad():
         ours.inner.weight.copy_(theirs.mlp.fc1.weight / 3)  # log base 8
         ours.inner.bias.copy_(theirs.mlp.fc1.bias)
         ours.outer.weight.copy_(theirs.mlp.fc2.weight)
-    torch.testing.assert_close(scores(ours, Grid(*window)), theirs.get_bias()[0], rtol=0, atol=1e-5)
+    assert_close(scores(ours, Grid(*window)), theirs.get_bias()[0])
 
 
+@pytest.mark.usefixtures("double")
 @pytest.mark.parametrize("window", [(4, 4), (3, 6)])
 def test_a_bias_without_a_bound_is_that_of_timm(window: tuple[int, int]) -> None:
-    theirs = redrawn(RelPosMlp(window, num_heads=3, hidden_dim=32, prefix_tokens=1, mode="cr")).double().eval()
-    ours = ContinuousBias(3, hidden=32, axes=2, bound=None).double()
+    with InDefaultPrecision():
+        theirs = redrawn(RelPosMlp(window, num_heads=3, hidden_dim=32, prefix_tokens=1, mode="cr")).eval()
+    ours = ContinuousBias(3, hidden=32, axes=2, bound=None)
     with torch.no_grad():
         ours.inner.weight.copy_(theirs.mlp.fc1.weight * math.log(2))  # natural logarithm
         ours.inner.bias.copy_(theirs.mlp.fc1.bias)
         ours.outer.weight.copy_(theirs.mlp.fc2.weight)
         ours.outer.bias.copy_(theirs.mlp.fc2.bias)
-    torch.testing.assert_close(scores(ours, Grid(*window, prefix=1)), theirs.get_bias()[0], rtol=0, atol=1e-5)
+    assert_close(scores(ours, Grid(*window, prefix=1)), theirs.get_bias()[0])
 
 
 def test_the_size_of_windows_changes_no_score_within_them() -> None:
@@ -234,9 +239,9 @@ def test_the_size_of_windows_changes_no_score_within_them() -> None:
     a, b = (bias.pair(domain).at(i[:, None], i[None, :]) for bias in (whole, windows))
     down, along = ((i[:, None] // 7 - i[None, :] // 7), (i[:, None] % 7 - i[None, :] % 7))
     near = (down.abs() < 3) & (along.abs() < 4)
-    torch.testing.assert_close(a[:, near], b[:, near], rtol=0, atol=1e-12)
+    assert_close(a[:, near], b[:, near])
     rim = b[:, 0, 14 + 3]  # the offset (-2, -3)
-    torch.testing.assert_close(b[:, 0, 34], rim, rtol=0, atol=1e-12)
+    assert_close(b[:, 0, 34], rim)
     assert float((a[:, 0, 34] - rim).detach().abs().max()) > 1e-3
     with pytest.raises(ValueError, match="one number for each axis"):
         windows.pair(Sequence(3))
@@ -245,9 +250,9 @@ def test_the_size_of_windows_changes_no_score_within_them() -> None:
 def test_one_network_serves_domains_of_all_dimensions() -> None:
     bias = redrawn(ContinuousBias(2, hidden=8))
     line = scores(bias, Sequence(5))
-    torch.testing.assert_close(scores(bias, Grid(5, 1)), line)  # an axis of one step has no offsets
-    torch.testing.assert_close(scores(bias, Grid(5, 1, 1)), line)
-    torch.testing.assert_close(scores(bias, Points(torch.arange(5.0)[:, None])), line)
+    assert_close(scores(bias, Grid(5, 1)), line)  # an axis of one step has no offsets
+    assert_close(scores(bias, Grid(5, 1, 1)), line)
+    assert_close(scores(bias, Points(torch.arange(5.0)[:, None])), line)
 
 
 def test_many_pairs_are_taken_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,8 +264,8 @@ def test_many_pairs_are_taken_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None
         result = scores(bias, domain)
         results.append((result, *torch.autograd.grad(result.square().sum(), list(bias.parameters()))))
         with torch.no_grad():
-            torch.testing.assert_close(scores(bias, domain), result)
-    torch.testing.assert_close(*results)
+            assert_close(scores(bias, domain), result)
+    assert_close(*results)
 
 
 # -- decay -------------------------------------------------------------------------------------------------------------
@@ -279,11 +284,13 @@ def test_slopes_are_those_of_alibi(heads: int, learned: bool) -> None:
     bias = DistanceDecay(heads, learned=learned).double()
     bias.reset_parameters()
     expected = -torch.tensor(published_slopes(heads), dtype=torch.float64)
-    torch.testing.assert_close(
-        bias.pair(Sequence(4), dtype=torch.float64).at(torch.tensor(3), torch.tensor(1)), 2 * expected
-    )
+    assert_close(bias.pair(Sequence(4), dtype=torch.float64).at(torch.tensor(3), torch.tensor(1)), 2 * expected)
 
 
+PLACES = torch.arange(12.0, dtype=torch.float64).reshape(4, 3) ** 1.5
+
+
+@pytest.mark.usefixtures("double")
 @pytest.mark.parametrize(
     ("domain", "places"),
     [
@@ -291,25 +298,23 @@ def test_slopes_are_those_of_alibi(heads: int, learned: bool) -> None:
         (Timeline(torch.tensor([0.0, 0.5, 0.25, 9.0])), torch.tensor([[0.0], [0.5], [0.25], [9.0]])),
         (Grid(3, 4), Grid(3, 4).coordinates),
         (Grid(2, 3, 2), Grid(2, 3, 2).coordinates),
-        (Points(torch.arange(12.0).reshape(4, 3) ** 1.5), torch.arange(12.0).reshape(4, 3) ** 1.5),
+        (Points(PLACES), PLACES),
     ],
     ids=["Sequence", "Timeline", "Grid 2-D", "Grid 3-D", "Points"],
 )
 def test_scores_fall_with_euclidean_distance(domain: Domain, places: Tensor) -> None:
     distance = torch.cdist(places.double(), places.double(), compute_mode="donot_use_mm_for_euclid_dist")
     slopes = torch.tensor(published_slopes(3), dtype=torch.float64)
-    torch.testing.assert_close(
-        scores(DistanceDecay(3, learned=True), domain), -slopes[:, None, None] * distance, rtol=1e-6, atol=1e-6
-    )
+    assert_close(scores(DistanceDecay(3, learned=True), domain), -slopes[:, None, None] * distance)
     fixed = DistanceDecay(3, scale=2.0).pair(domain, dtype=torch.float64)
     i = torch.arange(domain.num_tokens)
-    torch.testing.assert_close(fixed.at(i[:, None], i[None]), -2 * slopes[:, None, None] * distance, rtol=0, atol=1e-5)
+    assert_close(fixed.at(i[:, None], i[None]), -2 * slopes[:, None, None] * distance)
 
 
 def test_half_precision_models_keep_their_slopes() -> None:
     bias = DistanceDecay(12).to(torch.bfloat16)
     result = bias.pair(Sequence(2), dtype=torch.float64).at(torch.tensor(1), torch.tensor(0))
-    torch.testing.assert_close(result, -torch.tensor(published_slopes(12), dtype=torch.float64), rtol=1e-15, atol=0)
+    assert_close(result, -torch.tensor(published_slopes(12), dtype=torch.float64))
 
 
 @given(start=st.integers(0, 1000), length=st.integers(0, 6))
@@ -320,9 +325,7 @@ def test_shifting_a_sequence_changes_no_bias(start: int, length: int) -> None:
         redrawn(ContinuousBias(2, hidden=4)),
         DistanceDecay(2),
     ):
-        torch.testing.assert_close(
-            scores(bias, Sequence(length, start=start)), scores(bias, Sequence(length)), rtol=0, atol=0
-        )
+        assert torch.equal(scores(bias, Sequence(length, start=start)), scores(bias, Sequence(length)))
 
 
 def test_one_row_of_scores_is_as_cheap_as_its_keys() -> None:

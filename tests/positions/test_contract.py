@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, strategies as st
 from torch import Tensor
 
+from tests.closeness import assert_close
 from xformerlib import Domain, Graph, Grid, Points, Sequence, Timeline
 from xformerlib.positions import Bias, PairBias, Position, Sum
 from xformerlib.positions._base import in_steps
@@ -50,11 +51,11 @@ def test_scores_of_chosen_pairs_are_those_of_all_pairs(name: str) -> None:
         assert every.shape == (HEADS, rows, n, n)
         assert every.isfinite().all()
         b, q, k = (torch.randint(0, high, (40,)) for high in (rows, n, n))
-        torch.testing.assert_close(pair.at(q, k, b), every[:, b, q, k], rtol=1e-12, atol=1e-12)
+        assert_close(pair.at(q, k, b), every[:, b, q, k])
         tile = pair.at(torch.arange(1, n)[:, None], torch.arange(0, n - 1)[None, :], torch.arange(rows)[:, None, None])
-        torch.testing.assert_close(tile, every[:, :, 1:, :-1], rtol=1e-12, atol=1e-12)
+        assert_close(tile, every[:, :, 1:, :-1])
         if pair.batch_size is None:
-            torch.testing.assert_close(pair.at(q, k), every[:, 0, q, k], rtol=1e-12, atol=1e-12)
+            assert_close(pair.at(q, k), every[:, 0, q, k])
         else:
             assert pair.batch_size == on.batch_size
             with pytest.raises(ValueError, match="b_index is needed"):
@@ -95,7 +96,7 @@ def test_scores_can_be_evaluated_again_with_other_tensors(name: str) -> None:
         pair = bias.pair(on)
         again = tuple(tensor.detach().clone().requires_grad_() for tensor in pair.tensors)
         scores = whole(pair.using(again), on)
-        torch.testing.assert_close(scores, whole(pair, on), rtol=0, atol=0)
+        assert torch.equal(scores, whole(pair, on))
         parameters = list(bias.parameters())
         weight = torch.randn_like(scores)
         if parameters:  # the chain of the two gradients is the gradient
@@ -105,7 +106,7 @@ def test_scores_can_be_evaluated_again_with_other_tensors(name: str) -> None:
                 [g for g in inner if g is not None], allow_unused=True,
             )  # fmt: skip
             direct = torch.autograd.grad((whole(bias.pair(on), on) * weight).sum(), parameters, allow_unused=True)
-            torch.testing.assert_close(chained, direct)
+            assert_close(chained, direct)
 
 
 @on_every_domain
@@ -120,7 +121,7 @@ def test_pairs_with_a_prefix_token_score_zero_or_an_entry_of_their_own(name: str
         expected = torch.zeros(3, HEADS) if entries is None else entries
         for row, (query, key) in enumerate([(prefix, ~prefix), (~prefix, prefix), (prefix, prefix)]):
             part = scores[:, :, query][:, :, :, key]
-            torch.testing.assert_close(part, expected[row][:, None, None, None].expand_as(part), rtol=0, atol=0)
+            assert torch.equal(part, expected[row][:, None, None, None].expand_as(part))
         assert (scores[:, :, ~prefix][:, :, :, ~prefix] != 0).any()
 
 
@@ -136,7 +137,7 @@ def test_scores_are_computed_in_fp32_or_better(name: str, dtype: torch.dtype) ->
             assert scores.dtype == torch.promote_types(dtype, torch.float32)
             exact = whole(bias.double().pair(on, dtype=torch.float64), on)
             bias.to(dtype)
-            torch.testing.assert_close(scores, exact.to(scores.dtype), rtol=1e-5, atol=1e-5)
+            assert_close(scores, exact)
 
 
 @on_every_domain
@@ -147,7 +148,7 @@ def test_biases_add(name: str) -> None:
     assert total.biases == tuple(several)
     expected = sum(whole(bias.pair(on), on) for bias in several)
     pair = total.pair(on)
-    torch.testing.assert_close(whole(pair, on), expected)
+    assert_close(whole(pair, on), expected)
     fresh = tuple(torch.randn_like(tensor) for tensor in pair.tensors)
     other = whole(pair.using(fresh), on)
     assert not torch.allclose(other, expected.to(other.dtype))
@@ -170,7 +171,7 @@ def test_where_places_are_steps_biases_depend_on_offsets_alone(name: str) -> Non
         )
         for kind in torch.unique(offsets.flatten(0, 1), dim=0):
             same = scores[:, (offsets == kind).all(-1)]
-            torch.testing.assert_close(same, same[:, :1].expand_as(same), rtol=0, atol=0)
+            assert_close(same, same[:, :1].expand_as(same))
 
 
 # -- embeddings --------------------------------------------------------------------------------------------------------
@@ -185,15 +186,15 @@ def test_an_embedding_is_added_to_the_tokens(name: str) -> None:
         x = tokens(on, width)
         added = embedding(x, on) - x
         assert added.abs().amax() > 1e-3
-        torch.testing.assert_close(embedding(torch.zeros_like(x), on), added)
-        torch.testing.assert_close(embedding(2 * x, on), 2 * x + added)
+        assert_close(embedding(torch.zeros_like(x), on), added)
+        assert_close(embedding(2 * x, on), 2 * x + added)
         prefix = on.is_prefix(torch.tensor(0), torch.arange(on.num_tokens))
         own = getattr(embedding, "prefix_table", None)
         if prefix is not None and own is None:
             assert (added[..., prefix, :] == 0).all()
         elif prefix is not None:
             count = int(prefix.sum()) // on.prefix
-            torch.testing.assert_close(
+            assert_close(
                 added[..., prefix, :].reshape(-1, width), own.repeat(added[..., prefix, 0].numel() // on.prefix, 1)
             )
             assert count >= 1
@@ -208,13 +209,13 @@ def test_tokens_keep_their_dtype_and_shape(name: str, dtype: torch.dtype) -> Non
         result = embedding.to(dtype).eval()(x, on)
         exact = embedding.double()(x.double(), on)
         assert (result.dtype, result.shape) == (x.dtype, x.shape)
-        assert (result - exact).abs().max() <= {torch.bfloat16: 0.1, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
+        assert_close(result, exact)
     for rotation in rotations(on):
         q = heads(on, dtype)
         result = rotation.rotate_one(q, on)
         exact = rotation.rotate_one(q.double(), on)
         assert (result.dtype, result.shape) == (q.dtype, q.shape)
-        assert (result - exact).abs().max() <= {torch.bfloat16: 0.05, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
+        assert_close(result, exact)
 
 
 @on_every_domain
@@ -224,7 +225,7 @@ def test_autocast_changes_no_angle(name: str) -> None:
         q = heads(on, torch.float32)
         plain = rotation.rotate_one(q, domain(name))
         with torch.autocast("cpu", torch.bfloat16):
-            torch.testing.assert_close(rotation.rotate_one(q, on), plain, rtol=0, atol=0)
+            assert torch.equal(rotation.rotate_one(q, on), plain)
 
 
 @on_every_domain
@@ -344,7 +345,7 @@ def test_a_gpu_computes_the_same(name: str) -> None:
         else:
             result = applied(position, x.cuda(), moved)
         assert result.is_cuda
-        torch.testing.assert_close(result.cpu(), expected.to(result.dtype), rtol=1e-6, atol=1e-6)
+        assert_close(result, expected)
 
 
 @pytest.mark.parametrize("name", ["padded sequences", "packed grids", "timelines", "points", "graphs"])
@@ -361,7 +362,7 @@ def test_compiled_code_has_no_breaks_once_facts_are_known(name: str) -> None:
     torch.compiler.reset()
     compiled = torch.compile(run, fullgraph=True, backend="eager")
     for _ in range(2):
-        torch.testing.assert_close(compiled(x, q), expected)
+        assert_close(compiled(x, q), expected)
 
 
 @on_every_domain
@@ -369,7 +370,7 @@ def test_nothing_is_lost_in_a_state_dict(name: str) -> None:
     on = domain(name)
     for position, other in zip(everything(on), everything(on), strict=True):
         redrawn(other).load_state_dict(position.state_dict())
-        torch.testing.assert_close(outcome(other.eval(), on), outcome(position.eval(), on), rtol=0, atol=0)
+        assert torch.equal(outcome(other.eval(), on), outcome(position.eval(), on))
 
 
 @on_every_domain
@@ -385,17 +386,15 @@ def test_a_packed_item_is_as_it_is_alone(name: str) -> None:
             position.double().eval()
             if position.biases:
                 together = position.pair(on).at(here[:, None], here[None, :])
-                torch.testing.assert_close(
-                    together, position.pair(alone).at(here[:, None] - first, here[None, :] - first)
-                )
+                assert_close(together, position.pair(alone).at(here[:, None] - first, here[None, :] - first))
             elif position.rotations:
                 x = heads(on)
-                torch.testing.assert_close(
+                assert_close(
                     position.rotate_one(x, on)[:, :, first:last], position.rotate_one(x[:, :, first:last], alone)
                 )
             else:
                 x = tokens(on, position.dim)
-                torch.testing.assert_close(position(x, on)[first:last], position(x[first:last], alone))
+                assert_close(position(x, on)[first:last], position(x[first:last], alone))
 
 
 @given(seed=st.integers(0, 2**16), name=st.sampled_from(["points", "packed points", "timeline", "sets of points"]))
@@ -415,14 +414,10 @@ def test_the_order_of_tokens_says_nothing_where_they_have_places(seed: int, name
     for position in everything(on):
         position.double().eval()
         if position.biases:
-            torch.testing.assert_close(
-                whole(position.pair(other), other), whole(position.pair(on), on)[:, :, order][..., order]
-            )
+            assert_close(whole(position.pair(other), other), whole(position.pair(on), on)[:, :, order][..., order])
         elif position.rotations:
             x = heads(on)
-            torch.testing.assert_close(
-                position.rotate_one(x[:, :, order], other), position.rotate_one(x, on)[:, :, order]
-            )
+            assert_close(position.rotate_one(x[:, :, order], other), position.rotate_one(x, on)[:, :, order])
         else:
             x = tokens(on, position.dim)
-            torch.testing.assert_close(position(x[..., order, :], other), position(x, on)[..., order, :])
+            assert_close(position(x[..., order, :], other), position(x, on)[..., order, :])
