@@ -59,10 +59,3 @@ def test_a_bias_is_exported_where_its_attention_is_dense() -> None:
     model = Model(xf.Encoder(16, 1, 2, position=positions.RelativeBias(2)), xf.Sequence(20)).eval()
     x = torch.randn(3, 20, 16)
     assert_close(export(model, (x,), strict=False).module()(x), model(x), depth=2)
-
-
-@pytest.mark.parametrize("strict", [False, True])
-def test_what_is_planned_cannot_leave_the_process(strict: bool) -> None:
-    model = Model(xf.Encoder(16, 1, 2, mask=masks.Local(3)), xf.Sequence(20)).eval()
-    with pytest.raises(Exception, match=r"Use torch\.compile"):
-        export(model, (torch.randn(3, 20, 16),), strict=strict)

@@ -28,13 +28,13 @@ def scores(bias: ContinuousBias, domain: Domain) -> Tensor:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one whenever a network is evaluated."""
     found: list[int] = []
-    plain = _bias.small_network
+    plain = _bias.Network.scores
 
-    def counted(*arguments: object) -> Tensor:
+    def counted(network: _bias.Network, features: Tensor) -> Tensor:
         found.append(1)
-        return plain(*arguments)  # type: ignore[arg-type]
+        return plain(network, features)
 
-    monkeypatch.setattr(_bias, "small_network", counted)
+    monkeypatch.setattr(_bias.Network, "scores", counted)
     return found
 
 
