@@ -42,7 +42,7 @@ def checked(target: Any) -> Any:
     @functools.wraps(target)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         __tracebackhide__ = True
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # where sizes are symbols, or tensors
             return target(*args, **kwargs)
         try:
             return typed(*args, **kwargs)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ._autograd import constants
 from ._compiled import Inputs
 from .domains import Domain
-from .kernels import Plan, Problem, Scores, _chunked, _plain, _sdpa, choose
+from .kernels import Plan, Problem, Scores, _plain, _sdpa, choose
 from .kernels._merge import Part
 from .kernels._tiled import TiledPart
 
@@ -40,7 +40,7 @@ def run_portably(problem: Problem, kernel: str, scores: Scores, inputs: Inputs) 
     elif scores.softcap is None and sinks is None and not scores.dropout_p:
         return _sdpa.run(problem, scores, query, key, value)
     else:
-        found = [_chunked.whole(problem, query.device).plain(scores, query, key, value)]
+        found = [_plain.dense(scores, query, key, value)]
     return _plain.merged(found, sinks).to(value.dtype)
 
 

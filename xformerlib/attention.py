@@ -261,7 +261,10 @@ class Attention(Recorded):
             q, key, value, mask=self._mask(mask), bias=self._biases(position), domain=domain, key_domain=keys,
             dropout_p=self.dropout if self.training else 0.0, softcap=self.softcap, sinks=self.sinks, kernel=self.kernel,
         )  # fmt: skip
-        merged = heads.transpose(1, 2).flatten(2)
+        by_token = heads.transpose(1, 2)
+        if is_leaving(x):  # the strides of a trace are not those of the graph in which exporters decompose operations
+            by_token = by_token.clone(memory_format=torch.contiguous_format)
+        merged = by_token.flatten(2)
         merged = merged if x.ndim == 3 else merged[0]
         if self.gate is not None:
             merged = merged * torch.sigmoid(self.gate(domain.zero_padding(x)))

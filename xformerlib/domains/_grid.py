@@ -53,7 +53,7 @@ class Grid(Domain):
             axes = ", ".join(["batch", *map(str, self.sizes)])
             raise ValueError(f"valid must be bool of shape ({axes}); got {valid.dtype} {tuple(valid.shape)}")
         self.valid = F.pad(valid.flatten(1), (self.prefix, 0), value=True)
-        self._batch_size, self._device = len(valid), valid.device
+        self._batch_size, self._device = valid.shape[0], valid.device
 
     @classmethod
     def packed(cls, sizes: SequenceOf[SequenceOf[int]] | Tensor, *, prefix: int = 0) -> Grid:

@@ -60,7 +60,7 @@ class Subset(Domain):
             return table.index_select(-2, self.index)
         if not by_row:
             return table.index_select(-2, self.index.flatten()).unflatten(-2, self.index.shape).movedim(-3, 0)
-        index = self.index.reshape(len(self.index), *(1,) * (table.ndim - 3), -1, 1)
+        index = self.index.reshape(self.index.shape[0], *(1,) * (table.ndim - 3), -1, 1)
         return table.gather(-2, index.expand(*table.shape[:-2], -1, table.shape[-1]))
 
     # -- the vocabulary of domains: what is asked of tokens is asked of those that they are in the whole --------------------

@@ -17,12 +17,6 @@ def rows_per_block(problem: Problem) -> int:
     return max(1, BLOCK_SCORES // max(problem.batch * problem.heads * problem.num_keys, 1))
 
 
-def whole(problem: Problem, device: torch.device) -> TiledPart:
-    """The whole mask as one tile."""
-    every = Block(slice(0, problem.num_queries), slice(0, problem.num_keys), device)
-    return TiledPart("chunked", f"{problem.mask!r} on {problem.domain!r}", [every])
-
-
 def part(problem: Problem, device: torch.device) -> TiledPart:
     """The whole mask, a block of queries at a time."""
     rows, queries = rows_per_block(problem), problem.num_queries

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .._autograd import is_leaving
 from ._masked import masked_scores, masked_sums
-from ._scores import Scores
+from ._scores import Pairs, Scores
 
 if TYPE_CHECKING:
     from ._pattern import Pattern
@@ -52,6 +52,20 @@ def tile(
     if kept is not None:
         p = p * kept / (1 - scores.dropout_p)
     return p @ v if apart is None else masked_sums(p, v, apart), weights.lse
+
+
+def dense(
+    scores: Scores,
+    query: Float[Tensor, "batch heads queries dim"],
+    key: Float[Tensor, "batch kv_heads keys dim"],
+    value: Float[Tensor, "batch kv_heads keys value_dim"],
+) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries"]]:
+    """All pairs as one tile."""
+    pairs = Pairs.of(*query.shape[:2], *(torch.arange(x.shape[2], device=x.device) for x in (query, key)))
+    kept = scores.kept(pairs) if scores.dropout_p else None
+    of_pairs = (None if x is None else x[:, None] for x in (scores.allowed(pairs), scores.bias(pairs), kept))
+    out, lse = tile(query[:, None], key[:, None], value[:, None], scores, *of_pairs)
+    return out[:, 0], lse[:, 0]
 
 
 def softmax(s: Float[Tensor, "*rows columns"], allowed: Bool[Tensor, "*#rows #columns"] | None) -> Weights:

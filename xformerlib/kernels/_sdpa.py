@@ -53,7 +53,7 @@ def held(problem: Problem) -> int:
     pairs, width = problem.num_queries * problem.num_keys, max(4, problem.dtype.itemsize)
     every, scores = pairs * problem.batch * problem.heads, 0
     if problem.device == "cpu" and (problem.dropout_p or problem.bias == "trained"):  # torch's plain formulas
-        scores = every * width
+        scores = (2 if problem.dropout_p == 0 else 1) * every * width
     if problem.bias is None and (problem.is_causal or problem.is_full):
         return scores
     extent = problem.mask.extent()

@@ -170,7 +170,7 @@ class Segments(_TensorLeaf):
         return tiling.between(Between.equal(ids.long(), key_ids.long()))
 
     def extent(self) -> Extent:
-        rows = [len(ids) for ids in (self.ids, self.key_ids) if ids is not None and ids.ndim == 2]
+        rows = [ids.shape[0] for ids in (self.ids, self.key_ids) if ids is not None and ids.ndim == 2]
         return Extent(max(rows)) if rows else Extent()
 
     def is_reflexive(self, domain: Domain) -> bool:
@@ -220,7 +220,7 @@ class Keys(_TensorLeaf):
         return tiling.of_keys(self.valid)
 
     def extent(self) -> Extent:
-        return Extent(len(self.valid)) if self.valid.ndim == 2 else Extent()
+        return Extent(self.valid.shape[0]) if self.valid.ndim == 2 else Extent()
 
     def without_keys(self, count: int) -> Mask:
         return Keys(self.valid[..., count:])
@@ -330,7 +330,7 @@ def _check_length(name: str, table: Shaped[Tensor, "*batch tokens"], where: Doma
         raise ValueError(
             f"{name} must have one entry per token of {where!r}, {where.num_tokens}; got {table.shape[-1]}. {hint}"
         )
-    if table.ndim == 2 and where.batch_size is not None and len(table) != where.batch_size:
+    if table.ndim == 2 and where.batch_size is not None and table.shape[0] != where.batch_size:
         raise ValueError(f"{name} must have one row per row of {where!r}, {where.batch_size}; got {len(table)}")
 
 
