@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -33,6 +33,14 @@ def test_linear_is_its_formula(batch: list[int], inner: int, outer: int, activat
         patch.setattr(_linear, "SMALL", 1)
         # The sum before a ReLU, which may leave next to nothing of it.
         assert_close(_linear.linear(x, weight, b, activation), wanted, scale=max(1.0, largest(wanted)))
+
+
+@pytest.fixture(autouse=True)
+def _with_onednn() -> Iterator[None]:
+    """Also where the whole run is without."""
+    before = torch.backends.mkldnn.set_flags(True)[0]
+    yield
+    torch.backends.mkldnn.set_flags(before)
 
 
 @pytest.fixture
