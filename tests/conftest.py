@@ -1,9 +1,15 @@
-"""What all tests share: run-time type checks, the Hypothesis profile, seeds, and which tests need a GPU."""
+"""What all tests share: run-time type checks, the Hypothesis profile, seeds, and which tests need a GPU.
+
+With ``ONEDNN=0`` in the environment they run without oneDNN.
+"""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
+from getpass import getuser
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -12,6 +18,12 @@ import torch
 from tests import typechecking
 
 typechecking.install()
+capability = os.environ.get("ATEN_CPU_CAPABILITY")
+if capability:  # torch looks up compiled code without it, and would find that of another processor
+    found = Path(tempfile.gettempdir()) / f"inductor-{getuser()}-{capability}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(found))
+if os.environ.get("ONEDNN") == "0":  # a run without oneDNN, as where torch was built without it
+    torch.backends.mkldnn.set_flags(False)
 torch.set_num_threads(1)  # the tensors of tests are small: with two, one mostly waits for the other
 
 

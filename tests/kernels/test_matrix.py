@@ -86,7 +86,7 @@ def test_every_kernel_agrees_with_the_oracle(kind, dtype, rng):
         "sinks": rng.choice([None, torch.randn(HEADS, dtype=dtype, requires_grad=True)]),
     }  # fmt: skip
     want = run(tensors, modules, 0, kernel="reference", **options)
-    # The rounding error of a score is a relative one of its weight. In bf16, scores are of single precision.
+    # The rounding error of a score is a relative one of its weight. In bf16, scores are of single precision, and both sides round.
     largest_score = 16 if any(isinstance(module, positions.ContinuousBias) for module in modules) else 4
     for kernel in ("auto", *kernels.KERNELS):
         try:
@@ -96,7 +96,7 @@ def test_every_kernel_agrees_with_the_oracle(kind, dtype, rng):
             continue
         for name, value in got.items():
             # The gradient of a bias's parameter is a sum over pairs that all but cancel, and up to 16 times steeper than a score.
-            condition = 16 if name[0].isdigit() else 1 if dtype == torch.bfloat16 else largest_score
+            condition = 16 if name[0].isdigit() else 2 if dtype == torch.bfloat16 else largest_score
             close(
                 value, want[name], dtype, f"{name} by {kernel}: {mask!r} on {where!r} with {options['bias']}", condition
             )
