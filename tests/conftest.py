@@ -1,6 +1,6 @@
 """What all tests share: run-time type checks, the Hypothesis profile, seeds, and which tests need a GPU.
 
-With ``ONEDNN=0`` in the environment they run without oneDNN.
+With ``ONEDNN=0`` in the environment they run without oneDNN, with ``THREADS=2`` on two threads.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ if capability:  # torch looks up compiled code without it, and would find that o
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(found))
 if os.environ.get("ONEDNN") == "0":  # a run without oneDNN, as where torch was built without it
     torch.backends.mkldnn.set_flags(False)
-torch.set_num_threads(1)  # the tensors of tests are small: with two, one mostly waits for the other
+# The tensors of tests are small: with two threads, one mostly waits for the other.
+torch.set_num_threads(int(os.environ.get("THREADS", "1")))
 
 
 class _TorchRandom:
