@@ -23,6 +23,7 @@ def unwatched(*tensors: Tensor) -> bool:
     return (
         all(x.is_cpu and type(x) in (Tensor, nn.Parameter) for x in tensors)
         and not is_compiling()
+        and not is_jit_tracing()
         and not torch._C._len_torch_dispatch_stack()
         and not is_transformed()
     )
@@ -51,14 +52,22 @@ def is_compiling() -> bool:
 @contextmanager
 def constants() -> Iterator[None]:
     """Within this context tensors are real and sizes are numbers, whoever traces: what is computed becomes constants of the graph."""
-    tracing = torch._C._get_tracing_state()
     _REAL[0] += 1
-    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:
-        with _disable_current_modes():
+        with untraced(), _disable_current_modes():
             yield
     finally:
         _REAL[0] -= 1
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Within this context ``torch.jit.trace`` sees nothing: what is kept for later calls is a constant of the graph."""
+    tracing = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
         torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
 
 

@@ -6,12 +6,13 @@ import copy
 import itertools
 import weakref
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
 
-from .._autograd import is_compiling
+from .._autograd import is_compiling, is_jit_tracing, untraced
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -64,7 +65,8 @@ class Kept:
             return make()
         facts = self._known_facts()
         if key not in facts:
-            with torch.inference_mode(False):  # what is kept may be needed in training later
+            # What is kept may be needed in training later, and is no part of a trace.
+            with torch.inference_mode(False), untraced() if is_jit_tracing() else nullcontext():
                 facts[key] = make()
         return facts[key]
 
