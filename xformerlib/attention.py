@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence as SequenceOf
+from collections.abc import Sequence as SequenceOf
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from ._inputs import (
     place,
     resolve_domains,
 )
+from ._options import QKNorm
 from ._planned import bound_biases, check_extent, planned, scores_of, without_padding
 from ._portable import run_portably, shape_of
 from ._projection import columns_of, dtype_of
@@ -197,7 +198,7 @@ class Attention(Recorded):
         head_dim: int | None = None,
         mask: Mask | None = None,
         position: Position | None = None,
-        qk_norm: str | Callable[[int], nn.Module] | None = None,
+        qk_norm: QKNorm | None = None,
         out_norm: NormLayer | None = None,
         qkv_bias: bool = True,
         out_bias: bool = True,
@@ -405,7 +406,7 @@ def _normed(norm: nn.Module, x: Tensor) -> Tensor:
     return norm(x) if parameter is None else norm(x.to(parameter.dtype)).to(x.dtype)
 
 
-def _qk_norm(kind: str | Callable[[int], nn.Module] | None, head_dim: int, heads: int | None) -> nn.Module:
+def _qk_norm(kind: QKNorm | None, head_dim: int, heads: int | None) -> nn.Module:
     if kind is None:
         return nn.Identity()
     if callable(kind):

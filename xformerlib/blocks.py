@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence as SequenceOf
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from jaxtyping import Float
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ._cache import Cache
 from ._inputs import Masks, Positions, check_last, masks_of_layers, place, positions_of_layers, rates_of_layers
+from ._options import BlockOptions, EncoderBlockOptions, LayerOptions, NormPlace as NormPlace, StackOptions
 from ._recorded import Recorded
 from ._sublayers import (
     Activation as Activation,
@@ -29,7 +30,8 @@ from .domains import Domain
 from .masks import Causal, Mask
 from .positions import Position
 
-NormPlace = Literal["pre", "post", "sandwich", "res-post", "parallel"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Block(Recorded):
@@ -77,7 +79,7 @@ class Block(Recorded):
         attention_dropout: float = 0.0,
         bias: bool = True,
         hidden_norm: NormLayer | None = None,
-        **attention: Any,
+        **attention: Unpack[LayerOptions],
     ) -> None:
         super().__init__()
         if norm not in get_args(NormPlace):
@@ -265,7 +267,7 @@ class Encoder(_Stack):
         final_norm: bool | None = None,
         drop_path: float | SequenceOf[float] = 0.0,
         checkpoint: bool = False,
-        **block: Any,
+        **block: Unpack[EncoderBlockOptions],
     ) -> None:
         if block.get("cross"):
             raise ValueError("cross is for a Decoder: an Encoder is given no context to attend to; got cross=True")
@@ -318,7 +320,7 @@ class Decoder(_Stack):
         final_norm: bool | None = None,
         drop_path: float | SequenceOf[float] = 0.0,
         checkpoint: bool = False,
-        **block: Any,
+        **block: Unpack[BlockOptions],
     ) -> None:
         super().__init__(
             dim, depth, heads, mask=mask, position=position, norm=norm, norm_layer=norm_layer, final_norm=final_norm,
@@ -376,13 +378,13 @@ class EncoderDecoder(Recorded):
         position: Positions = None,
         norm: NormPlace = "post",
         activation: Activation = "relu",
-        **stack: Any,
+        **stack: Unpack[StackOptions],
     ) -> None:
         super().__init__()
-        stack = {"position": position, "norm": norm, "activation": activation, **stack}
-        self.encoder = Encoder(dim, encoder_depth, heads, mask=mask, **stack)
+        options: dict[str, Any] = {"position": position, "norm": norm, "activation": activation, **stack}
+        self.encoder = Encoder(dim, encoder_depth, heads, mask=mask, **options)
         # Each has a position of its own, as in T5: what source and target learn of distance differs.
-        own = {**stack, "position": copy.deepcopy(position)}
+        own = {**options, "position": copy.deepcopy(position)}
         self.decoder = Decoder(dim, decoder_depth, heads, mask=decoder_mask, **own)
 
     def forward(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from .._options import AttentionOptions, GPSOptions
 from .._recorded import Recorded
 from .._sublayers import Activation, FeedForward, NormLayer, Residual, TokenNorm, norm_factory
 from ..attention import Attention
@@ -23,6 +24,9 @@ from ._model import GraphModel, check_edge_features
 from ._pairs import worked_out_once
 from ._readout import Readout
 from ._reset import reset
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # As in blocks, or "batch", or a module that makes one of PyTorch Geometric's norms, which is told the graph of each node.
 GraphNorm = NormLayer | str | None
@@ -76,7 +80,7 @@ class GPSLayer(Recorded):
         attention_dropout: float = 0.0,
         mask: Mask | None = None,
         position: Position | None = None,
-        **options: Any,
+        **options: Unpack[AttentionOptions],
     ) -> None:
         super().__init__()
         if attention is not None and (mask is not None or position is not None or attention_dropout or options):
@@ -171,7 +175,7 @@ class GPS(GraphModel):
         position: Position | None = None,
         pool: Readout = None,
         virtual_nodes: int = 0,
-        **layer: Any,
+        **layer: Unpack[GPSOptions],
     ) -> None:
         super().__init__(
             in_channels, hidden_channels, out_channels, pool=pool, virtual_nodes=virtual_nodes, heads=heads

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from .._inputs import Masks, Positions
+from .._options import GraphEncoderOptions
 from .._pooling import Pooling
 from .._recorded import Recorded
 from .._sublayers import NormLayer, normed
@@ -21,6 +22,9 @@ from ._inputs import linear_from, place_nodes
 from ._pairs import worked_out_once
 from ._readout import EdgeReadout, Readout
 from ._reset import reset
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class GraphModel(Recorded, ABC):
@@ -139,7 +143,7 @@ def _readout(pool: Readout, channels: int, heads: int) -> Pooling | EdgeReadout 
         return pool
     if pool == "edge":
         return EdgeReadout(channels)
-    return Pooling(channels, pool, **({"heads": heads} if pool == "attention" else {}))
+    return Pooling(channels, pool, heads=heads) if pool == "attention" else Pooling(channels, pool)
 
 
 def check_edge_features(edge_attr: Tensor | None, wanted: bool) -> None:
@@ -184,7 +188,7 @@ class GraphTransformer(GraphModel):
         pool: Readout = None,
         virtual_nodes: int = 0,
         norm_layer: NormLayer = "layer",
-        **encoder: Any,
+        **encoder: Unpack[GraphEncoderOptions],
     ) -> None:
         super().__init__(
             in_channels, hidden_channels, out_channels, pool=pool, virtual_nodes=virtual_nodes, heads=heads

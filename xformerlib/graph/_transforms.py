@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from .._arguments import check_size
 from ..domains import Graph
-from ..positions._base import check_width
 from ..positions._graph import random_signs
 
 Data = TypeVar("Data")
@@ -86,7 +86,7 @@ class AddLaplacian(_AddEncoding):
         self, k: int, attr_name: str | None = "laplacian_eigenvector_pe", *, eigenvalues: str | None = None
     ) -> None:
         super().__init__(attr_name)
-        self.k, self.eigenvalues = check_width("k", k), _checked_name(eigenvalues)
+        self.k, self.eigenvalues = check_size("k", k), _checked_name(eigenvalues)
 
     def _encodings(self, graph: Graph) -> list[tuple[str | None, Tensor, bool]]:
         values, vectors = (x.to(torch.get_default_dtype()) for x in graph.laplacian_eigenvectors(self.k))
@@ -120,7 +120,7 @@ class AddRandomWalk(_AddEncoding):
 
     def __init__(self, steps: int, attr_name: str | None = "random_walk_pe") -> None:
         super().__init__(attr_name)
-        self.steps = check_width("steps", steps)
+        self.steps = check_size("steps", steps)
 
     def _encodings(self, graph: Graph) -> list[tuple[str | None, Tensor, bool]]:
         return [(self.attr_name, graph.random_walk(self.steps).to(torch.get_default_dtype()), False)]

@@ -10,13 +10,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from .._arguments import check_size
 from .._cache import Cache
 from ..attention import Attention
 from ..blocks import Block, Decoder, EncoderDecoder
 from ..domains import Domain, Sequence, Timeline
 from ..masks import Causal, Keys, Mask
 from ..positions import Position, Sinusoidal
-from ._checks import check_size
 from ._inputs import Inputs
 from ._steps import Advance, Steps, StepwiseModel, width_of
 

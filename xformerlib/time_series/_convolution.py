@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
+from .._arguments import check_size
 from .._dropout import Dropout
-from ._checks import check_size
 from ._inputs import ForecastModel, Inputs, Series
 from ._steps import Advance, DirectOutput, Steps, StepwiseModel, steps_of, width_of
 

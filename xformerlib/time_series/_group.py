@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -10,12 +9,13 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._arguments import check_options, check_size
 from .._autograd import is_compiling
+from .._options import EncoderOptions
 from ..blocks import Encoder
 from ..domains import Timeline
 from ..masks import Mask, Segments
 from ..positions import Rotary
-from ._checks import check_size
 from ._inputs import ForecastModel, Inputs, Series
 from ._parts import instance_norm
 from ._variates import segments_in, segments_of
@@ -74,14 +74,15 @@ class GroupTransformer(ForecastModel):
         heads: int = 8,
         hidden: int = 512,
         dropout: float = 0.1,
-        block: Mapping[str, Any] | None = None,
+        block: EncoderOptions | None = None,
         **inputs: Unpack[Inputs],
     ) -> None:
         super().__init__(channels, lookback, horizon, **inputs)
         self.patch = check_size("patch", patch)
         self.embed = _MLP(3 * patch, hidden, dim)
         options: dict[str, Any] = {
-            "norm_layer": "rms", "activation": "relu", "bias": False, "qkv_bias": False, "out_bias": False, **(block or {})
+            "norm_layer": "rms", "activation": "relu", "bias": False, "qkv_bias": False, "out_bias": False,
+            **check_options(type(self).__name__, block, EncoderOptions, "block"),
         }  # fmt: skip
         position = Rotary(dim // heads)
         depth = 2 * check_size("depth", depth)

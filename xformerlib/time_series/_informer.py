@@ -9,12 +9,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._arguments import check_size
 from .._dropout import Dropout
 from ..blocks import Block
 from ..domains import Sequence
 from ..masks import Keys, Mask
 from ..positions import Sinusoidal
-from ._checks import check_size
 from ._convolution import CausalConvolution
 from ._inputs import ForecastModel, Inputs, Series
 from ._parts import instance_norm

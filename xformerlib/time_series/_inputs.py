@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
+from .._arguments import check_size
 from .._recorded import Recorded
-from ._checks import check_finite, check_size, check_times, check_values, seen_of
+from ._checks import check_finite, check_times, check_values, seen_of
 from ._heads import Head, Point
 from ._windows import Batch
 

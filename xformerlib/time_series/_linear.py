@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._checks import check_size
+from .._arguments import check_size
 from ._inputs import ForecastModel, Inputs, Series
 from ._parts import fill_forward, instance_norm
 

@@ -6,11 +6,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from .._arguments import check_size
 from .._recorded import Recorded
 from ..attention import attention
 from ..domains import Sequence
 from ..masks import Keys
-from ._checks import check_size
 
 
 class AttentionPooling(Recorded):

@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from .._arguments import check_size
 from .._dropout import Dropout
-from ._checks import check_size
 from ._inputs import ForecastModel, Inputs, Series
 from ._pooling import AttentionPooling
 from ._steps import Advance, DirectOutput, Steps, StepwiseModel, steps_of, width_of

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from ._checks import check_size
+from .._arguments import check_size
 from ._inputs import ForecastModel
 from ._windows import Batch, Windows
 

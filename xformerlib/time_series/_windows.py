@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._checks import check_size
+from .._arguments import check_size
 
 
 @dataclass(frozen=True)

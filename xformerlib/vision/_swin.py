@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence as SequenceOf
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from .._dropout import Dropout
 from .._inputs import place, rates_of_layers
+from .._options import SwinOptions
 from .._pooling import Pooling
 from .._recorded import Recorded
 from .._sublayers import NormLayer, Residual, norm_factory
@@ -26,6 +27,9 @@ from ._classifier import Classifier
 from ._kept import Features
 from ._patches import Images, PatchEmbed, check_list, draw_linear
 from ._tokens import places_among, tokens_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Window = int | tuple[int, int]
 
@@ -137,7 +141,7 @@ class Swin(Classifier):
         head_dropout: float = 0.0,
         pool: Literal["mean", "max", "mean-max"] = "mean",
         norm_layer: NormLayer = "layer",
-        **encoder: Any,
+        **encoder: Unpack[SwinOptions],
     ) -> None:
         super().__init__()
         _check_version(version, pretrained_window)
@@ -154,7 +158,13 @@ class Swin(Classifier):
         rates = rates_of_layers(drop_path, sum(depths))
         ends = [0, *accumulate(depths)]
         norm: Literal["pre", "res-post"] = "pre" if version == 1 else "res-post"
-        options = {"norm": norm, "norm_layer": norm_layer, "dropout": dropout, "final_norm": False, **encoder}
+        options: dict[str, Any] = {
+            "norm": norm,
+            "norm_layer": norm_layer,
+            "dropout": dropout,
+            "final_norm": False,
+            **encoder,
+        }
         if version == 2:
             options.setdefault("qk_norm", "cosine")
         self.embed = PatchEmbed(dim, patch, channels=channels, norm=norm_layer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .._dropout import Dropout
 from .._inputs import Positions
+from .._options import ViTOptions
 from .._pooling import Pool, Pooling
 from .._sublayers import NormLayer, norm_factory
 from ..blocks import Encoder
@@ -20,6 +21,9 @@ from ._classifier import Classifier
 from ._kept import Features as Features, PatchDropout
 from ._patches import Images, PatchEmbed, Tokenizer, draw_linear
 from ._tokens import places_among, tokens_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # As in the published models.
 LAYER_NORM: NormLayer = partial(nn.LayerNorm, eps=1e-6)
@@ -90,7 +94,7 @@ class ViT(Classifier):
         position_dropout: float = 0.0,
         head_dropout: float = 0.0,
         patch_dropout: float = 0.0,
-        **encoder: Any,
+        **encoder: Unpack[ViTOptions],
     ) -> None:
         super().__init__()
         if distillation and not class_token:
