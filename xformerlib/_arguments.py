@@ -25,7 +25,7 @@ class Within(NamedTuple):
     below: float = math.inf
     above: bool = False
 
-    def holds(self, value: float) -> bool:
+    def holds(self, value: Any) -> bool:
         """Check that a number is in the range; a symbolic size is, and none is guessed."""
         if isinstance(value, torch.SymInt):
             return True
@@ -50,10 +50,12 @@ class Rule(NamedTuple):
     Attributes:
         fit: returns the value, numpy's and other whole numbers as ``int``; raises ``_Misfit``.
         says: the rule in words, after "must be".
+        choices: whether the words are a list of choices, which stands after "one of".
     """
 
     fit: Callable[[Any], Any]
     says: str
+    choices: bool = False
 
 
 class _Misfit(Exception):
@@ -269,7 +271,7 @@ def _fitted(name: str, value: Any, rule: Rule | None) -> Any:
         return rule.fit(value)
     except _Misfit as misfit:
         error = ValueError if misfit.type_fits else TypeError
-        raise error(f"{name} must be {rule.says}; got {name}={shown(value)}") from None
+        raise error(f"{name} must be {'one of ' * rule.choices}{rule.says}; got {name}={shown(value)}") from None
 
 
 def rule_of(annotation: Any) -> Rule | None:
@@ -289,11 +291,13 @@ def rule_of(annotation: Any) -> Rule | None:
     if origin is Literal:
         return _one_of(args)
     if origin is collections.abc.Callable or annotation is collections.abc.Callable:
-        return Rule(lambda value: value if callable(value) else _misfit(), "a function")
+        return Rule(lambda value: value if callable(value) else _misfit(), "a callable")
     if origin in (list, tuple, collections.abc.Sequence):
         return _several(origin, args)
     if origin in (dict, collections.abc.Mapping):
         return Rule(lambda value: value if isinstance(value, Mapping) else _misfit(), "a mapping")
+    if getattr(annotation, "__name__", None) in _NAMED_ELSEWHERE:
+        return None
     if hasattr(annotation, "array_type") and hasattr(annotation, "dims"):  # jaxtyping
         return _instance(annotation.array_type)
     if (
@@ -365,7 +369,7 @@ def _one_of(choices: tuple[Any, ...]) -> Rule:
                 return value
         raise _Misfit(type_fits=type(value) in kinds)
 
-    return Rule(fit, ("one of " if len(choices) > 1 else "") + ", ".join(map(repr, choices)))
+    return Rule(fit, ", ".join(map(repr, choices)), choices=len(choices) > 1)
 
 
 def _either(rules: list[Rule]) -> Rule:
@@ -420,6 +424,8 @@ _SIMPLE: dict[Any, Rule] = {
     float: Rule(_real, "a finite number"),
     str: Rule(lambda value: value if isinstance(value, str) else _misfit(), "a string"),
 }
+# Who takes these has a message of its own, which says what to do.
+_NAMED_ELSEWHERE = ("Mask", "Position")
 _ARTICLES: dict[Any, str] = {
     Tensor: "a tensor", torch.nn.Module: "a module", torch.dtype: "a torch.dtype, such as torch.float32",
     torch.device: "a torch.device",

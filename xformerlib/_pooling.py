@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ._arguments import Size
 from ._inputs import place
 from ._options import PoolingOptions, QKNorm
 from ._recorded import Recorded
@@ -42,7 +43,7 @@ class Pooling(Recorded):
         torch.Size([4, 8])
     """
 
-    def __init__(self, dim: int, pool: Pool = "mean", **attention: Unpack[PoolingOptions]) -> None:
+    def __init__(self, dim: Size, pool: Pool = "mean", **attention: Unpack[PoolingOptions]) -> None:
         super().__init__()
         if pool not in get_args(Pool):
             raise ValueError(f"pool must be one of {', '.join(map(repr, get_args(Pool)))}; got pool={pool!r}")
@@ -89,10 +90,10 @@ class MultiheadPooling(Recorded):
 
     def __init__(
         self,
-        dim: int,
-        heads: int,
+        dim: Size,
+        heads: Size,
         *,
-        hidden: int | None = None,
+        hidden: Size | None = None,
         norm_layer: NormLayer = "layer",
         activation: Activation = "gelu",
         qk_norm: QKNorm | None = None,

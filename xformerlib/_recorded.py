@@ -73,7 +73,7 @@ def _recording(owner: type, init: Callable[..., None]) -> Callable[..., None]:
             return
         args = tuple(map(understood, args))
         kwargs = {name: understood(value) for name, value in kwargs.items()}
-        if owner.__module__.startswith(_OURS) and _called(type(self)) is owner:
+        if owner.__module__.startswith(_OURS) and _called(type(self)) is owner:  # type: ignore[arg-type]
             (_, *args), kwargs = fit_arguments(type(self).__name__, init, (self, *args), kwargs)  # type: ignore[assignment]
             args = tuple(args)
         if _RECORD not in vars(self):  # by the class itself, not by one that it derives from

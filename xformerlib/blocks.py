@@ -12,8 +12,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ._arguments import Rate, Size
 from ._cache import Cache
-from ._inputs import Masks, Positions, check_last, masks_of_layers, place, positions_of_layers, rates_of_layers
+from ._inputs import (
+    Masks,
+    Positions,
+    check_dtype,
+    check_last,
+    masks_of_layers,
+    place,
+    positions_of_layers,
+    rates_of_layers,
+)
 from ._options import BlockOptions, EncoderBlockOptions, LayerOptions, NormPlace as NormPlace, StackOptions
 from ._recorded import Recorded
 from ._sublayers import (
@@ -65,18 +75,18 @@ class Block(Recorded):
 
     def __init__(
         self,
-        dim: int,
-        heads: int,
+        dim: Size,
+        heads: Size,
         *,
         norm: NormPlace = "pre",
         norm_layer: NormLayer = "layer",
         layer_scale: float | None = None,
-        drop_path: float = 0.0,
+        drop_path: Rate = 0.0,
         cross: bool = False,
-        hidden: int | None = None,
+        hidden: Size | None = None,
         activation: Activation = "gelu",
-        dropout: float = 0.0,
-        attention_dropout: float = 0.0,
+        dropout: Rate = 0.0,
+        attention_dropout: Rate = 0.0,
         bias: bool = True,
         hidden_norm: NormLayer | None = None,
         **attention: Unpack[LayerOptions],
@@ -92,7 +102,7 @@ class Block(Recorded):
 
         self.attention = Attention(dim, heads, dropout=attention_dropout, **attention)
         self.attention_residual = residual()
-        own = {name: value for name, value in attention.items() if name not in ("mask", "position")}
+        own: dict[str, Any] = {name: value for name, value in attention.items() if name not in ("mask", "position")}
         self.cross_attention = Attention(dim, heads, dropout=attention_dropout, **own) if cross else None
         self.cross_residual = residual() if cross and not self.parallel else None
         self.feed_forward = FeedForward(
@@ -114,6 +124,7 @@ class Block(Recorded):
     ) -> Float[Tensor, "*batch last dim"]:
         """Map tokens to tokens; ``context`` is what a block with ``cross=True`` attends to (arguments as in ``Attention``)."""
         domain = place("x", x, self.attention.dim, domain)
+        check_dtype("x", x, self.attention.qkv, self.attention_residual.norm)
         here = domain if last is None else check_last(last, domain)
         self._check_context(context, context_domain, context_mask, cache)
         x = domain.zero_padding(x)
@@ -163,16 +174,16 @@ class _Stack(Recorded):
 
     def __init__(
         self,
-        dim: int,
-        depth: int,
-        heads: int,
+        dim: Size,
+        depth: Size,
+        heads: Size,
         *,
         mask: Masks,
         position: Positions,
         norm: str,
         norm_layer: NormLayer,
         final_norm: bool | None,
-        drop_path: float | SequenceOf[float],
+        drop_path: Rate | SequenceOf[Rate],
         checkpoint: bool,
         **block: Any,
     ) -> None:
@@ -256,16 +267,16 @@ class Encoder(_Stack):
 
     def __init__(
         self,
-        dim: int,
-        depth: int,
-        heads: int,
+        dim: Size,
+        depth: Size,
+        heads: Size,
         *,
         mask: Masks = None,
         position: Positions = None,
         norm: NormPlace = "pre",
         norm_layer: NormLayer = "layer",
         final_norm: bool | None = None,
-        drop_path: float | SequenceOf[float] = 0.0,
+        drop_path: Rate | SequenceOf[Rate] = 0.0,
         checkpoint: bool = False,
         **block: Unpack[EncoderBlockOptions],
     ) -> None:
@@ -308,9 +319,9 @@ class Decoder(_Stack):
 
     def __init__(
         self,
-        dim: int,
-        depth: int,
-        heads: int,
+        dim: Size,
+        depth: Size,
+        heads: Size,
         *,
         mask: Mask | SequenceOf[Mask | None] = Causal(),  # noqa: B008  (a frozen value)
         cross: bool = True,
@@ -318,7 +329,7 @@ class Decoder(_Stack):
         norm: NormPlace = "pre",
         norm_layer: NormLayer = "layer",
         final_norm: bool | None = None,
-        drop_path: float | SequenceOf[float] = 0.0,
+        drop_path: Rate | SequenceOf[Rate] = 0.0,
         checkpoint: bool = False,
         **block: Unpack[BlockOptions],
     ) -> None:
@@ -368,11 +379,11 @@ class EncoderDecoder(Recorded):
 
     def __init__(
         self,
-        dim: int = 512,
-        heads: int = 8,
+        dim: Size = 512,
+        heads: Size = 8,
         *,
-        encoder_depth: int = 6,
-        decoder_depth: int = 6,
+        encoder_depth: Size = 6,
+        decoder_depth: Size = 6,
         mask: Mask | None = None,
         decoder_mask: Mask = Causal(),  # noqa: B008  (a frozen value)
         position: Positions = None,

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._arguments import check_positive, check_size
+from .._arguments import Size, check_positive, check_size
 from .._autograd import is_compiling, no_autocast
 from .._projection import dtype_of
 from .._recorded import Recorded
@@ -54,7 +54,7 @@ class RandomWalkBias(NodePairBias):
         torch.Size([4, 3, 3])
     """
 
-    def __init__(self, heads: int, steps: int, *, hidden: int = 64) -> None:
+    def __init__(self, heads: Size, steps: Size, *, hidden: Size = 64) -> None:
         super().__init__()
         self.heads = check_size("heads", heads)
         self.steps = check_size("steps", steps)
@@ -105,7 +105,7 @@ class GaussianBias(Bias):
         torch.Size([4, 2])
     """
 
-    def __init__(self, heads: int, kernels: int = 128, *, max_distance: float = 3.0) -> None:
+    def __init__(self, heads: Size, kernels: Size = 128, *, max_distance: float = 3.0) -> None:
         super().__init__()
         self.heads = check_size("heads", heads)
         self.max_distance = check_positive("max_distance", max_distance)
@@ -194,7 +194,7 @@ class _Columns(Recorded):
 
     first: Int[Tensor, " columns"]
 
-    def __init__(self, dim: int, sizes: Sequence[int]) -> None:
+    def __init__(self, dim: Size, sizes: Sequence[int]) -> None:
         super().__init__()
         self.dim = check_size("dim", dim)
         self.sizes = tuple(check_size("sizes", size) for size in sizes)
@@ -258,7 +258,7 @@ class AtomEncoder(_Columns):
         torch.Size([5, 64])
     """
 
-    def __init__(self, dim: int, sizes: Sequence[int] = ATOM_SIZES) -> None:
+    def __init__(self, dim: Size, sizes: Sequence[int] = ATOM_SIZES) -> None:
         super().__init__(dim, sizes)
 
 
@@ -284,5 +284,5 @@ class BondEncoder(_Columns):
         torch.Size([7, 16])
     """
 
-    def __init__(self, dim: int, sizes: Sequence[int] = BOND_SIZES) -> None:
+    def __init__(self, dim: Size, sizes: Sequence[int] = BOND_SIZES) -> None:
         super().__init__(dim, sizes)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .._arguments import check_count
+from .._arguments import Count, Rate, Size, check_count
 from .._options import ExphormerOptions
 from .._recorded import Recorded
 from ..domains import Graph
@@ -106,13 +106,13 @@ class ExpanderAttention(Recorded):
 
     def __init__(
         self,
-        channels: int,
-        heads: int,
+        channels: Size,
+        heads: Size,
         *,
-        edge_dim: int | None = None,
-        degree: int = 4,
+        edge_dim: Size | None = None,
+        degree: Count = 4,
         seed: int = 0,
-        dropout: float = 0.0,
+        dropout: Rate = 0.0,
     ) -> None:
         super().__init__()
         head_channels, rest = divmod(channels, heads)
@@ -178,20 +178,20 @@ class Exphormer(GPS):
     def __init__(
         self,
         in_channels: int | nn.Module,
-        hidden_channels: int,
-        out_channels: int | None,
-        num_layers: int,
-        heads: int,
+        hidden_channels: Size,
+        out_channels: Size | None,
+        num_layers: Size,
+        heads: Size,
         *,
         conv: Callable[[], nn.Module] | None = None,
-        edge_dim: int | nn.Module | None = None,
-        degree: int = 4,
+        edge_dim: Size | nn.Module | None = None,
+        degree: Count = 4,
         seed: int = 0,
-        virtual_nodes: int = 1,
+        virtual_nodes: Count = 1,
         passing: bool = True,
         position: Position | None = None,
         pool: Readout = None,
-        attention_dropout: float = 0.0,
+        attention_dropout: Rate = 0.0,
         **layer: Unpack[ExphormerOptions],
     ) -> None:
         if position is not None and (position.rotations or position.biases):

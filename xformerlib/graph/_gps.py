@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from .._arguments import Count, Rate, Size
 from .._options import AttentionOptions, GPSOptions
 from .._recorded import Recorded
 from .._sublayers import Activation, FeedForward, NormLayer, Residual, TokenNorm, norm_factory
@@ -19,7 +20,7 @@ from ..positions import Position
 from ..positions._graph import on_nodes
 from ._edge_attention import EdgeAttention
 from ._edges import Adjacency
-from ._inputs import linear_from, place_nodes
+from ._inputs import check_nodes, linear_from, place_nodes
 from ._model import GraphModel, check_edge_features
 from ._pairs import worked_out_once
 from ._readout import Readout
@@ -68,16 +69,16 @@ class GPSLayer(Recorded):
 
     def __init__(
         self,
-        channels: int,
+        channels: Size,
         conv: nn.Module | None,
-        heads: int = 1,
+        heads: Size = 1,
         *,
-        dropout: float = 0.0,
+        dropout: Rate = 0.0,
         activation: Activation = "relu",
         norm: GraphNorm = "batch",
-        drop_path: float = 0.0,
+        drop_path: Rate = 0.0,
         attention: nn.Module | None = None,
-        attention_dropout: float = 0.0,
+        attention_dropout: Rate = 0.0,
         mask: Mask | None = None,
         position: Position | None = None,
         **options: Unpack[AttentionOptions],
@@ -110,6 +111,7 @@ class GPSLayer(Recorded):
         **attend: Any,
     ) -> Float[Tensor, "tokens channels"]:
         """Nodes to nodes. Further arguments are those of the attention: a position that layers share."""
+        check_nodes(x, None)
         virtual = edge_index.prefix if isinstance(edge_index, Graph) else 0
         placed = place_nodes(edge_index, len(x), batch, virtual_nodes=virtual)
         return placed.restored(self.run(placed.sorted(x), placed.graph, edge_attr, **attend))
@@ -165,16 +167,16 @@ class GPS(GraphModel):
     def __init__(
         self,
         in_channels: int | nn.Module,
-        hidden_channels: int,
-        out_channels: int | None,
-        num_layers: int,
-        heads: int,
+        hidden_channels: Size,
+        out_channels: Size | None,
+        num_layers: Size,
+        heads: Size,
         *,
         conv: Callable[[], nn.Module] | None = None,
-        edge_dim: int | nn.Module | None = None,
+        edge_dim: Size | nn.Module | None = None,
         position: Position | None = None,
         pool: Readout = None,
-        virtual_nodes: int = 0,
+        virtual_nodes: Count = 0,
         **layer: Unpack[GPSOptions],
     ) -> None:
         super().__init__(

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from .._arguments import check_size
+from .._arguments import Count, Size, check_size
 from .._autograd import no_autocast
 from .._options import GraphormerOptions
 from .._sublayers import NormLayer, norm_factory, normed
@@ -53,7 +53,7 @@ class PathBias(NodePairBias):
         tensor([[3., 5., 0.]], grad_fn=<ExpandBackward0>)
     """
 
-    def __init__(self, heads: int, edge_dim: int, *, steps: int = 5) -> None:
+    def __init__(self, heads: Size, edge_dim: int, *, steps: Size = 5) -> None:
         super().__init__()
         self.heads = check_size("heads", heads)
         self.weight = nn.Parameter(torch.empty(check_size("steps", steps), check_size("edge_dim", edge_dim), heads))
@@ -118,17 +118,17 @@ class Graphormer(GraphModel):
     def __init__(
         self,
         in_channels: int | nn.Module,
-        hidden_channels: int,
-        out_channels: int | None,
-        num_layers: int = 12,
-        heads: int = 8,
+        hidden_channels: Size,
+        out_channels: Size | None,
+        num_layers: Size = 12,
+        heads: Size = 8,
         *,
-        edge_dim: int | nn.Module | None = None,
-        max_degree: int = 63,
-        max_hops: int = 30,
-        path_steps: int = 5,
+        edge_dim: Size | nn.Module | None = None,
+        max_degree: Size = 63,
+        max_hops: Size = 30,
+        path_steps: Size = 5,
         pool: Readout = "token",
-        virtual_nodes: int = 1,
+        virtual_nodes: Count = 1,
         norm_layer: NormLayer = "layer",
         **block: Unpack[GraphormerOptions],
     ) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._along_edges import Pattern, along_edges
-from .._arguments import check_size
+from .._arguments import Size, check_size
 from .._recorded import Recorded
 from ._edges import Adjacency, as_pairs, sorted_edges
 from ._made_once import made_once
@@ -59,7 +59,7 @@ class HeteroAttention(Recorded):
         in_channels: int | dict[str, int],
         out_channels: int,
         metadata: tuple[Sequence[str], Sequence[EdgeType]],
-        heads: int = 1,
+        heads: Size = 1,
         *,
         relation_bias: bool = False,
     ) -> None:

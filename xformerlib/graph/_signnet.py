@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from .._arguments import check_size
+from .._arguments import Size, check_size
 from ..domains import Domain, Graph
 from ..domains._spectral import undirected
 from ..positions import Embedding
@@ -43,7 +43,7 @@ class SignNet(Embedding):
         torch.Size([3, 8])
     """
 
-    def __init__(self, dim: int, eigenvectors: int = 8, *, hidden: int = 32, num_layers: int = 3) -> None:
+    def __init__(self, dim: Size, eigenvectors: int = 8, *, hidden: Size = 32, num_layers: Size = 3) -> None:
         super().__init__()
         self.dim = check_size("dim", dim)
         self.eigenvectors = check_size("eigenvectors", eigenvectors)

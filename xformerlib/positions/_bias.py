@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .._arguments import check_positive, check_size
+from .._arguments import Positive, Size, check_positive, check_size
 from .._autograd import no_autocast
 from .._projection import dtype_of, is_plain
 from ..domains import Domain, Graph, Grid, Points
@@ -66,14 +66,14 @@ class RelativeBias(Bias):
 
     def __init__(
         self,
-        heads: int,
+        heads: Size,
         *,
-        size: int | SequenceOf[int] | None = None,
-        buckets: int = 32,
+        size: Size | SequenceOf[Size] | None = None,
+        buckets: Size = 32,
         max_distance: float = 128,
         bidirectional: bool = True,
         prefix: bool = False,
-        scale: float = 1.0,
+        scale: Positive = 1.0,
     ) -> None:
         super().__init__()
         self.heads = check_size("heads", heads)
@@ -205,12 +205,12 @@ class ContinuousBias(Bias):
 
     def __init__(
         self,
-        heads: int,
+        heads: Size,
         *,
-        hidden: int = 512,
+        hidden: Size = 512,
         axes: int = 3,
-        scale: float | SequenceOf[float] = 1.0,
-        size: int | SequenceOf[int] | None = None,
+        scale: Positive | SequenceOf[float] = 1.0,
+        size: Size | SequenceOf[Size] | None = None,
         bound: float | None = 16.0,
     ) -> None:
         super().__init__()
@@ -393,7 +393,7 @@ class EveryPair(PairBias):
         domain: Domain,
         keys: Domain,
         make: Callable[[Tensor, Tensor, Tensor], Float[Tensor, "rows tq tk heads"]],
-        heads: int,
+        heads: Size,
     ) -> None:
         rows, device = rows_of_batch(domain, keys), domain.device
         b, q, k = (torch.arange(n, device=device) for n in (rows or 1, domain.num_tokens, keys.num_tokens))

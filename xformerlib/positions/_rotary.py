@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .._arguments import check_positive, check_size
+from .._arguments import Positive, Size, check_positive, check_size
 from ..domains import Domain, Grid
 from ._base import Rotation, at_least_fp32, check_tokens, kept, places
 from ._scaling import Scaling, frequencies
@@ -71,18 +71,18 @@ class Rotary(Rotation):
 
     def __init__(
         self,
-        head_dim: int,
+        head_dim: Size,
         *,
-        theta: float = 10_000.0,
+        theta: Positive = 10_000.0,
         layout: Literal["half", "interleaved"] = "half",
         fraction: float = 1.0,
         scaling: Scaling | None = None,
         mixed: bool = False,
-        heads: int = 1,
+        heads: Size = 1,
         coordinates: Literal["index", "resized", "normalized"] = "index",
         reference: int | SequenceOf[int] | None = None,
         offset: float = 0.0,
-        scale: float = 1.0,
+        scale: Positive = 1.0,
     ) -> None:
         super().__init__()
         self.head_dim = check_size("head_dim", head_dim, least=2)

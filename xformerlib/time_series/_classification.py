@@ -98,7 +98,7 @@ class SeriesClassifier(Recorded):
             position=position,
             hidden=hidden,
             dropout=dropout,
-            **check_options(type(self).__name__, block, EncoderOptions, "block"),
+            **options,
         )
         self.dropout = Dropout(dropout)
         if pool not in get_args(Pool):

@@ -82,7 +82,7 @@ class Imputer(Recorded):
             position=position,
             hidden=hidden,
             dropout=dropout,
-            **check_options(type(self).__name__, block, EncoderOptions, "block"),
+            **options,
         )
         self.dropout = Dropout(dropout)
         self.output = nn.Linear(dim, channels)

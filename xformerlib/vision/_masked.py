@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from .._arguments import Size
 from .._autograd import touching
 from .._inputs import Positions
 from .._options import DecoderOptions
@@ -75,9 +76,9 @@ class MaskedAutoencoder(Recorded):
         self,
         encoder: ViT,
         *,
-        decoder_dim: int = 512,
-        decoder_depth: int = 8,
-        decoder_heads: int = 16,
+        decoder_dim: Size = 512,
+        decoder_depth: Size = 8,
+        decoder_heads: Size = 16,
         ratio: float = 0.75,
         norm_targets: bool = True,
         position: Positions = None,

@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable, Sequence as SequenceOf
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._arguments import Positive, Rate, Size
 from .._dropout import Dropout
 from .._inputs import place, rates_of_layers
 from .._options import SwinOptions
@@ -55,7 +56,7 @@ class PatchMerging(Recorded):
 
     def __init__(
         self,
-        dim: int,
+        dim: Size,
         out_dim: int,
         *,
         norm: Literal["pre", "res-post"] = "pre",
@@ -125,20 +126,20 @@ class Swin(Classifier):
 
     def __init__(
         self,
-        classes: int | None,
+        classes: Size | None,
         *,
-        patch: int | SequenceOf[int] = 4,
+        patch: Size | SequenceOf[Size] = 4,
         window: Window | list[Window] = 7,
-        channels: int = 3,
-        dim: int = 96,
-        depths: SequenceOf[int] = (2, 2, 6, 2),
-        heads: SequenceOf[int] = (3, 6, 12, 24),
+        channels: Size = 3,
+        dim: Size = 96,
+        depths: SequenceOf[Size] = (2, 2, 6, 2),
+        heads: SequenceOf[Size] = (3, 6, 12, 24),
         version: Literal[1, 2] = 1,
         pretrained_window: Window | list[Window] | None = None,
-        mlp_ratio: float = 4.0,
-        drop_path: float | SequenceOf[float] = 0.0,
-        dropout: float = 0.0,
-        head_dropout: float = 0.0,
+        mlp_ratio: Positive = 4.0,
+        drop_path: Rate | SequenceOf[Rate] = 0.0,
+        dropout: Rate = 0.0,
+        head_dropout: Rate = 0.0,
         pool: Literal["mean", "max", "mean-max"] = "mean",
         norm_layer: NormLayer = "layer",
         **encoder: Unpack[SwinOptions],
