@@ -68,7 +68,7 @@ def check_nodes(x: object, embed: nn.Module | None, name: str = "x") -> None:
     if isinstance(embed, nn.Linear) and not isinstance(embed, nn.LazyLinear):
         if not x.is_floating_point():
             raise TypeError(
-                f"{name} must be floating-point node features; got {x.dtype}. Use x.float(), or a module such as AtomEncoder as in_channels."
+                f"{name} must be floating-point node features; got {x.dtype}. Use x.float(), or AtomEncoder(...) as in_channels."
             )
         if x.ndim != 2 or x.shape[1] != embed.in_features:
             raise ValueError(f"{name} must be (nodes, in_channels={embed.in_features}); got {tuple(x.shape)}")

@@ -145,7 +145,7 @@ def _data_of(x: Any) -> Any:
     if isinstance(x, Tensor) or x is None or not hasattr(x, "edge_index"):
         if hasattr(x, "edge_types"):
             raise TypeError(
-                f"data must be a graph of one kind of nodes; got {type(x).__name__}. Use data.to_homogeneous(), or layers of HeteroAttention."
+                f"data must be a graph of one kind of nodes; got {type(x).__name__}. Use data.to_homogeneous(), or HeteroAttention."
             )
         raise TypeError(
             f"edge_index must be given with x, a tensor (2, edges), or one Data with both; got edge_index=None and x={shown(x)}. "
