@@ -69,7 +69,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "Prefix": (masks.Prefix, {"n": 1}),
     "Segments": (masks.Segments, {"ids": torch.zeros(4).long()}),
     "Keys": (masks.Keys, {"valid": torch.ones(4).bool()}),
-    "Dense": (masks.Dense, {"matrix": torch.ones(4, 4).bool()}),
+    "Dense": (masks.Dense, {"allowed": torch.ones(4, 4).bool()}),
     "Where": (masks.Where, {"fn": lambda b, h, q, k: q >= k}),
     "Edges": (masks.Edges, {}),
     "Sinusoidal": (positions.Sinusoidal, {"dim": 8}),
@@ -81,15 +81,15 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "DistanceDecay": (positions.DistanceDecay, {"heads": 2}),
     "NTK": (positions.NTK, {"factor": 2.0}),
     "Interpolation": (positions.Interpolation, {"factor": 2.0}),
-    "YaRN": (positions.YaRN, {"factor": 2.0, "trained_length": 32}),
+    "YaRN": (positions.YaRN, {"factor": 2.0, "original_length": 32}),
     "ViT": (vision.ViT, {"classes": 3, **VIT}),
     "Swin": (vision.Swin, {"classes": 3, "patch": 2, "window": 4, "dim": 8, "depths": (1, 1), "heads": (2, 2)}),
     "PatchEmbed": (vision.PatchEmbed, {"dim": 8}),
     "ConvStem": (vision.ConvStem, {"dim": 8}),
     "PatchMerging": (vision.PatchMerging, {"dim": 8, "out_dim": 12}),
-    "PatchDropout": (vision.PatchDropout, {"p": 0.5}),
+    "PatchDropout": (vision.PatchDropout, {"share": 0.5}),
     "MaskedAutoencoder": (vision.MaskedAutoencoder, {"encoder": vision.ViT(3, **VIT), "decoder_dim": 8, "decoder_depth": 1, "decoder_heads": 2}),  # type: ignore[arg-type]
-    "parameter_groups": (vision.parameter_groups, {"model": vision.ViT(3, **VIT)}),  # type: ignore[arg-type]
+    "parameter_groups": (vision.parameter_groups, {"model": vision.ViT(3, **VIT), "weight_decay": 0.1}),  # type: ignore[arg-type]
     "EdgeAttention": (graph.EdgeAttention, {"in_channels": 8, "out_channels": 4}),
     "GPSLayer": (graph.GPSLayer, {"channels": 8, "conv": None, "heads": 2}),
     "GPS": (graph.GPS, NODES),
@@ -98,19 +98,19 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "Exphormer": (graph.Exphormer, NODES),
     "SGFormer": (graph.SGFormer, {"in_channels": 8, "hidden_channels": 8, "out_channels": 3}),
     "AGNN": (graph.AGNN, {"in_channels": 8, "hidden_channels": 8, "out_channels": 3}),
-    "PerformerAttention": (graph.PerformerAttention, {"dim": 8, "heads": 2}),
-    "PolynormerAttention": (graph.PolynormerAttention, {"dim": 8, "heads": 2}),
-    "SGFormerAttention": (graph.SGFormerAttention, {"dim": 8, "heads": 2}),
+    "PerformerAttention": (graph.PerformerAttention, {"channels": 8, "heads": 2}),
+    "PolynormerAttention": (graph.PolynormerAttention, {"channels": 8, "heads": 2}),
+    "SGFormerAttention": (graph.SGFormerAttention, {"channels": 8, "heads": 2}),
     "SignNet": (graph.SignNet, {"dim": 8, "eigenvectors": 3}),
     "GaussianBias": (graph.GaussianBias, {"heads": 2}),
     "RandomWalkBias": (graph.RandomWalkBias, {"heads": 2, "steps": 3}),
     "PathBias": (graph.PathBias, {"heads": 2, "edge_dim": 3}),
     "ExpanderAttention": (graph.ExpanderAttention, {"channels": 8, "heads": 2}),
     "HeteroAttention": (graph.HeteroAttention, {"in_channels": 8, "out_channels": 8, "metadata": (["a"], [("a", "to", "a")]), "heads": 2}),
-    "AtomEncoder": (graph.AtomEncoder, {"channels": 8, "sizes": [3, 2]}),
-    "EdgeReadout": (graph.EdgeReadout, {"channels": 8}),
+    "AtomEncoder": (graph.AtomEncoder, {"dim": 8, "sizes": [3, 2]}),
+    "EdgeReadout": (graph.EdgeReadout, {"dim": 8}),
     "AddRandomWalk": (graph.AddRandomWalk, {"steps": 3}),
-    "AddLaplacian": (graph.AddLaplacian, {"count": 3}),
+    "AddLaplacian": (graph.AddLaplacian, {"k": 3}),
     "DLinear": (ts.DLinear, FORECAST), "SeasonalNaive": (ts.SeasonalNaive, FORECAST),
     "PatchTST": (ts.PatchTST, {**FORECAST, **SMALL}), "ITransformer": (ts.ITransformer, {**FORECAST, **SMALL}),
     "TimeXer": (ts.TimeXer, {**FORECAST, **SMALL, "patch": 8}), "Crossformer": (ts.Crossformer, {**FORECAST, **SMALL, "segment": 6}),
@@ -172,9 +172,13 @@ def test_a_misspelt_argument_names_the_class_that_was_called(name: str) -> None:
 
 
 def test_the_name_that_was_meant_is_said() -> None:
-    with pytest.raises(TypeError, match=r"^Encoder\(\) got an unexpected keyword argument 'droput'; did you mean 'dropout'\?"):
+    with pytest.raises(
+        TypeError, match=r"^Encoder\(\) got an unexpected keyword argument 'droput'; did you mean 'dropout'\?"
+    ):
         xf.Encoder(8, 1, 2, droput=0.1)  # type: ignore[call-arg]
-    with pytest.raises(TypeError, match=r"^PatchTST\(\) got an unexpected option 'nrom' in block; did you mean 'norm'\?"):
+    with pytest.raises(
+        TypeError, match=r"^PatchTST\(\) got an unexpected option 'nrom' in block; did you mean 'norm'\?"
+    ):
         ts.PatchTST(1, 24, 6, block={"nrom": "pre"})  # type: ignore[typeddict-unknown-key]
 
 
@@ -224,7 +228,9 @@ def test_wrong_inputs_of_calls_are_refused_by_name(name: str) -> None:
     assert not list(_forward(name))
 
 
-@pytest.mark.parametrize("name", ["GPS", "GraphTransformer", "Graphormer", "Exphormer", "SGFormer", "AGNN", "EdgeAttention", "GPSLayer"])
+@pytest.mark.parametrize(
+    "name", ["GPS", "GraphTransformer", "Graphormer", "Exphormer", "SGFormer", "AGNN", "EdgeAttention", "GPSLayer"]
+)
 def test_wrong_graphs_are_refused_by_name(name: str) -> None:
     module, x = CASES[name].make(), torch.randn(6, 8)
     assert not list(_refusals(module, {"x": x, "edge_index": EDGES, "edge_attr": None}, ["edge_index"]))
@@ -263,7 +269,9 @@ def test_wrong_arguments_of_methods_are_refused_by_name(name: str) -> None:
 
 def test_another_dtype_says_so() -> None:
     for module in (xf.Attention(8, 2), xf.Block(8, 2), xf.Encoder(8, 1, 2)):
-        with pytest.raises(TypeError, match=r"^x must have the dtype of the weights, torch\.float32; got torch\.float64"):
+        with pytest.raises(
+            TypeError, match=r"^x must have the dtype of the weights, torch\.float32; got torch\.float64"
+        ):
             module(torch.zeros(1, 5, 8).double())
         with torch.autocast("cpu", torch.bfloat16):
             module(torch.zeros(1, 5, 8, dtype=torch.bfloat16))
@@ -284,7 +292,28 @@ def test_every_public_class_is_in_the_sweep() -> None:
         for name, thing in vars(package).items()
         if inspect.isclass(thing) and issubclass(thing, nn.Module) and not inspect.isabstract(thing)
     }
-    bases = {"Position", "Embedding", "Rotation", "Bias", "Sum", "GraphModel", "ForecastModel", "StepwiseModel", "Classifier", "Tokenizer"}
-    parts = {"Affine", "Time2Vec", "TokenBatchNorm", "AttentionPooling", "CausalConvolution", "Head", "BondEncoder", "Point", "StudentT"}
+    bases = {
+        "Position",
+        "Embedding",
+        "Rotation",
+        "Bias",
+        "Sum",
+        "GraphModel",
+        "ForecastModel",
+        "StepwiseModel",
+        "Classifier",
+        "Tokenizer",
+    }
+    parts = {
+        "Affine",
+        "Time2Vec",
+        "TokenBatchNorm",
+        "AttentionPooling",
+        "CausalConvolution",
+        "Head",
+        "BondEncoder",
+        "Point",
+        "StudentT",
+    }
     assert public - bases - parts <= swept, public - bases - parts - swept
     assert _inputs.Inputs.__annotations__.keys() == {"past", "future", "static", "head"}

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar, Union
 import torch
 from torch import Tensor
 
+Kind = TypeVar("Kind", bound=type)
 Function = TypeVar("Function", bound="Callable[..., Any]")
 
 
@@ -98,6 +99,16 @@ def check_number(name: str, value: object, within: Within | None = None) -> floa
     return number
 
 
+def as_number(value: object) -> Any:
+    """Return a number as an ``int`` or ``float``, NaN and infinity among them; None for anything else."""
+    if isinstance(value, float):
+        return float(value)
+    try:
+        return _real(value)
+    except _Misfit:
+        return None
+
+
 def check_positive(name: str, value: object) -> float:
     """Return a finite number above 0; see ``check_number``."""
     return float(check_number(name, value, Within(0, above=True)))
@@ -151,7 +162,7 @@ def checked(function: Function) -> Function:
     return wrapper  # type: ignore[return-value]
 
 
-def checked_class(kind: type) -> type:
+def checked_class(kind: Kind) -> Kind:
     """Check the arguments of a constructor by its annotations; a decorator for classes that are not made on a hot path."""
     init = kind.__init__  # type: ignore[misc]
 

@@ -230,15 +230,20 @@ def check_position(position: Position | None, heads: int) -> None:
     """Raise unless the position can act within a layer of so many heads."""
     if position is None:
         return
-    if not isinstance(position, Position):
-        raise TypeError(
-            f"position must be a position such as positions.Rotary(head_dim); got {type(position).__name__}"
-        )
+    check_is_position(position)
     for embedding in position.embeddings:
         raise ValueError(
             f"{type(embedding).__name__} is added to the tokens once, by the model: give it to an Encoder, or call it on x"
         )
     check_bias_heads(position, heads)
+
+
+def check_is_position(position: object) -> None:
+    """Raise unless this is a position or None."""
+    if position is not None and not isinstance(position, Position):
+        raise TypeError(
+            f"position must be a position such as positions.Rotary(head_dim); got {type(position).__name__}"
+        )
 
 
 def check_bias_heads(position: Position, heads: int) -> None:

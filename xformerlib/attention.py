@@ -89,6 +89,8 @@ def attention(
         torch.Size([1, 4, 10, 8])
     """
     check_inputs(query, key, value, sinks, dropout_p, softcap, scale)
+    if not isinstance(kernel, str):
+        raise TypeError(f"kernel must be 'auto' or the name of a kernel; got kernel={kernel!r}")
     kernel = kernels.kernel_in_use(kernel)
     mask = Full() if mask is None else check_mask(mask)
     terms = bias_terms(bias)

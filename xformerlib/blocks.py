@@ -392,6 +392,10 @@ class EncoderDecoder(Recorded):
         **stack: Unpack[StackOptions],
     ) -> None:
         super().__init__()
+        if not isinstance(decoder_mask, Mask) and decoder_mask is not None:
+            raise TypeError(
+                f"decoder_mask must be a mask such as masks.Causal(); got {type(decoder_mask).__name__}. For no mask: masks.Full()."
+            )
         options: dict[str, Any] = {"position": position, "norm": norm, "activation": activation, **stack}
         self.encoder = Encoder(dim, encoder_depth, heads, mask=mask, **options)
         # Each has a position of its own, as in T5: what source and target learn of distance differs.

@@ -57,7 +57,7 @@ class EdgeAttention(Recorded):
     def __init__(
         self,
         in_channels: int | tuple[int, int],
-        out_channels: int,
+        out_channels: Size,
         heads: Size = 1,
         *,
         concat: bool = True,

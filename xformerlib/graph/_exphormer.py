@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .._arguments import Count, Rate, Size, check_count
+from .._inputs import check_is_position
 from .._options import ExphormerOptions
 from .._recorded import Recorded
 from ..domains import Graph
@@ -194,6 +195,7 @@ class Exphormer(GPS):
         attention_dropout: Rate = 0.0,
         **layer: Unpack[ExphormerOptions],
     ) -> None:
+        check_is_position(position)
         if position is not None and (position.rotations or position.biases):
             raise ValueError(
                 "position of an Exphormer may have embeddings only; for rotations and biases use GPS with a mask"

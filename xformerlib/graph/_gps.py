@@ -10,6 +10,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from .._arguments import Count, Rate, Size
+from .._inputs import check_is_position
 from .._options import AttentionOptions, GPSOptions
 from .._recorded import Recorded
 from .._sublayers import Activation, FeedForward, NormLayer, Residual, TokenNorm, norm_factory
@@ -184,6 +185,7 @@ class GPS(GraphModel):
         )
         if num_layers < 1:
             raise ValueError(f"num_layers must be >= 1; got num_layers={num_layers}")
+        check_is_position(position)
         self.embed_edges = linear_from(edge_dim, hidden_channels) if isinstance(edge_dim, int) else edge_dim
         self.position = position
         if conv is None:

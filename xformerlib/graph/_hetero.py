@@ -57,7 +57,7 @@ class HeteroAttention(Recorded):
     def __init__(
         self,
         in_channels: int | dict[str, int],
-        out_channels: int,
+        out_channels: Size,
         metadata: tuple[Sequence[str], Sequence[EdgeType]],
         heads: Size = 1,
         *,

@@ -115,7 +115,7 @@ def linear_attention(
 class _LinearAttention(Recorded, ABC):
     """Projections to queries, keys and values by head."""
 
-    def __init__(self, channels: Size, heads: Size, head_channels: int | None, qkv_bias: bool) -> None:
+    def __init__(self, channels: Size, heads: Size, head_channels: Size | None, qkv_bias: bool) -> None:
         super().__init__()
         if head_channels is None:
             head_channels, rest = divmod(channels, heads)
@@ -164,7 +164,7 @@ class SGFormerAttention(_LinearAttention):
     """
 
     def __init__(
-        self, channels: Size, heads: Size = 1, head_channels: int | None = None, *, qkv_bias: bool = False
+        self, channels: Size, heads: Size = 1, head_channels: Size | None = None, *, qkv_bias: bool = False
     ) -> None:
         super().__init__(channels, heads, head_channels, qkv_bias)
 
@@ -207,7 +207,7 @@ class PerformerAttention(_LinearAttention):
         self,
         channels: Size,
         heads: Size = 1,
-        head_channels: int | None = None,
+        head_channels: Size | None = None,
         *,
         features: Features = "softmax",
         count: int | None = None,
@@ -281,7 +281,7 @@ class PolynormerAttention(_LinearAttention):
         self,
         channels: Size,
         heads: Size = 1,
-        head_channels: int | None = None,
+        head_channels: Size | None = None,
         *,
         beta: float = 0.9,
         qkv_bias: bool = False,

@@ -49,7 +49,7 @@ class SGFormer(GraphModel):
         hidden_channels: Size,
         out_channels: Size | None,
         trans_num_layers: int = 2,
-        trans_num_heads: int = 1,
+        trans_num_heads: Size = 1,
         trans_dropout: Rate = 0.5,
         gnn_num_layers: int = 3,
         gnn_dropout: Rate = 0.5,

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from .._arguments import check_size
+from .._arguments import check_size, checked_class
 from ..domains import Graph
 from ..positions._graph import random_signs
 
@@ -59,6 +59,7 @@ class _AddEncoding(ABC):
         """Name and rows of what is added, and whether rows are of graphs instead of nodes."""
 
 
+@checked_class
 class AddLaplacian(_AddEncoding):
     """Adds the k lowest nontrivial eigenvectors of the symmetric normalised Laplacian (Dwivedi et al. 2020, arXiv:2003.00982).
 
@@ -97,6 +98,7 @@ class AddLaplacian(_AddEncoding):
         return f"AddLaplacian({self.k})"
 
 
+@checked_class
 class AddRandomWalk(_AddEncoding):
     """Adds the probabilities that a random walk is back after 1, ..., ``steps`` steps (RWSE, Dwivedi et al. 2021, arXiv:2110.07875).
 
@@ -129,6 +131,7 @@ class AddRandomWalk(_AddEncoding):
         return f"AddRandomWalk({self.steps})"
 
 
+@checked_class
 class AddDegree(_AddEncoding):
     """Adds the number of edges into each node and of those out of it, as integers; parallel edges and self-loops count.
 
@@ -153,6 +156,7 @@ class AddDegree(_AddEncoding):
         return "AddDegree()"
 
 
+@checked_class
 class FlipSigns:
     """Multiplies each column of an encoding by -1 or 1, drawn anew at each call and for each graph: eigenvectors have no sign.
 

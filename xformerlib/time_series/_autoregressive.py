@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from .._arguments import check_size
+from .._arguments import Rate, Size, check_size
 from .._cache import Cache
 from ..attention import Attention
 from ..blocks import Block, Decoder, EncoderDecoder
@@ -59,15 +59,15 @@ class CausalTransformer(StepwiseModel):
 
     def __init__(
         self,
-        channels: int,
-        lookback: int,
-        horizon: int,
+        channels: Size,
+        lookback: Size,
+        horizon: Size,
         *,
-        dim: int = 64,
-        depth: int = 3,
-        heads: int = 4,
-        hidden: int | None = None,
-        dropout: float = 0.1,
+        dim: Size = 64,
+        depth: Size = 3,
+        heads: Size = 4,
+        hidden: Size | None = None,
+        dropout: Rate = 0.1,
         mask: Mask | None = None,
         position: Position | Callable[[], Position] | None = None,
         **inputs: Unpack[Inputs],
@@ -138,15 +138,15 @@ class EncoderDecoderTransformer(StepwiseModel):
 
     def __init__(
         self,
-        channels: int,
-        lookback: int,
-        horizon: int,
+        channels: Size,
+        lookback: Size,
+        horizon: Size,
         *,
-        dim: int = 64,
-        depth: int = 2,
-        heads: int = 4,
-        hidden: int | None = None,
-        dropout: float = 0.1,
+        dim: Size = 64,
+        depth: Size = 2,
+        heads: Size = 4,
+        hidden: Size | None = None,
+        dropout: Rate = 0.1,
         mask: Mask | None = None,
         position: Position | Callable[[], Position] | None = None,
         **inputs: Unpack[Inputs],

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from .._arguments import check_options, check_size
+from .._arguments import Rate, Size, check_options, check_size
 from .._dropout import Dropout
 from .._options import EncoderOptions
 from .._pooling import Pooling
@@ -69,15 +69,15 @@ class SeriesClassifier(Recorded):
 
     def __init__(
         self,
-        channels: int,
-        classes: int,
+        channels: Size,
+        classes: Size,
         *,
-        patch: int = 1,
-        dim: int = 64,
-        depth: int = 3,
-        heads: int = 4,
-        hidden: int | None = None,
-        dropout: float = 0.1,
+        patch: Size = 1,
+        dim: Size = 64,
+        depth: Size = 3,
+        heads: Size = 4,
+        hidden: Size | None = None,
+        dropout: Rate = 0.1,
         pool: Pool = "mean",
         mask: Mask | SequenceOf[Mask | None] | None = None,
         position: Position | Callable[[], Position] | None = None,

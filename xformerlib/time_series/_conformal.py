@@ -12,6 +12,10 @@ from torch import Tensor
 TENTHS = 1000  # widths are kept for each tenth of a percent
 
 
+from .._arguments import checked_class
+
+
+@checked_class
 @dataclass(frozen=True)
 class Conformal:
     """How far forecasts were off, as widths of intervals around others: split conformal prediction, for each step ahead by itself.

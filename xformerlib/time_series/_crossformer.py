@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .._arguments import check_options, check_size
+from .._arguments import Rate, Size, check_options, check_size
 from .._options import EncoderOptions
 from ..blocks import Encoder
 from ..domains import Grid
@@ -51,16 +51,16 @@ class Crossformer(ForecastModel):
 
     def __init__(
         self,
-        channels: int,
-        lookback: int,
-        horizon: int,
+        channels: Size,
+        lookback: Size,
+        horizon: Size,
         *,
-        segment: int = 12,
-        dim: int = 256,
-        depth: int = 3,
-        heads: int = 4,
-        hidden: int | None = 512,
-        dropout: float = 0.2,
+        segment: Size = 12,
+        dim: Size = 256,
+        depth: Size = 3,
+        heads: Size = 4,
+        hidden: Size | None = 512,
+        dropout: Rate = 0.2,
         block: EncoderOptions | None = None,
         **inputs: Unpack[Inputs],
     ) -> None:

@@ -9,7 +9,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._arguments import check_options, check_size
+from .._arguments import Rate, Size, check_options, check_size
 from .._dropout import Dropout
 from .._options import EncoderOptions
 from ..blocks import Decoder
@@ -57,16 +57,16 @@ class TimeXer(ForecastModel):
 
     def __init__(
         self,
-        channels: int,
-        lookback: int,
-        horizon: int,
+        channels: Size,
+        lookback: Size,
+        horizon: Size,
         *,
-        patch: int = 16,
-        dim: int = 256,
-        depth: int = 1,
-        heads: int = 8,
-        hidden: int | None = None,
-        dropout: float = 0.1,
+        patch: Size = 16,
+        dim: Size = 256,
+        depth: Size = 1,
+        heads: Size = 8,
+        hidden: Size | None = None,
+        dropout: Rate = 0.1,
         block: EncoderOptions | None = None,
         **inputs: Unpack[Inputs],
     ) -> None:

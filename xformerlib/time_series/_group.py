@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._arguments import check_options, check_size
+from .._arguments import Rate, Size, check_options, check_size
 from .._autograd import is_compiling
 from .._options import EncoderOptions
 from ..blocks import Encoder
@@ -64,16 +64,16 @@ class GroupTransformer(ForecastModel):
 
     def __init__(
         self,
-        channels: int,
-        lookback: int,
-        horizon: int,
+        channels: Size,
+        lookback: Size,
+        horizon: Size,
         *,
-        patch: int = 16,
-        dim: int = 128,
-        depth: int = 3,
-        heads: int = 8,
-        hidden: int = 512,
-        dropout: float = 0.1,
+        patch: Size = 16,
+        dim: Size = 128,
+        depth: Size = 3,
+        heads: Size = 8,
+        hidden: Size = 512,
+        dropout: Rate = 0.1,
         block: EncoderOptions | None = None,
         **inputs: Unpack[Inputs],
     ) -> None:
@@ -156,7 +156,7 @@ def attention_masks(
 class _MLP(nn.Module):
     """W_2 relu(W_1 x) + W_skip x, as patches are embedded and projected in TimesFM (arXiv:2310.10688) and Chronos-2."""
 
-    def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
+    def __init__(self, inputs: int, hidden: Size, outputs: int) -> None:
         super().__init__()
         self.up, self.down, self.skip = (
             nn.Linear(inputs, hidden),

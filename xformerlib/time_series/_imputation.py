@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
-from .._arguments import check_options, check_size
+from .._arguments import Rate, Size, check_options, check_size
 from .._autograd import is_compiling
 from .._dropout import Dropout
 from .._options import EncoderOptions
@@ -58,13 +58,13 @@ class Imputer(Recorded):
 
     def __init__(
         self,
-        channels: int,
+        channels: Size,
         *,
-        dim: int = 64,
-        depth: int = 2,
-        heads: int = 4,
-        hidden: int | None = None,
-        dropout: float = 0.1,
+        dim: Size = 64,
+        depth: Size = 2,
+        heads: Size = 4,
+        hidden: Size | None = None,
+        dropout: Rate = 0.1,
         mask: Mask | SequenceOf[Mask | None] | None = None,
         position: Position | Callable[[], Position] | None = None,
         block: EncoderOptions | None = None,

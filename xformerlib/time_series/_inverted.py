@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .._arguments import check_options
+from .._arguments import Rate, Size, check_options
 from .._dropout import Dropout
 from .._options import EncoderOptions
 from ..blocks import Encoder
@@ -43,15 +43,15 @@ class ITransformer(ForecastModel):
 
     def __init__(
         self,
-        channels: int,
-        lookback: int,
-        horizon: int,
+        channels: Size,
+        lookback: Size,
+        horizon: Size,
         *,
-        dim: int = 512,
-        depth: int = 3,
-        heads: int = 8,
-        hidden: int | None = 512,
-        dropout: float = 0.1,
+        dim: Size = 512,
+        depth: Size = 3,
+        heads: Size = 8,
+        hidden: Size | None = 512,
+        dropout: Rate = 0.1,
         block: EncoderOptions | None = None,
         **inputs: Unpack[Inputs],
     ) -> None:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from .._arguments import check_options, check_size
+from .._arguments import Rate, Size, check_options, check_size
 from .._autograd import is_compiling
 from .._dropout import Dropout
 from .._options import EncoderOptions
@@ -107,18 +107,18 @@ class PatchTST(ForecastModel):
 
     def __init__(
         self,
-        channels: int,
-        lookback: int,
-        horizon: int,
+        channels: Size,
+        lookback: Size,
+        horizon: Size,
         *,
-        patch: int = 16,
-        stride: int = 8,
-        dim: int = 128,
-        depth: int = 3,
-        heads: int = 16,
-        hidden: int | None = 256,
-        dropout: float = 0.2,
-        head_dropout: float = 0.0,
+        patch: Size = 16,
+        stride: Size = 8,
+        dim: Size = 128,
+        depth: Size = 3,
+        heads: Size = 16,
+        hidden: Size | None = 256,
+        dropout: Rate = 0.2,
+        head_dropout: Rate = 0.0,
         block: EncoderOptions | None = None,
         **inputs: Unpack[Inputs],
     ) -> None:

@@ -57,7 +57,7 @@ class PatchMerging(Recorded):
     def __init__(
         self,
         dim: Size,
-        out_dim: int,
+        out_dim: Size,
         *,
         norm: Literal["pre", "res-post"] = "pre",
         norm_layer: NormLayer = "layer",
