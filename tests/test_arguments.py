@@ -25,8 +25,9 @@ WRONG: dict[str, Callable[[], Any]] = {
     "NaN": lambda: math.nan, "infinity": lambda: math.inf, "a bool": lambda: True, "an empty list": list, "a list": lambda: [1, "x"],
     "a dict": dict, "an object": object, "a tensor": lambda: torch.randn(2, 3), "no dimension": lambda: torch.tensor(1.5),
     "another dtype": lambda: torch.ones(2, 5, 8, dtype=torch.int64), "double": lambda: torch.zeros(2, 5, 8).double(),
-    "an empty tensor": lambda: torch.empty(0), "bool tensor": lambda: torch.ones(2, 5, dtype=torch.bool), "a domain": lambda: xf.Sequence(5),
-    "a type": lambda: int, "complex": lambda: 1j, "five axes": lambda: torch.randn(1, 1, 1, 1, 1), "numpy": lambda: np.ones(3),
+    "an empty tensor": lambda: torch.empty(0), "bool tensor": lambda: torch.ones(2, 5, dtype=torch.bool),
+    "a domain": lambda: xf.Sequence(5),
+    "complex": lambda: 1j, "five axes": lambda: torch.randn(1, 1, 1, 1, 1), "numpy": lambda: np.ones(3),
     "zero": lambda: 0, "many": lambda: (1, 2, 3, 4, 5),
 }  # fmt: skip
 
@@ -88,7 +89,8 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "ConvStem": (vision.ConvStem, {"dim": 8}),
     "PatchMerging": (vision.PatchMerging, {"dim": 8, "out_dim": 12}),
     "PatchDropout": (vision.PatchDropout, {"share": 0.5}),
-    "MaskedAutoencoder": (vision.MaskedAutoencoder, {"encoder": vision.ViT(3, **VIT), "decoder_dim": 8, "decoder_depth": 1, "decoder_heads": 2}),  # type: ignore[arg-type]
+    "MaskedAutoencoder": (
+        vision.MaskedAutoencoder, {"encoder": vision.ViT(3, **VIT), "decoder_dim": 8, "decoder_depth": 1, "decoder_heads": 2}),  # type: ignore[arg-type]
     "parameter_groups": (vision.parameter_groups, {"model": vision.ViT(3, **VIT), "weight_decay": 0.1}),  # type: ignore[arg-type]
     "EdgeAttention": (graph.EdgeAttention, {"in_channels": 8, "out_channels": 4}),
     "GPSLayer": (graph.GPSLayer, {"channels": 8, "conv": None, "heads": 2}),
@@ -122,8 +124,8 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "AutoregressiveRNN": (ts.AutoregressiveRNN, {**FORECAST, "dim": 4}),
     "SeriesClassifier": (ts.SeriesClassifier, {"channels": 1, "classes": 3, **SMALL}), "Imputer": (ts.Imputer, {"channels": 1, **SMALL}),
     "MaskedPatches": (ts.MaskedPatches, {"model": ts.PatchTST(1, 24, 6, patch=8, stride=8, **SMALL)}),
-    "Windows": (ts.Windows, {"series": SERIES, "lookback": 24, "horizon": 6}),
-    "Quantile": (ts.Quantile, {"levels": [0.1, 0.9]}), "Conformal": (ts.Conformal, {}),
+    "Windows": (ts.Windows, {"values": SERIES, "lookback": 24, "horizon": 6}),
+    "Quantile": (ts.Quantile, {"levels": [0.1, 0.9]}),
     "train": (ts.train, {"model": ts.DLinear(1, 24, 6), "windows": WINDOWS, "steps": 1, "batch_size": 2}),
     "evaluate": (ts.evaluate, {"model": ts.DLinear(1, 24, 6), "windows": WINDOWS}),
     "Forecaster": (ts.Forecaster, {"model": ts.DLinear, "lookback": 24, "horizon": 6}),

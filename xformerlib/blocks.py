@@ -392,7 +392,7 @@ class EncoderDecoder(Recorded):
         **stack: Unpack[StackOptions],
     ) -> None:
         super().__init__()
-        if not isinstance(decoder_mask, Mask) and decoder_mask is not None:
+        if not isinstance(decoder_mask, (Mask, type(None))):
             raise TypeError(
                 f"decoder_mask must be a mask such as masks.Causal(); got {type(decoder_mask).__name__}. For no mask: masks.Full()."
             )

@@ -219,7 +219,7 @@ class ContinuousBias(Bias):
         self.hidden = check_size("hidden", hidden)
         self.axes = check_size("axes", axes)
         one = isinstance(scale, (int, float))
-        self.scale = tuple(check_positive("scale", s) for s in ((scale,) if one else scale))  # type: ignore[union-attr, arg-type]
+        self.scale = tuple(check_positive("scale", s) for s in ((scale,) if one else scale))  # type: ignore[union-attr]
         if len(self.scale) not in (1, axes):
             raise ValueError(f"scale must be one number or one for each of the {axes} axes; got scale={scale}")
         self.bound = None if bound is None else check_positive("bound", bound)

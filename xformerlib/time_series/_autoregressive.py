@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .._arguments import Rate, Size, check_size
 from .._cache import Cache
+from .._inputs import check_mask
 from ..attention import Attention
 from ..blocks import Block, Decoder, EncoderDecoder
 from ..domains import Domain, Sequence, Timeline
@@ -218,7 +219,7 @@ def _shared_step(
 
 
 def _causal(mask: Mask | None) -> Mask:
-    return Causal() if mask is None else Causal() & mask
+    return Causal() if mask is None else Causal() & check_mask(mask)
 
 
 def _place(model: StepwiseModel, steps: Steps, first: int, count: int) -> Sequence | Timeline:

@@ -9,10 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-TENTHS = 1000  # widths are kept for each tenth of a percent
-
-
 from .._arguments import checked_class
+
+TENTHS = 1000  # widths are kept for each tenth of a percent
 
 
 @checked_class
