@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Bool, Shaped
 from torch import Tensor
 
-from ._base import Domain, as_lengths, check_count, offsets_of
+from .._arguments import check_count
+from ._base import Domain, as_lengths, offsets_of
 
 
 class Sequence(Domain):
