@@ -182,7 +182,7 @@ def test_coordinates_get_gradients(name: str, where: str, mask: masks.Mask | Non
     assert force.abs().max() > 1e-6
     step, direction = 1e-6, torch.randn(6, 3)
     slope = (energy(places + step * direction) - energy(places - step * direction)) / (2 * step)
-    scale = float(energy(places.detach())) / step  # what is subtracted, over the step
+    scale = float(energy(places).detach()) / step  # what is subtracted, over the step
     assert_close((force * direction).sum(), slope, "finite differences of the energy", scale=scale)
     assert_close(
         torch.autograd.grad(energy(places), places)[0], force, "the same again"
