@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence as SequenceOf
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
 
@@ -61,6 +62,20 @@ def constants() -> Iterator[None]:
 
 
 @contextmanager
+def keeping() -> Iterator[None]:
+    """Within this context tensors are made that outlive the call: plain ones, whatever traces, transforms or infers around it."""
+    with ExitStack() as contexts:
+        contexts.enter_context(torch.inference_mode(False))
+        if is_jit_tracing():
+            contexts.enter_context(untraced())
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            contexts.enter_context(temporarily_clear_interpreter_stack())
+        if torch.get_default_device().type == "meta":
+            contexts.enter_context(torch.device("cpu"))
+        yield
+
+
+@contextmanager
 def untraced() -> Iterator[None]:
     """Within this context ``torch.jit.trace`` sees nothing: what is kept for later calls is a constant of the graph."""
     tracing = torch._C._get_tracing_state()
@@ -94,7 +109,8 @@ def twice_differentiable(
     from ``again(*inputs)`` instead: the same outputs computed anew by torch's own operations, which have derivatives of any order.
 
     Args:
-        guard: take that way also for a gradient with NaN or infinities, which ``again`` keeps apart where the kernels do not.
+        guard: take that way also where the gradient, or one of the first two inputs, has NaN or infinities, which ``again`` keeps apart
+            where the kernels do not.
     """
     if not torch.is_grad_enabled() or not any(x.requires_grad for x in outputs):
         return outputs
@@ -120,15 +136,17 @@ class _Twice(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        twice, inputs = torch.is_grad_enabled(), ctx.saved_tensors
-        if not twice and not (ctx.guard and not all(is_finite(grad) for grad in grads)):
+        batched = is_transformed() or torch._C._functorch.is_legacy_batchedtensor(grads[0])  # ``is_grads_batched``
+        twice, inputs = torch.is_grad_enabled() or batched, ctx.saved_tensors
+        if not twice and not (ctx.guard and not all(is_finite(x) for x in (*grads, *inputs[:2]))):
             return None, None, None, *grads, *[None] * len(inputs)
         needed = ctx.needs_input_grad[3 + ctx.count :]
-        if not twice:
+        with torch.enable_grad(), no_autocast(grads[0].device):
+            # Other names: where one input is made of another, the way between the two is for the rest of the graph to go.
             inputs = [
-                x if x is None else x.detach().requires_grad_(need) for x, need in zip(inputs, needed, strict=True)
+                x if x is None else x.view_as(x) if twice else x.detach().requires_grad_(need)
+                for x, need in zip(inputs, needed, strict=True)
             ]
-        with torch.enable_grad():
             made = ctx.again(*inputs)
         asked = [x for x, need in zip(inputs, needed, strict=True) if need and x is not None]
         found = iter(torch.autograd.grad(made, asked, grads, create_graph=twice, allow_unused=True))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
+from ._autograd import keeping
 from ._inputs import BiasLike
 from .kernels import Plan, Problem, Scores
 from .kernels._plan import check_strict
@@ -29,7 +30,8 @@ def planned(problem: Problem, kernel: str, device: torch.device) -> Plan:
     if known is None:
         while len(plans) >= (MOST_FLEETING_PLANS if fleeting else MOST_PLANS):
             plans.pop(next(iter(plans)))
-        known = plans[key] = kernels.choose(problem, kernel, device)
+        with keeping():
+            known = plans[key] = kernels.choose(problem, kernel, device)
     check_strict(known, problem, kernel)
     return known
 

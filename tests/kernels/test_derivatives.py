@@ -235,3 +235,145 @@ def test_a_whole_model_by_the_reference() -> None:
     assert_close(model(x), exact, "by the oracle", depth=2)
     with pytest.raises(ValueError, match="kernel must be 'auto' or one of"), xf.using(kernel="refrence"):
         pass
+
+
+def _first_and_second(function: Callable[[], Tensor], leaves: list[Tensor]) -> list[Tensor]:
+    first = torch.autograd.grad(function(), leaves, create_graph=True)
+    plain = torch.autograd.grad(function(), leaves)
+    assert_close(first, plain, "the same with create_graph", depth=10)
+    return [*first, *torch.autograd.grad(sum((x.square().sum() for x in first), torch.zeros(())), leaves)]
+
+
+@pytest.mark.parametrize(
+    "position",
+    [
+        lambda: positions.ContinuousBias(2, hidden=8) + positions.DistanceDecay(2, learned=True),
+        lambda: positions.Rotary(6) + positions.DistanceDecay(2, learned=True),
+        lambda: positions.ContinuousBias(2, hidden=8),
+    ],
+    ids=["two biases", "rotation and bias", "one bias"],
+)
+@pytest.mark.parametrize("watched", [False, True])
+def test_forces_of_several_layers_can_be_trained_on(position: Callable[[], positions.Position], watched: bool) -> None:
+    """Layers share coordinates and biases, and the inputs of a layer depend on the layer before."""
+    model = xf.Encoder(12, 2, 2, position=position())
+    for parameter in model.parameters():
+        torch.nn.init.uniform_(parameter, -0.5, 0.5)
+    for part in model.modules():
+        if watched and isinstance(part, torch.nn.Linear):
+            part.register_forward_hook(lambda *_: None)
+    x, places = torch.randn(6, 12), (torch.randn(6, 3) / 2).requires_grad_()
+    leaves = [places, *model.parameters()]
+    ours = _first_and_second(lambda: model(x, xf.Points(places)).square().sum(), leaves)
+    with xf.using(kernel="reference"):
+        wanted = _first_and_second(lambda: model(x, xf.Points(places)).square().sum(), leaves)
+    assert float(wanted[0].detach().abs().max()) > 1e-6
+    scale = max(float(x.detach().abs().max()) for x in wanted)
+    assert_close(ours, wanted, "forces and their derivatives", depth=100, scale=scale)
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "windowed", "chunked"])
+def test_queries_may_be_keys_and_values(kernel: str) -> None:
+    x = torch.randn(1, 2, 40, 4, requires_grad=True)
+    domain, mask = xf.Sequence(40), masks.Local(3)
+
+    def found(kernel: str) -> list[Tensor]:
+        return _first_and_second(
+            lambda: xf.attention(x, x, x, mask=mask, domain=domain, kernel=kernel).sin().sum(), [x]
+        )
+
+    assert_close(found(kernel), found("reference"), "derivatives", depth=10)
+
+
+def test_edges_may_share_their_features() -> None:
+    first, second = graph.EdgeAttention(8, 4, heads=2, edge_dim=3), graph.EdgeAttention(8, 4, heads=2, edge_dim=3)
+    x, places = torch.randn(12, 8), torch.randn(12, 3, requires_grad=True)
+    source, target = GRAPH.edge_index
+
+    def energy() -> Tensor:
+        e = places[source] - places[target]
+        return second(first(x, GRAPH.edge_index, e).tanh(), GRAPH.edge_index, e).square().sum()
+
+    ours = _first_and_second(energy, [places])
+    with xf.using(kernel="reference"):
+        assert_close(ours, _first_and_second(energy, [places]), "derivatives", depth=100)
+
+
+@pytest.mark.parametrize("mask", [None, masks.Local(2), masks.Windows(4)], ids=repr)
+def test_nested_forward_mode(mask: masks.Mask | None) -> None:
+    layer, x, one = xf.Attention(8, 2, mask=mask), torch.randn(1, 12, 8), torch.ones(())
+
+    def f(s: Tensor) -> Tensor:
+        return layer(x * s).square().sum()
+
+    twice = torch.func.jacfwd(torch.func.jacfwd(f))(one)
+    assert_close(
+        twice, torch.func.jacfwd(jacrev(f))(one), "forward over forward", depth=10, scale=float(f(one).detach())
+    )
+    step = 1e-4
+    wanted = (f(one + step) - 2 * f(one) + f(one - step)) / step**2
+    assert_close(twice, wanted.detach(), "finite differences", condition=1e6, scale=float(f(one).detach()))
+
+
+def test_coordinates_in_forward_mode() -> None:
+    model = xf.Encoder(12, 1, 2, position=positions.ContinuousBias(2, hidden=8))
+    x, places, direction = torch.randn(6, 12), torch.randn(6, 3), torch.randn(6, 3)
+
+    def energy(places: Tensor) -> Tensor:
+        return model(x, xf.Points(places)).square().sum()
+
+    for parameter in model.parameters():
+        torch.nn.init.uniform_(parameter, -0.5, 0.5)
+    slope = jvp(energy, (places,), (direction,))[1]
+    assert_close(slope, (grad(energy)(places) * direction).sum(), "jvp in coordinates", depth=10, scale=1.0)
+
+
+def test_kept_tables_belong_to_no_transform() -> None:
+    """A table that is first asked for within a transform serves calls after it, and eager ones."""
+    x, one, bias = torch.randn(1, 2, 53, 4), torch.ones(()), positions.RelativeBias(2)
+
+    def f(s: Tensor) -> Tensor:
+        return xf.attention(x * s, x, x, bias=bias, domain=xf.Sequence(53)).square().sum()
+
+    first = hessian(f)(one)
+    assert_close(hessian(f)(one), first, "again", scale=float(f(one).detach()))
+    assert_close(grad(f)(one), jacrev(f)(one), "gradient", scale=float(f(one).detach()))
+    expander = masks.Expander(4, seed=0)
+    rows = vmap(lambda x: xf.attention(x[None], x[None], x[None], mask=expander, domain=xf.Sequence(61)))
+    q = torch.randn(2, 2, 61, 4)
+    assert_close(rows(q)[:, 0], xf.attention(q, q, q, mask=expander, domain=xf.Sequence(61)), "an expander under vmap")
+
+
+def test_tables_of_inference_can_be_trained_with() -> None:
+    layer, domain, x = (
+        xf.Attention(8, 2, mask=masks.Local(3)),
+        xf.Sequence(301),
+        torch.randn(1, 301, 8, requires_grad=True),
+    )
+    with torch.inference_mode():
+        layer(x, domain)
+    torch.autograd.grad(layer(x, domain).sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("mask", [masks.Local(2), masks.Causal() & masks.Local(2), masks.Expander(4, 0)], ids=repr)
+def test_batched_gradients(mask: masks.Mask) -> None:
+    layer, x = xf.Attention(4, 2, mask=mask), torch.randn(1, 9, 4)
+    run = torch.autograd.functional.jacobian
+    assert_close(run(layer, x, vectorize=True), run(layer, x), "jacobian")
+
+
+def test_a_backward_under_autocast_is_computed_as_without() -> None:
+    x = torch.randn(1, 2, 300, 8, dtype=torch.float32, requires_grad=True)
+    for mask in (masks.Windows(4), masks.Local(3), masks.Causal() & masks.Local(3)):
+        (wanted,) = torch.autograd.grad(xf.attention(x, x, x, mask=mask, domain=xf.Sequence(300)).square().sum(), x)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = xf.attention(x, x, x, mask=mask, domain=xf.Sequence(300)).square().sum()
+            (got,) = torch.autograd.grad(out, x)
+        assert_close(got, wanted, repr(mask))
+
+
+def test_contexts_of_kernels_end_where_they_began() -> None:
+    with xf.using(kernel="reference"), xf.using(kernel="chunked"):
+        with xf.using(kernel="reference"):
+            pass
+        assert xf.plan(None, xf.Sequence(5)).kernel == "chunked"

@@ -134,3 +134,25 @@ def test_a_bad_graph_of_a_batch_stays_by_itself(name: str) -> None:
         of = BATCH if len(got) == len(BATCH) else torch.arange(3)  # of nodes, or of graphs
         assert_close(got[of != item], want[of != item], f"{name}, graphs beside {item}", depth=2)
         assert bool(got[of == item].isnan().any())
+
+
+@pytest.mark.parametrize("kernel", ["auto", "sdpa", "chunked", "windowed", "packed"])
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}], ids=["plain", "softcap"])
+@pytest.mark.parametrize(("which", "bad"), [(0, -torch.inf), (1, -torch.inf), (1, torch.inf)])
+def test_an_infinity_that_leaves_outputs_finite_stays_by_itself(
+    kernel: str, options: dict[str, Any], which: int, bad: float
+) -> None:
+    domain, mask = xf.Sequence.packed([6, 5]), masks.Local(2) if kernel == "windowed" else None
+    if kernel == "sdpa" and options:
+        return  # it has no soft cap
+    clean = [torch.rand(1, 2, 11, 4) + 0.1 for _ in range(3)]
+
+    def found(tensors: list[Tensor]) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        out = xf.attention(*leaves, domain=domain, mask=mask, kernel=kernel, **options)
+        return [out.detach(), *torch.autograd.grad(out.sum(), leaves)]
+
+    spoilt = [x.clone() for x in clean]
+    spoilt[which][:, :, 8, 0] = bad
+    for name, a, b in zip(("output", "query", "key", "value"), found(spoilt), found(clean), strict=True):
+        assert_close(a[:, :, :6], b[:, :, :6], name, scale=1.0)

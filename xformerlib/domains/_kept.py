@@ -6,13 +6,12 @@ import copy
 import itertools
 import weakref
 from collections.abc import Callable, Hashable
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakValueDictionary
 
-import torch
+from torch import Tensor
 
-from .._autograd import is_compiling, is_jit_tracing, untraced
+from .._autograd import is_compiling, is_transformed, keeping
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -48,6 +47,7 @@ class Kept:
 
     _facts: dict[Hashable, Any] | None
     _number: int
+    learned: Tensor | None = None
 
     def _begin(self) -> None:
         """Keep nothing yet."""
@@ -65,8 +65,9 @@ class Kept:
             return make()
         facts = self._known_facts()
         if key not in facts:
-            # What is kept may be needed in training later, and is no part of a trace.
-            with torch.inference_mode(False), untraced() if is_jit_tracing() else nullcontext():
+            if self.learned is not None and is_transformed():
+                return make()  # of coordinates that belong to the transform
+            with keeping():
                 facts[key] = make()
         return facts[key]
 
@@ -80,7 +81,7 @@ class Kept:
         self._known_facts()
         assert self._bound is not None
         if key not in self._bound:
-            with torch.inference_mode(False):
+            with keeping():
                 self._bound[key] = make(self.anchor)
         return self._bound[key]
 

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
+from .._autograd import is_transformed
 from ._base import Domain, as_lengths, offsets_of
 from ._sequence import _check_valid
 
@@ -52,7 +53,7 @@ class Points(Domain):
             places, valid = _check_valid(places, valid, axes=1)
         if not places.isfinite().all():
             raise ValueError("coordinates must be finite; got NaN or infinity. Mark missing points with valid=.")
-        self.places, self.learned = places.detach(), places if places.requires_grad else None
+        self.places, self.learned = places.detach(), places if places.requires_grad or is_transformed() else None
         super().__init__(
             num_tokens=places.shape[-2], ndim=places.shape[-1], valid=valid, device=places.device,
             offsets=None if batch is None else _offsets_of_batch(places, batch),

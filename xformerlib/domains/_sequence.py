@@ -11,6 +11,7 @@ from jaxtyping import Bool, Shaped
 from torch import Tensor
 
 from .._arguments import check_count
+from .._autograd import is_transformed
 from ._base import Domain, as_lengths, offsets_of
 
 
@@ -194,7 +195,11 @@ class Timeline(Domain):
         rows = times.shape[0] if times.ndim == 2 else None
         # With a place, never read, for each prefix token, so that a token's index finds its time.
         at = torch.cat([times.new_zeros(*times.shape[:-1], prefix), times], -1) if prefix else times
-        self.times, self._at, self.learned = times.detach(), at.detach(), at[..., None] if at.requires_grad else None
+        self.times, self._at, self.learned = (
+            times.detach(),
+            at.detach(),
+            at[..., None] if at.requires_grad or is_transformed() else None,
+        )
         super().__init__(
             num_tokens=prefix + times.shape[-1], ndim=1, prefix=prefix, batch_size=rows, device=times.device,
             valid=valid if valid is None or prefix == 0 else torch.cat([valid.new_ones(valid.shape[0], prefix), valid], 1),
@@ -214,6 +219,11 @@ class Timeline(Domain):
 
     def coordinate(self, axis: int, b: Tensor, i: Tensor) -> Tensor:
         return self._at[i] if self._at.ndim == 1 else self._at[b, i]
+
+    @property
+    def _given_times(self) -> Tensor:
+        """The times, with their gradient."""
+        return self.times if self.learned is None else self.learned[..., self.prefix :, 0]
 
     def _make_coordinates(self) -> Tensor:
         return self._at[..., None]
@@ -251,7 +261,9 @@ class Timeline(Domain):
                     "times must be later than those in the cache, whose queries did not see them; got "
                     f"{first.flatten()[row]:g} after {last.flatten()[row]:g}. Give tokens in order, and those of one time together."
                 )
-        return Timeline(torch.cat([self.times, later.times], -1), prefix=self.prefix)._ranked_from(self._rank_offset)
+        return Timeline(torch.cat([self._given_times, later._given_times], -1), prefix=self.prefix)._ranked_from(
+            self._rank_offset
+        )
 
     def out_of_reach(self, later: Domain, lookback: float) -> int:
         if self.prefix or later.num_tokens == 0:
@@ -264,13 +276,14 @@ class Timeline(Domain):
         if self.offsets is not None or self.valid is not None:
             super().last(count)
         first = self.times.shape[-1] - count
-        times = self.times if self.learned is None else self.learned[..., self.prefix :, 0]
-        return Timeline(times[..., first:])._ranked_from(self._rank_offset + self.num_tokens - count)
+        return Timeline(self._given_times[..., first:])._ranked_from(self._rank_offset + self.num_tokens - count)
 
     def repeated(self, times: int) -> Timeline:
         if self.batch_size is None:
             return self
-        return Timeline(self.times.repeat_interleave(times, 0), prefix=self.prefix)._ranked_from(self._rank_offset)
+        return Timeline(self._given_times.repeat_interleave(times, 0), prefix=self.prefix)._ranked_from(
+            self._rank_offset
+        )
 
     def __repr__(self) -> str:
         if self.offsets is not None:

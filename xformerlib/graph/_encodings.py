@@ -16,7 +16,7 @@ from .._projection import dtype_of
 from .._recorded import Recorded
 from ..domains import Domain, Graph, Points
 from ..positions import Bias, PairBias
-from ..positions._base import PlacePair, at_least_fp32, no_meaning
+from ..positions._base import PlacePair, at_least_fp32, no_meaning, placed
 from ..positions._bias import EveryPair, Network, in_blocks
 from ..positions._tables import rows_of_batch
 from ._pairs import NodePairBias
@@ -137,10 +137,11 @@ class GaussianBias(Bias):
         network = Network.of(self.inner, self.outer, F.gelu, dtype)
         if network.weights:
             return _GaussianPair(domain, keys, gaussians, network)
+        q_places, k_places = placed(domain), placed(keys)
         return EveryPair(
             domain,
             keys,
-            lambda b, q, k: network.scores(_seen(_distances(domain, keys, b, q, k, dtype), *gaussians)),
+            lambda b, q, k: network.scores(_seen(_distances(q_places, k_places, b, q, k, dtype), *gaussians)),
             self.heads,
         )
 

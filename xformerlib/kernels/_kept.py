@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .._autograd import no_autocast
 from ._formulas import Piece, by_key_head, is_one_piece, pieces
 from ._merge import Gradients
 from ._scores import Scores
@@ -61,7 +62,8 @@ class KeptWeights(torch.autograd.Function):
         kept = [saved[i : i + _KEPT] for i in range(0, count, _KEPT)]
         found = [_Places(part, shape, x) for (shape, _), x in zip(ctx.inputs, kept[0], strict=False)]
         for i, pairs in enumerate(part.calls_of(ctx.scores.using(tensors), grad)):
-            _backward(pairs, kept[i], grad, into.biases, tuple(places.by_call[i] for places in found))
+            with no_autocast(grad.device):
+                _backward(pairs, kept[i], grad, into.biases, tuple(places.by_call[i] for places in found))
         grads = (places.tokens().to(dtype) for places, (_, dtype) in zip(found, ctx.inputs, strict=True))
         return None, None, None, *grads, *into.biases
 

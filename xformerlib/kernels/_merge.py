@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .._autograd import no_autocast
 from ._problem import Problem
 from ._scores import Scores
 
@@ -206,7 +207,8 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         query, key, value, sinks, out, lse, *tensors = ctx.saved_tensors
         parts = [(part, scores.using(tuple(tensors))) for part, scores in ctx.parts]
-        grads = gradients(parts, query, key, value, sinks, out, lse, grad, ctx.needs_input_grad[5:])
+        with no_autocast(query.device):
+            grads = gradients(parts, query, key, value, sinks, out, lse, grad, ctx.needs_input_grad[5:])
         return None, grads.query, grads.key, grads.value, grads.sinks, *grads.biases
 
 
@@ -251,7 +253,8 @@ class _Alone(torch.autograd.Function):
         delta = (grad * out).sum(-1) - lse_grad.masked_fill(lse == -torch.inf, 0)
         merged = Merged(out, lse.masked_fill(lse == -torch.inf, torch.inf), grad, delta)
         into = Gradients.of(tensors, ctx.needs_input_grad[5:])
-        ctx.part.backward(ctx.scores.using(tuple(tensors)), query, key, value, merged, into)
+        with no_autocast(query.device):
+            ctx.part.backward(ctx.scores.using(tuple(tensors)), query, key, value, merged, into)
         return None, None, *into.inputs(query, key, value), *into.biases
 
 

@@ -68,7 +68,7 @@ def strict(level: str) -> Iterator[None]:
 
 
 # Of the whole process: a model's call may run in several threads (data parallel replicas, the backward of another device).
-_USED: list[str] = []
+_USED: list[tuple[object, str]] = []
 
 
 @contextmanager
@@ -88,16 +88,17 @@ def using(*, kernel: str) -> Iterator[None]:
         True
     """
     _check_name(kernel)
-    _USED.append(kernel)
+    entry = (object(), kernel)  # of its own: contexts of several threads may end in any order
+    _USED.append(entry)
     try:
         yield
     finally:
-        _USED.remove(kernel)
+        _USED.remove(entry)
 
 
 def kernel_in_use(kernel: str) -> str:
     """The kernel that ``using`` names, or else the given one."""
-    return _USED[-1] if _USED else kernel
+    return _USED[-1][1] if _USED else kernel
 
 
 def _check_name(kernel: str) -> None:

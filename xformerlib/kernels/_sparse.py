@@ -16,7 +16,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._autograd import is_transformed, twice_differentiable
+from .._autograd import is_transformed, no_autocast, twice_differentiable
 from ..domains._neighbours import Neighbours
 from ..masks._algebra import Predicate
 from . import _plain, _sparse_torch, _sparse_triton
@@ -193,7 +193,8 @@ class _EdgeAttention(torch.autograd.Function):
         call = _call(ctx.pattern, ctx.scores.using(tuple(tensors)), query, key, value, features)
         merged = Merged(out, lse.masked_fill(lse == float("-inf"), float("inf")), grad, delta)
         into = Gradients.of(tensors, ctx.needs_input_grad[7:])
-        _backward(call, merged, into, wanted, weights)
+        with no_autocast(query.device):
+            _backward(call, merged, into, wanted, weights)
         made = (None, None) if wanted is None else (wanted.query.to(u.dtype), de.to(e.dtype))
         return None, None, *into.inputs(query, key, value), *made, *into.biases
 

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from .._autograd import keeping
 from . import _flash, _formulas, _plain
 from ._kept import KeptWeights
 from ._merge import Gradients, Merged, Part
@@ -196,7 +197,8 @@ class TiledPart(Part):
         """What ``make`` gives, kept for the next call as long as there is room."""
         if name in self._kept:
             return self._kept[name]
-        x = make()
+        with keeping():
+            x = make()
         size = 0 if x is None else x.numel() * x.element_size()
         if size <= self._room:
             self._kept[name] = x

@@ -435,6 +435,11 @@ def places(domain: Domain, device: torch.device) -> Float[Tensor, "*batch tokens
     return table if prefix is None else table.masked_fill(prefix[:, None], 0)
 
 
+def placed(domain: Domain) -> Domain:
+    """The domain at the coordinates that were given, for functions that are to be differentiated in these."""
+    return domain if domain.learned is None else domain.at_places(domain.learned)
+
+
 def kept(domain: Domain, key: Hashable, make: Callable[[], Fact]) -> Fact:
     """A table that positions make of a domain's coordinates, kept on the domain; made anew where these want a gradient."""
     return domain.fact(key, make) if domain.whole.learned is None else make()

@@ -16,7 +16,7 @@ from .._arguments import Positive, Size, check_positive, check_size
 from .._autograd import no_autocast
 from .._projection import dtype_of, is_plain
 from ..domains import Domain, Graph, Grid, Points
-from ._base import Bias, PairBias, PlacePair, at_least_fp32, in_steps, no_meaning
+from ._base import Bias, PairBias, PlacePair, at_least_fp32, in_steps, no_meaning, placed
 from ._remembered import remembered
 from ._tables import PREFIX_ENTRIES, HopPair, Offsets, StepPair, TablePair, largest_graph, row_in_table, rows_of_batch
 
@@ -262,8 +262,9 @@ class ContinuousBias(Bias):
             return HopPair(domain, keys, table, None)
         if network.weights:
             return _NetworkPair(self, domain, keys, network)
+        q_places, k_places = placed(domain), placed(keys)
         return EveryPair(
-            domain, keys, lambda b, q, k: network.scores(self._of_places(domain, keys, b, q, k)), self.heads
+            domain, keys, lambda b, q, k: network.scores(self._of_places(q_places, k_places, b, q, k)), self.heads
         )
 
     @property
@@ -331,6 +332,7 @@ class Network:
     """``outer(activation(inner(x)))``, bounded by ``bound * sigmoid``, never in less than fp32.
 
     Attributes:
+        biased: whether each layer has a bias.
         weights: of both layers, in ``dtype``, where they are plain: kernels compute scores anew in their backward, and are told what
             these depend on. Empty where an adapter or a hook wants the layers called.
     """
@@ -341,6 +343,7 @@ class Network:
     dtype: torch.dtype
     bound: float | None
     weights: tuple[Tensor, ...]
+    biased: tuple[bool, bool] = (True, True)
 
     @staticmethod
     def of(
@@ -355,7 +358,8 @@ class Network:
         if is_plain(inner) and is_plain(outer):
             parts = [layer._parameters[name] for name in ("weight", "bias") for layer in (inner, outer)]
             weights = tuple(part.to(dtype) for part in parts if part is not None)
-        return Network(inner, outer, activation, dtype, bound, weights)
+        biased = tuple(getattr(layer, "bias", None) is not None for layer in (inner, outer))
+        return Network(inner, outer, activation, dtype, bound, weights, biased)  # type: ignore[arg-type]
 
     def using(self, weights: tuple[Tensor, ...]) -> Network:
         """The same with other weights."""
@@ -372,7 +376,8 @@ class Network:
         return scores.reshape(*features.shape[:-1], scores.shape[-1])
 
     def _block(self, rows: Tensor, inner: Tensor, outer: Tensor, *biases: Tensor) -> Tensor:
-        inner_bias, outer_bias = (*biases, None)[:2]
+        rest = iter(biases)
+        inner_bias, outer_bias = (next(rest) if there else None for there in self.biased)
         with no_autocast(rows.device):
             hidden = self.activation(F.linear(rows, inner[:, : rows.shape[-1]], inner_bias))
             return self._bounded(F.linear(hidden, outer, outer_bias))
