@@ -48,6 +48,7 @@ class KeptWeights(torch.autograd.Function):
         tiles = [_ready(*pairs.without_hidden(*pairs.tiles.vectors(*vectors))) for pairs in calls]
         out = _Places(part, query.shape[:3], tiles[0][2])
         kept = [_forward(pairs, *own, into, keep) for pairs, own, into in zip(calls, tiles, out.by_call, strict=True)]
+        ctx.set_materialize_grads(False)
         ctx.part, ctx.scores, ctx.inputs = part, scores, [(x.shape[:3], x.dtype) for x in (query, key, value)]
         if keep:
             ctx.save_for_backward(*(x for own, p in zip(tiles, kept, strict=True) for x in (*own, p)), *tensors)
@@ -55,7 +56,9 @@ class KeptWeights(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
+        if grad is None:  # gradients took another way (``twice_differentiable``)
+            return (None,) * len(ctx.needs_input_grad)
         part, saved, count = ctx.part, ctx.saved_tensors, _KEPT * len(ctx.part.calls)
         tensors, into = saved[count:], Gradients.of(saved[count:], ctx.needs_input_grad[6:])
         grad = part.calls[0].ready(grad)

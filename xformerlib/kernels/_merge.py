@@ -198,13 +198,16 @@ class _Attend(torch.autograd.Function):
     ) -> Tensor:
         out, lse = merged_parts([(part, scores.using(tensors)) for part, scores in parts], query, key, value, sinks)
         ctx.parts = parts
+        ctx.set_materialize_grads(False)
         # In the precision of accumulation: delta in the backward is a difference of what rounding would lose.
         ctx.save_for_backward(query, key, value, sinks, out, lse, *tensors)
         return out.to(value.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
+        if grad is None:  # gradients took another way (``twice_differentiable``)
+            return (None,) * len(ctx.needs_input_grad)
         query, key, value, sinks, out, lse, *tensors = ctx.saved_tensors
         parts = [(part, scores.using(tuple(tensors))) for part, scores in ctx.parts]
         with no_autocast(query.device):

@@ -176,13 +176,19 @@ class _EdgeAttention(torch.autograd.Function):
         features = None if u is None or e is None else Features(u, e)
         made = _forward(_call(pattern, scores.using(tensors), query, key, value, features), keep=True)
         ctx.pattern, ctx.scores, ctx.tensors = pattern, scores, len(tensors)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(query, key, value, u, e, made.out, made.lse, made.sums, *tensors, *made.weights)
         return made.out.to(value.dtype), None if made.sums is None else made.sums.to(value.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, sums_grad: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor | None, sums_grad: Tensor | None) -> tuple[Any, ...]:
+        if grad is None and sums_grad is None:  # gradients took another way (``twice_differentiable``)
+            return (None,) * len(ctx.needs_input_grad)
         query, key, value, u, e, out, lse, sums, *rest = ctx.saved_tensors
+        grad = torch.zeros_like(out) if grad is None else grad
+        if sums is not None and sums_grad is None:
+            sums_grad = torch.zeros_like(sums)
         tensors, weights = rest[: ctx.tensors], rest[ctx.tensors :]
         delta, wanted, features = _inner(grad, out), None, None
         if sums_grad is not None and sums is not None:
