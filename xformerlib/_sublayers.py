@@ -52,7 +52,7 @@ class FeedForward(Recorded):
         self,
         dim: Size,
         *,
-        hidden: int | None = None,
+        hidden: Size | None = None,
         activation: Activation = "gelu",
         dropout: Rate = 0.0,
         bias: bool = True,
