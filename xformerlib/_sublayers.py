@@ -13,7 +13,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._arguments import Rate, Size, Within, check_number
 from ._dropout import Dropout
 from ._recorded import Recorded
 from .domains import Domain
@@ -50,11 +49,11 @@ class FeedForward(Recorded):
 
     def __init__(
         self,
-        dim: Size,
+        dim: int,
         *,
-        hidden: Size | None = None,
+        hidden: int | None = None,
         activation: Activation = "gelu",
-        dropout: Rate = 0.0,
+        dropout: float = 0.0,
         bias: bool = True,
         norm: NormLayer | None = None,
     ) -> None:
@@ -102,7 +101,8 @@ class DropPath(nn.Module):
 
     def __init__(self, p: float = 0.0) -> None:
         super().__init__()
-        check_number("drop_path", p, Within(0, 1))
+        if not 0 <= p < 1:
+            raise ValueError(f"drop_path must be in [0, 1); got drop_path={p}")
         self.p = p
 
     def forward(self, x: Float[Tensor, "*batch tokens dim"], domain: Domain) -> Float[Tensor, "*batch tokens dim"]:

@@ -5,26 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence as SequenceOf
 from functools import partial
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ._arguments import Rate, Size
 from ._cache import Cache
-from ._inputs import (
-    Masks,
-    Positions,
-    check_dtype,
-    check_last,
-    masks_of_layers,
-    place,
-    positions_of_layers,
-    rates_of_layers,
-)
-from ._options import BlockOptions, EncoderBlockOptions, LayerOptions, NormPlace as NormPlace, StackOptions
+from ._inputs import Masks, Positions, check_last, masks_of_layers, place, positions_of_layers, rates_of_layers
 from ._recorded import Recorded
 from ._sublayers import (
     Activation as Activation,
@@ -40,8 +29,7 @@ from .domains import Domain
 from .masks import Causal, Mask
 from .positions import Position
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+NormPlace = Literal["pre", "post", "sandwich", "res-post", "parallel"]
 
 
 class Block(Recorded):
@@ -75,21 +63,21 @@ class Block(Recorded):
 
     def __init__(
         self,
-        dim: Size,
-        heads: Size,
+        dim: int,
+        heads: int,
         *,
         norm: NormPlace = "pre",
         norm_layer: NormLayer = "layer",
         layer_scale: float | None = None,
-        drop_path: Rate = 0.0,
+        drop_path: float = 0.0,
         cross: bool = False,
-        hidden: Size | None = None,
+        hidden: int | None = None,
         activation: Activation = "gelu",
-        dropout: Rate = 0.0,
-        attention_dropout: Rate = 0.0,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
         bias: bool = True,
         hidden_norm: NormLayer | None = None,
-        **attention: Unpack[LayerOptions],
+        **attention: Any,
     ) -> None:
         super().__init__()
         if norm not in get_args(NormPlace):
@@ -102,7 +90,7 @@ class Block(Recorded):
 
         self.attention = Attention(dim, heads, dropout=attention_dropout, **attention)
         self.attention_residual = residual()
-        own: dict[str, Any] = {name: value for name, value in attention.items() if name not in ("mask", "position")}
+        own = {name: value for name, value in attention.items() if name not in ("mask", "position")}
         self.cross_attention = Attention(dim, heads, dropout=attention_dropout, **own) if cross else None
         self.cross_residual = residual() if cross and not self.parallel else None
         self.feed_forward = FeedForward(
@@ -124,7 +112,6 @@ class Block(Recorded):
     ) -> Float[Tensor, "*batch last dim"]:
         """Map tokens to tokens; ``context`` is what a block with ``cross=True`` attends to (arguments as in ``Attention``)."""
         domain = place("x", x, self.attention.dim, domain)
-        check_dtype("x", x, self.attention.qkv, self.attention_residual.norm)
         here = domain if last is None else check_last(last, domain)
         self._check_context(context, context_domain, context_mask, cache)
         x = domain.zero_padding(x)
@@ -175,16 +162,16 @@ class _Stack(Recorded):
 
     def __init__(
         self,
-        dim: Size,
-        depth: Size,
-        heads: Size,
+        dim: int,
+        depth: int,
+        heads: int,
         *,
         mask: Masks,
         position: Positions,
         norm: str,
         norm_layer: NormLayer,
         final_norm: bool | None,
-        drop_path: Rate | SequenceOf[Rate],
+        drop_path: float | SequenceOf[float],
         checkpoint: bool,
         **block: Any,
     ) -> None:
@@ -268,18 +255,18 @@ class Encoder(_Stack):
 
     def __init__(
         self,
-        dim: Size,
-        depth: Size,
-        heads: Size,
+        dim: int,
+        depth: int,
+        heads: int,
         *,
         mask: Masks = None,
         position: Positions = None,
         norm: NormPlace = "pre",
         norm_layer: NormLayer = "layer",
         final_norm: bool | None = None,
-        drop_path: Rate | SequenceOf[Rate] = 0.0,
+        drop_path: float | SequenceOf[float] = 0.0,
         checkpoint: bool = False,
-        **block: Unpack[EncoderBlockOptions],
+        **block: Any,
     ) -> None:
         if block.get("cross"):
             raise ValueError("cross is for a Decoder: an Encoder is given no context to attend to; got cross=True")
@@ -320,9 +307,9 @@ class Decoder(_Stack):
 
     def __init__(
         self,
-        dim: Size,
-        depth: Size,
-        heads: Size,
+        dim: int,
+        depth: int,
+        heads: int,
         *,
         mask: Mask | SequenceOf[Mask | None] = Causal(),  # noqa: B008  (a frozen value)
         cross: bool = True,
@@ -330,9 +317,9 @@ class Decoder(_Stack):
         norm: NormPlace = "pre",
         norm_layer: NormLayer = "layer",
         final_norm: bool | None = None,
-        drop_path: Rate | SequenceOf[Rate] = 0.0,
+        drop_path: float | SequenceOf[float] = 0.0,
         checkpoint: bool = False,
-        **block: Unpack[BlockOptions],
+        **block: Any,
     ) -> None:
         super().__init__(
             dim, depth, heads, mask=mask, position=position, norm=norm, norm_layer=norm_layer, final_norm=final_norm,
@@ -380,27 +367,23 @@ class EncoderDecoder(Recorded):
 
     def __init__(
         self,
-        dim: Size = 512,
-        heads: Size = 8,
+        dim: int = 512,
+        heads: int = 8,
         *,
-        encoder_depth: Size = 6,
-        decoder_depth: Size = 6,
+        encoder_depth: int = 6,
+        decoder_depth: int = 6,
         mask: Mask | None = None,
         decoder_mask: Mask = Causal(),  # noqa: B008  (a frozen value)
         position: Positions = None,
         norm: NormPlace = "post",
         activation: Activation = "relu",
-        **stack: Unpack[StackOptions],
+        **stack: Any,
     ) -> None:
         super().__init__()
-        if not isinstance(decoder_mask, (Mask, type(None))):
-            raise TypeError(
-                f"decoder_mask must be a mask such as masks.Causal(); got {type(decoder_mask).__name__}. For no mask: masks.Full()."
-            )
-        options: dict[str, Any] = {"position": position, "norm": norm, "activation": activation, **stack}
-        self.encoder = Encoder(dim, encoder_depth, heads, mask=mask, **options)
+        stack = {"position": position, "norm": norm, "activation": activation, **stack}
+        self.encoder = Encoder(dim, encoder_depth, heads, mask=mask, **stack)
         # Each has a position of its own, as in T5: what source and target learn of distance differs.
-        own = {**options, "position": copy.deepcopy(position)}
+        own = {**stack, "position": copy.deepcopy(position)}
         self.decoder = Decoder(dim, decoder_depth, heads, mask=decoder_mask, **own)
 
     def forward(

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._arguments import check_count
-from ._base import as_lengths
+from ._base import as_lengths, check_count
 
 
 def check_edges(edge_index: Any, num_nodes: int) -> Tensor:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .._arguments import Count, Rate, Size, check_count
-from .._inputs import check_is_position
-from .._options import ExphormerOptions
 from .._recorded import Recorded
 from ..domains import Graph
+from ..domains._base import check_count
 from ..masks import Expander
 from ..positions import Position
 from ._edge_attention import EdgeAttention
@@ -21,9 +19,6 @@ from ._gps import GPS, GPSLayer
 from ._model import check_edge_features
 from ._readout import Readout
 from ._reset import reset
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 KINDS = 3  # an edge, a link of the expander, a link with a virtual node
 
@@ -107,13 +102,13 @@ class ExpanderAttention(Recorded):
 
     def __init__(
         self,
-        channels: Size,
-        heads: Size,
+        channels: int,
+        heads: int,
         *,
-        edge_dim: Size | None = None,
-        degree: Count = 4,
+        edge_dim: int | None = None,
+        degree: int = 4,
         seed: int = 0,
-        dropout: Rate = 0.0,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         head_channels, rest = divmod(channels, heads)
@@ -179,23 +174,22 @@ class Exphormer(GPS):
     def __init__(
         self,
         in_channels: int | nn.Module,
-        hidden_channels: Size,
-        out_channels: Size | None,
-        num_layers: Size,
-        heads: Size,
+        hidden_channels: int,
+        out_channels: int | None,
+        num_layers: int,
+        heads: int,
         *,
         conv: Callable[[], nn.Module] | None = None,
-        edge_dim: Size | nn.Module | None = None,
-        degree: Count = 4,
+        edge_dim: int | nn.Module | None = None,
+        degree: int = 4,
         seed: int = 0,
-        virtual_nodes: Count = 1,
+        virtual_nodes: int = 1,
         passing: bool = True,
         position: Position | None = None,
         pool: Readout = None,
-        attention_dropout: Rate = 0.0,
-        **layer: Unpack[ExphormerOptions],
+        attention_dropout: float = 0.0,
+        **layer: Any,
     ) -> None:
-        check_is_position(position)
         if position is not None and (position.rotations or position.biases):
             raise ValueError(
                 "position of an Exphormer may have embeddings only; for rotations and biases use GPS with a mask"
@@ -203,13 +197,13 @@ class Exphormer(GPS):
         wrong = [name for name in ("mask", "attention") if name in layer]
         if wrong:
             raise ValueError(f"{', '.join(wrong)}: an Exphormer attends along its links; use GPS for other attention")
-        # Read by make_layer, which the base calls.
-        self.degree, self.seed, self.passing = degree, seed, passing
-        self._edge_dim, self._attention_dropout = None if edge_dim is None else hidden_channels, attention_dropout
+        features = None if edge_dim is None else hidden_channels
+        own = {"edge_dim": features, "degree": degree, "seed": seed, "dropout": attention_dropout}
         super().__init__(
             in_channels, hidden_channels, out_channels, num_layers, heads, conv=conv, edge_dim=edge_dim, position=position,
-            pool=pool, virtual_nodes=virtual_nodes, **layer,
+            pool=pool, virtual_nodes=virtual_nodes, passing=passing, links=own, **layer,
         )  # fmt: skip
+        self.degree, self.seed = degree, seed
 
     def shared(self, graph: Graph, edges: Float[Tensor, "edges channels"] | None) -> dict[str, Any]:
         """Features of the links."""
@@ -217,12 +211,5 @@ class Exphormer(GPS):
 
     def make_layer(self, channels: int, conv: Callable[[], nn.Module], heads: int, **layer: Any) -> GPSLayer:
         """One of the layers."""
-        attention = ExpanderAttention(
-            channels,
-            heads,
-            edge_dim=self._edge_dim,
-            degree=self.degree,
-            seed=self.seed,
-            dropout=self._attention_dropout,
-        )
-        return _Layer(channels, conv() if self.passing else None, attention=attention, **layer)
+        passing, attention = layer.pop("passing"), ExpanderAttention(channels, heads, **layer.pop("links"))
+        return _Layer(channels, conv() if passing else None, attention=attention, **layer)

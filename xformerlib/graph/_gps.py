@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from .._arguments import Count, Rate, Size
-from .._inputs import check_is_position
-from .._options import AttentionOptions, GPSOptions
 from .._recorded import Recorded
 from .._sublayers import Activation, FeedForward, NormLayer, Residual, TokenNorm, norm_factory
 from ..attention import Attention
@@ -21,14 +18,11 @@ from ..positions import Position
 from ..positions._graph import on_nodes
 from ._edge_attention import EdgeAttention
 from ._edges import Adjacency
-from ._inputs import check_nodes, linear_from, place_nodes
+from ._inputs import linear_from, place_nodes
 from ._model import GraphModel, check_edge_features
 from ._pairs import worked_out_once
 from ._readout import Readout
 from ._reset import reset
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 # As in blocks, or "batch", or a module that makes one of PyTorch Geometric's norms, which is told the graph of each node.
 GraphNorm = NormLayer | str | None
@@ -70,19 +64,19 @@ class GPSLayer(Recorded):
 
     def __init__(
         self,
-        channels: Size,
+        channels: int,
         conv: nn.Module | None,
-        heads: Size = 1,
+        heads: int = 1,
         *,
-        dropout: Rate = 0.0,
+        dropout: float = 0.0,
         activation: Activation = "relu",
         norm: GraphNorm = "batch",
-        drop_path: Rate = 0.0,
+        drop_path: float = 0.0,
         attention: nn.Module | None = None,
-        attention_dropout: Rate = 0.0,
+        attention_dropout: float = 0.0,
         mask: Mask | None = None,
         position: Position | None = None,
-        **options: Unpack[AttentionOptions],
+        **options: Any,
     ) -> None:
         super().__init__()
         if attention is not None and (mask is not None or position is not None or attention_dropout or options):
@@ -112,7 +106,6 @@ class GPSLayer(Recorded):
         **attend: Any,
     ) -> Float[Tensor, "tokens channels"]:
         """Nodes to nodes. Further arguments are those of the attention: a position that layers share."""
-        check_nodes(x, None)
         virtual = edge_index.prefix if isinstance(edge_index, Graph) else 0
         placed = place_nodes(edge_index, len(x), batch, virtual_nodes=virtual)
         return placed.restored(self.run(placed.sorted(x), placed.graph, edge_attr, **attend))
@@ -168,24 +161,23 @@ class GPS(GraphModel):
     def __init__(
         self,
         in_channels: int | nn.Module,
-        hidden_channels: Size,
-        out_channels: Size | None,
-        num_layers: Size,
-        heads: Size,
+        hidden_channels: int,
+        out_channels: int | None,
+        num_layers: int,
+        heads: int,
         *,
         conv: Callable[[], nn.Module] | None = None,
-        edge_dim: Size | nn.Module | None = None,
+        edge_dim: int | nn.Module | None = None,
         position: Position | None = None,
         pool: Readout = None,
-        virtual_nodes: Count = 0,
-        **layer: Unpack[GPSOptions],
+        virtual_nodes: int = 0,
+        **layer: Any,
     ) -> None:
         super().__init__(
             in_channels, hidden_channels, out_channels, pool=pool, virtual_nodes=virtual_nodes, heads=heads
         )
         if num_layers < 1:
             raise ValueError(f"num_layers must be >= 1; got num_layers={num_layers}")
-        check_is_position(position)
         self.embed_edges = linear_from(edge_dim, hidden_channels) if isinstance(edge_dim, int) else edge_dim
         self.position = position
         if conv is None:

@@ -11,10 +11,9 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from .._arguments import check_count
 from .._config import Described
 from ..domains import Domain
-from ..domains._base import both
+from ..domains._base import both, check_count
 from ._block_mask import block_mask_of
 from ._outline import Outline, Tiling
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from .._arguments import Size
 from .._autograd import touching
 from .._inputs import Positions
-from .._options import DecoderOptions
 from .._recorded import Recorded
 from ..blocks import Encoder
 from ..domains import Grid
@@ -20,9 +18,6 @@ from ._kept import Features, random_tokens
 from ._patches import PatchEmbed
 from ._tokens import without_holes
 from ._vit import LAYER_NORM, ViT
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class Restored(NamedTuple):
@@ -76,13 +71,13 @@ class MaskedAutoencoder(Recorded):
         self,
         encoder: ViT,
         *,
-        decoder_dim: Size = 512,
-        decoder_depth: Size = 8,
-        decoder_heads: Size = 16,
+        decoder_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_heads: int = 16,
         ratio: float = 0.75,
         norm_targets: bool = True,
         position: Positions = None,
-        **decoder: Unpack[DecoderOptions],
+        **decoder: Any,
     ) -> None:
         super().__init__()
         if not isinstance(encoder, ViT) or not isinstance(encoder.embed, PatchEmbed):
@@ -95,9 +90,8 @@ class MaskedAutoencoder(Recorded):
         self.encoder, self.ratio, self.norm_targets = encoder, ratio, norm_targets
         self.embed = nn.Linear(encoder.embed.dim, decoder_dim)
         self.hidden_token = nn.Parameter(torch.empty(decoder_dim))
-        options: dict[str, Any] = {"norm_layer": LAYER_NORM, **decoder}
         self.decoder = Encoder(
-            decoder_dim, decoder_depth, decoder_heads, **options,
+            decoder_dim, decoder_depth, decoder_heads, **{"norm_layer": LAYER_NORM, **decoder},
             position=Sinusoidal(decoder_dim) if position is None else position,
         )  # fmt: skip
         self.out = nn.Linear(decoder_dim, encoder.embed.proj.in_features)

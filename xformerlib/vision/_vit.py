@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from .._arguments import Count, Rate, Size
 from .._dropout import Dropout
 from .._inputs import Positions
-from .._options import ViTOptions
 from .._pooling import Pool, Pooling
 from .._sublayers import NormLayer, norm_factory
 from ..blocks import Encoder
@@ -22,9 +20,6 @@ from ._classifier import Classifier
 from ._kept import Features as Features, PatchDropout
 from ._patches import Images, PatchEmbed, Tokenizer, draw_linear
 from ._tokens import places_among, tokens_of
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 # As in the published models.
 LAYER_NORM: NormLayer = partial(nn.LayerNorm, eps=1e-6)
@@ -73,17 +68,17 @@ class ViT(Classifier):
 
     def __init__(
         self,
-        classes: Size | None,
+        classes: int | None,
         *,
-        size: Size | SequenceOf[Size] = 224,
-        patch: Size | SequenceOf[Size] = 16,
-        channels: Size = 3,
-        dim: Size = 384,
-        depth: Size = 12,
-        heads: Size = 6,
+        size: int | SequenceOf[int] = 224,
+        patch: int | SequenceOf[int] = 16,
+        channels: int = 3,
+        dim: int = 384,
+        depth: int = 12,
+        heads: int = 6,
         class_token: bool = True,
         distillation: bool = False,
-        registers: Count = 0,
+        registers: int = 0,
         pool: Pool | Pooling | None = None,
         position: Positions | Literal["learned"] | SequenceOf[Positions | Literal["learned"]] = "learned",
         embed: Tokenizer | None = None,
@@ -91,11 +86,11 @@ class ViT(Classifier):
         pool_norm: bool | None = None,
         norm_layer: NormLayer = LAYER_NORM,
         final_norm: bool = True,
-        dropout: Rate = 0.0,
-        position_dropout: Rate = 0.0,
-        head_dropout: Rate = 0.0,
-        patch_dropout: Rate = 0.0,
-        **encoder: Unpack[ViTOptions],
+        dropout: float = 0.0,
+        position_dropout: float = 0.0,
+        head_dropout: float = 0.0,
+        patch_dropout: float = 0.0,
+        **encoder: Any,
     ) -> None:
         super().__init__()
         if distillation and not class_token:
