@@ -148,6 +148,10 @@ class _Twice(torch.autograd.Function):
                 for x, need in zip(inputs, needed, strict=True)
             ]
             made = ctx.again(*inputs)
+        ways = [(y, grad) for y, grad in zip(made, grads, strict=True) if y.requires_grad]
+        if not ways:  # no pair at all: outputs that depend on nothing
+            return (None,) * len(ctx.needs_input_grad)
         asked = [x for x, need in zip(inputs, needed, strict=True) if need and x is not None]
-        found = iter(torch.autograd.grad(made, asked, grads, create_graph=twice, allow_unused=True))
+        outputs, directions = zip(*ways, strict=True)
+        found = iter(torch.autograd.grad(outputs, asked, directions, create_graph=twice, allow_unused=True))
         return None, None, None, *[None] * ctx.count, *(next(found) if need else None for need in needed)

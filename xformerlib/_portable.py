@@ -17,9 +17,10 @@ from torch.nn import functional as F
 
 from ._autograd import constants
 from ._compiled import Inputs
-from .domains import Domain
+from .domains import Domain, Graph
 from .kernels import Plan, Problem, Scores, _plain, _sdpa, choose
 from .kernels._merge import Part
+from .kernels._scores import Pairs
 from .kernels._tiled import TiledPart
 
 # What domains keep, beside what they are.
@@ -33,6 +34,10 @@ def run_portably(problem: Problem, kernel: str, scores: Scores, inputs: Inputs) 
     if not problem.is_full:
         with constants() if known else nullcontext():
             scores = replace(scores, predicate=problem.mask.bind(problem.domain, problem.keys))
+    if known and isinstance(problem.domain.whole, Graph) and scores.biases:
+        with constants():  # what biases ask of a graph is found by reading its data; the graph keeps it
+            tokens = (torch.arange(n) for n in (problem.num_queries, problem.num_keys))
+            scores.bias(Pairs.of(1, problem.heads, *tokens))
     plan = None if problem.is_full or problem.is_causal or not known else _planned(problem, kernel, scores)
     parts = [] if plan is None else plan.parts_of(scores)
     if parts:

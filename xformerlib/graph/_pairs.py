@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .._autograd import is_compiling
 from ..domains import Domain, Graph
 from ..positions import Bias, PairBias, Position, Sum
 from ..positions._tables import TablePair
@@ -49,6 +50,8 @@ def worked_out_once(position: Position | None) -> Position | None:
     """
     if position is None or not (position.rotations or position.biases):
         return None
+    if is_compiling():  # a graph finds biases by numbers, which what is made in it does not have
+        return Sum(*position.rotations, *position.biases)
     return Sum(*position.rotations, *map(_Once, position.biases))
 
 

@@ -133,7 +133,7 @@ def entries(
 ) -> Entries:
     """Attention over listed pairs, with vectors for each of them."""
     wide, group = torch.promote_types(query.dtype, torch.float32), query.shape[1] // max(key.shape[1], 1)
-    row, col = pattern.row.long(), pattern.col.long()
+    row, col = (index.long().to(query.device) for index in (pattern.row, pattern.col))
     batch, rows = query.shape[0], query.shape[2]
     q = _planes(query.to(wide), pattern).index_select(2, row)
     k, v = (_planes(x.to(wide).repeat_interleave(group, 1), pattern).index_select(2, col) for x in (key, value))

@@ -16,7 +16,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._autograd import is_transformed, no_autocast, twice_differentiable
+from .._autograd import is_leaving, is_transformed, no_autocast, twice_differentiable
 from ..domains._neighbours import Neighbours
 from ..masks._algebra import Predicate
 from . import _plain, _sparse_torch, _sparse_triton
@@ -140,7 +140,7 @@ def edge_attention(
         return tuple(x.to(v.dtype) for x in (out, sums) if x is not None)
 
     inputs = (query, key, value, edge_query, edge_attr, *scores.tensors)
-    if is_transformed() or reference:
+    if is_transformed() or reference or is_leaving(query):
         found = again(*inputs)
     else:
         out, sums = _EdgeAttention.apply(pattern, scores, *inputs)
