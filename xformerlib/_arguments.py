@@ -100,6 +100,24 @@ def check_number(name: str, value: object, within: Within | None = None) -> floa
     return number
 
 
+def as_tensor(name: str, value: Any, says: str) -> Tensor:
+    """Return numbers in a list or array as a tensor, or raise an error that names the argument."""
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be {says}; got {name}={shown(value)}") from None
+
+
+def check_device(device: Any) -> torch.device:
+    """Return a ``torch.device``, or raise an error that names ``device``."""
+    try:
+        return torch.device(device)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"device must be a torch.device or its name, such as 'cpu' or 'cuda:0'; got device={shown(device)}"
+        ) from None
+
+
 def as_number(value: object) -> Any:
     """Return a number as an ``int`` or ``float``, NaN and infinity among them; None for anything else."""
     if isinstance(value, float):

@@ -17,14 +17,15 @@ from ._cache import Cache
 from ._inputs import (
     Masks,
     Positions,
-    check_dtype,
     check_last,
+    check_mask,
     masks_of_layers,
     place,
     positions_of_layers,
     rates_of_layers,
 )
 from ._options import BlockOptions, EncoderBlockOptions, LayerOptions, NormPlace as NormPlace, StackOptions
+from ._projection import check_dtype
 from ._recorded import Recorded
 from ._sublayers import (
     Activation as Activation,
@@ -163,7 +164,13 @@ class Block(Recorded):
                     raise ValueError(
                         f"{name} is for blocks with cross attention, and this one has none; build it with cross=True"
                     )
-        elif context is None and not (cache is not None and cache.holds_context(self.cross_attention)):
+        if mask is not None:
+            check_mask(mask, "context_mask")
+        if (
+            self.cross_attention is not None
+            and context is None
+            and not (isinstance(cache, Cache) and cache.holds_context(self.cross_attention))
+        ):
             raise ValueError(
                 "context must be given to a block with cross=True, at least at the first call with a cache; got None"
             )

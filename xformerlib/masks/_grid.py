@@ -30,7 +30,7 @@ class Axial(SpatialLeaf):
     axis: int
 
     kinds = ("Grid",)
-    instead = "Windows(size) or Segments(ids): they ask for no axis"
+    instead = "Windows(size) or Segments(ids), which have no axis,"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "axis", check_count("axis", self.axis, least=-3))

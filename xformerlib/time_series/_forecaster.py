@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .._arguments import Size, check_size
+from .._arguments import NonNegative, Size, check_device, check_size, checked_class
 from ._arrays import read_arrays
 from ._fitting import Fitted, fit, forecast, least_history
 from ._frames import read_frame
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Names = SequenceOf[str] | int
 
 
+@checked_class
 class Forecaster:
     """A model, the data that it is for and how it is trained: fit, predict, cross-validate, plot, save and load.
 
@@ -76,14 +77,14 @@ class Forecaster:
         calendar: SequenceOf[str] = (),
         head: Head | None = None,
         validation: float = 0.1,
-        steps: int = 1000,
-        batch_size: int = 32,
-        lr: float = 1e-3,
-        weight_decay: float = 0.0,
+        steps: Size = 1000,
+        batch_size: Size = 32,
+        lr: NonNegative = 1e-3,
+        weight_decay: NonNegative = 0.0,
         schedule: Schedule = "cosine",
-        eval_every: int = 100,
+        eval_every: Size = 100,
         patience: int | None = None,
-        eval_batch_size: int = 256,
+        eval_batch_size: Size = 256,
         seed: int = 0,
         device: torch.device | str | None = None,
         progress: bool = True,
@@ -106,7 +107,7 @@ class Forecaster:
         for name in ("steps", "batch_size", "eval_every", "eval_batch_size"):
             check_size(name, self.training[name])
         check_size("seed", seed, least=0)
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = check_device(device if device is not None else ("cuda" if torch.cuda.is_available() else "cpu"))
         self.progress = progress
         self.options = options
         self._fitted: Fitted | None = None
