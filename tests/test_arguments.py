@@ -125,7 +125,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "SeriesClassifier": (ts.SeriesClassifier, {"channels": 1, "classes": 3, **SMALL}), "Imputer": (ts.Imputer, {"channels": 1, **SMALL}),
     "MaskedPatches": (ts.MaskedPatches, {"model": ts.PatchTST(1, 24, 6, patch=8, stride=8, **SMALL)}),
     "Windows": (ts.Windows, {"values": SERIES, "lookback": 24, "horizon": 6}),
-    "Quantile": (ts.Quantile, {"levels": [0.1, 0.9]}),
+    "Quantile": (ts.Quantile, {"levels": (0.1, 0.9)}),
     "train": (ts.train, {"model": ts.DLinear(1, 24, 6), "windows": WINDOWS, "steps": 1, "batch_size": 2}),
     "evaluate": (ts.evaluate, {"model": ts.DLinear(1, 24, 6), "windows": WINDOWS}),
     "Forecaster": (ts.Forecaster, {"model": ts.DLinear, "lookback": 24, "horizon": 6}),
@@ -237,11 +237,11 @@ def test_wrong_inputs_of_calls_are_refused_by_name(name: str) -> None:
 )
 def test_wrong_graphs_are_refused_by_name(name: str) -> None:
     module, x = CASES[name].make(), torch.randn(6, 8)
-    given = {"edge_attr": torch.randn(7, 3)} if name in ("GPS", "Graphormer", "EdgeAttention") else {}
+    given = {"edge_attr": torch.randn(7, 3)} if name == "EdgeAttention" else {}
     assert not list(_refusals(module, {"x": x, "edge_index": EDGES, **given}, ["edge_index"]))
     if "batch" in _parameters(module.forward):
         arguments = {"x": x, "edge_index": EDGES, "batch": BATCH}
-        if "edge_attr" in _parameters(module.forward) and name in ("GPS", "Graphormer"):
+        if name in ("GPS", "Graphormer"):
             arguments["edge_attr"] = torch.randn(7, 3)
         assert not list(_refusals(module, arguments, ["batch"]))
 

@@ -50,16 +50,21 @@ def check_last(last: int, domain: Domain) -> Domain:
     return domain.last(last)
 
 
+def domain_of(name: str) -> str:
+    """The name of the argument that says where ``name`` lives."""
+    return "domain" if name in ("x", "query") else f"{name}_domain"
+
+
 def check_domain(name: str, domain: Any, tokens: int, batch: int, device: torch.device) -> None:
     """Raise unless a tensor of so many tokens and rows, on this device, lives on the domain."""
     if not isinstance(domain, Domain):
-        argument = "domain" if name in ("x", "query") else f"{name}_domain"
+        argument = domain_of(name)
         raise TypeError(
-            f"the domain of {name} must be a domain such as Sequence(length); got {argument}={type(domain).__name__}"
+            f"the domain of {name} must be a domain such as Sequence(length); got {type(domain).__name__}. Give {argument} one."
         )
     if tokens != domain.num_tokens:
         raise ValueError(
-            f"{name} must have as many tokens as its domain; got {tokens} and {domain!r} of {domain.num_tokens}"
+            f"{name} must have as many tokens as its domain; got {tokens} and {domain!r} of {domain.num_tokens} ({domain_of(name)})"
             + (f" (prefix={domain.prefix} in front of each item included)" if domain.prefix else "")
         )
     if domain.batch_size is not None and batch != domain.batch_size:

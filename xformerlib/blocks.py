@@ -155,9 +155,7 @@ class Block(Recorded):
             x = self.feed_forward_residual(x, self.feed_forward, here)
         return here.zero_padding(x)
 
-    def _check_context(
-        self, context: Tensor | None, domain: Domain | None, mask: Mask | None, cache: Cache | None
-    ) -> None:
+    def _check_context(self, context: Any, domain: Any, mask: Any, cache: Any) -> None:
         if self.cross_attention is None:
             for name, value in (("context", context), ("context_domain", domain), ("context_mask", mask)):
                 if value is not None:
@@ -166,6 +164,8 @@ class Block(Recorded):
                     )
         if mask is not None:
             check_mask(mask, "context_mask")
+        if domain is not None and not isinstance(domain, Domain):
+            raise TypeError(f"context_domain must be a domain such as Sequence(length); got {type(domain).__name__}")
         if (
             self.cross_attention is not None
             and context is None
@@ -399,7 +399,7 @@ class EncoderDecoder(Recorded):
         **stack: Unpack[StackOptions],
     ) -> None:
         super().__init__()
-        if not isinstance(decoder_mask, (Mask, type(None))):
+        if not isinstance(decoder_mask, Mask):
             raise TypeError(
                 f"decoder_mask must be a mask such as masks.Causal(); got {type(decoder_mask).__name__}. For no mask: masks.Full()."
             )

@@ -112,7 +112,9 @@ class EdgeAttention(Recorded):
         return_attention_weights: bool | None = None,
     ) -> Tensor | tuple[Tensor, Weights]:
         """Attend along edges."""
-        if not isinstance(x, Tensor) and not (isinstance(x, (tuple, list)) and len(x) == 2):
+        if not isinstance(x, Tensor) and not (
+            isinstance(x, (tuple, list)) and len(x) == 2 and all(isinstance(part, Tensor) for part in x)
+        ):
             raise TypeError(f"x must be a tensor of node features, or a pair for sources and targets; got {shown(x)}")
         source, target = (x, x) if isinstance(x, Tensor) else x
         self._check(source, target, edge_attr)
