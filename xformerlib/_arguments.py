@@ -401,7 +401,8 @@ def _one_of(choices: tuple[Any, ...]) -> Rule:
                 return value
         raise _Misfit(type_fits=type(value) in kinds)
 
-    return Rule(fit, ", ".join(map(repr, choices)), choices=len(choices) > 1)
+    words = " or ".join(map(repr, choices)) if len(choices) == 2 else ", ".join(map(repr, choices))
+    return Rule(fit, words, choices=len(choices) > 2)
 
 
 def _either(rules: list[Rule]) -> Rule:
@@ -414,7 +415,7 @@ def _either(rules: list[Rule]) -> Rule:
                 closest = misfit if misfit.type_fits and not closest.type_fits else closest
         raise closest
 
-    words = list(dict.fromkeys(rule.says for rule in rules))
+    words = list(dict.fromkeys(rule.says.replace("' or '", "', '") for rule in rules))
     return Rule(fit, ", ".join(words[:-1]) + f" or {words[-1]}")
 
 

@@ -76,7 +76,7 @@ class ViT(Classifier):
         classes: Size | None,
         *,
         size: Size | SequenceOf[Size] = 224,
-        patch: Size | SequenceOf[Size] = 16,
+        patch: int | SequenceOf[int] = 16,
         channels: Size = 3,
         dim: Size = 384,
         depth: Size = 12,
