@@ -426,7 +426,7 @@ def _ranged(rule: Rule | None, within: Within | None) -> Rule | None:
     def fit(value: Any) -> Any:
         value = rule.fit(value)
         if not within.holds(value):
-            raise _Misfit(type_fits=True, says=str(within) if within.below < math.inf else f"{rule.says} {within}")
+            raise _Misfit(type_fits=True, says=str(within))
         return value
 
     return Rule(fit, f"{rule.says} {within}")
@@ -458,7 +458,7 @@ _SIMPLE: dict[Any, Rule] = {
     str: Rule(lambda value: value if isinstance(value, str) else _misfit(), "a string"),
 }
 # Who takes these has a message of its own, which says what to do.
-_NAMED_ELSEWHERE = ("Mask", "Position")
+_NAMED_ELSEWHERE = ("Mask", "Position", "Head")
 _ARTICLES: dict[Any, str] = {
     Tensor: "a tensor", torch.nn.Module: "a module", torch.dtype: "a torch.dtype, such as torch.float32",
     torch.device: "a torch.device",

@@ -76,8 +76,8 @@ class Block(Recorded):
 
     def __init__(
         self,
-        dim: Size,
-        heads: Size,
+        dim: int,
+        heads: int,
         *,
         norm: NormPlace = "pre",
         norm_layer: NormLayer = "layer",
@@ -181,9 +181,9 @@ class _Stack(Recorded):
 
     def __init__(
         self,
-        dim: Size,
-        depth: Size,
-        heads: Size,
+        dim: int,
+        depth: int,
+        heads: int,
         *,
         mask: Masks,
         position: Positions,
@@ -274,9 +274,9 @@ class Encoder(_Stack):
 
     def __init__(
         self,
-        dim: Size,
-        depth: Size,
-        heads: Size,
+        dim: int,
+        depth: int,
+        heads: int,
         *,
         mask: Masks = None,
         position: Positions = None,
@@ -326,9 +326,9 @@ class Decoder(_Stack):
 
     def __init__(
         self,
-        dim: Size,
-        depth: Size,
-        heads: Size,
+        dim: int,
+        depth: int,
+        heads: int,
         *,
         mask: Mask | SequenceOf[Mask | None] = Causal(),  # noqa: B008  (a frozen value)
         cross: bool = True,
@@ -386,8 +386,8 @@ class EncoderDecoder(Recorded):
 
     def __init__(
         self,
-        dim: Size = 512,
-        heads: Size = 8,
+        dim: int = 512,
+        heads: int = 8,
         *,
         encoder_depth: Size = 6,
         decoder_depth: Size = 6,

@@ -63,7 +63,7 @@ class EdgeAttention(Recorded):
         concat: bool = True,
         beta: bool = False,
         dropout: Rate = 0.0,
-        edge_dim: int | None = None,
+        edge_dim: Size | None = None,
         bias: bool = True,
         root_weight: bool = True,
     ) -> None:

@@ -39,7 +39,7 @@ class EdgeReadout(Recorded):
         torch.Size([4, 16])
     """
 
-    def __init__(self, dim: Size, *, edge_dim: int | None = None, symmetric: bool = False) -> None:
+    def __init__(self, dim: Size, *, edge_dim: Size | None = None, symmetric: bool = False) -> None:
         super().__init__()
         self.dim, self.symmetric = dim, symmetric
         self.ends = nn.Linear(dim, dim if symmetric else 2 * dim)
