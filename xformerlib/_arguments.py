@@ -38,6 +38,7 @@ class Within(NamedTuple):
         return f"{'>' if self.above else '>='} {self.least:g}"
 
 
+ELSEWHERE = "checked where it is used, with a message of its own"
 Size = Annotated[int, Within(1)]
 Count = Annotated[int, Within(0)]
 Positive = Annotated[float, Within(0, above=True)]
@@ -318,6 +319,8 @@ def rule_of(annotation: Any) -> Rule | None:
     if origin in (Union, types.UnionType):
         rules = [rule_of(part) for part in args]
         return None if None in rules else _either(rules)  # type: ignore[arg-type]
+    if origin is Annotated and ELSEWHERE in args:
+        return None
     if origin is Annotated:
         return _ranged(rule_of(args[0]), next((x for x in args[1:] if isinstance(x, Within)), None))
     if origin is Literal:
@@ -426,7 +429,12 @@ def _ranged(rule: Rule | None, within: Within | None) -> Rule | None:
     def fit(value: Any) -> Any:
         value = rule.fit(value)
         if not within.holds(value):
-            raise _Misfit(type_fits=True, says=str(within))
+            raise _Misfit(
+                type_fits=True,
+                says=f"{rule.says} {within}"
+                if rule.says == "a finite number" and within.below == math.inf
+                else str(within),
+            )
         return value
 
     return Rule(fit, f"{rule.says} {within}")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 
-from .._arguments import NonNegative, Size, check_device, check_size, checked_class
+from .._arguments import ELSEWHERE, NonNegative, Size, check_device, check_size, checked_class
 from ._arrays import read_arrays
 from ._fitting import Fitted, fit, forecast, least_history
 from ._frames import read_frame
@@ -22,7 +22,7 @@ from ._training import Evaluation, Schedule
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Names = SequenceOf[str] | int
+Names = Annotated[SequenceOf[str] | int, ELSEWHERE]
 
 
 @checked_class
@@ -76,7 +76,7 @@ class Forecaster:
         static: Names = (),
         calendar: SequenceOf[str] = (),
         head: Head | None = None,
-        validation: float = 0.1,
+        validation: Annotated[float, ELSEWHERE] = 0.1,
         steps: Size = 1000,
         batch_size: Size = 32,
         lr: NonNegative = 1e-3,
