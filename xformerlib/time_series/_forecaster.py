@@ -375,6 +375,10 @@ class Forecaster:
 
 
 def _names(name: str, given: Names) -> int | tuple[str, ...]:
+    if not isinstance(given, (str, int, list, tuple)):
+        raise TypeError(
+            f"{name} must be names of columns, such as ('price',), or for arrays their count; got {name}={given!r}"
+        )
     if isinstance(given, int):
         return check_size(name, given, least=0)
     if isinstance(given, str) or not all(isinstance(one, str) for one in given):
