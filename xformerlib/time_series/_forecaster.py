@@ -400,6 +400,8 @@ def _columns(name: str, names: int | tuple[str, ...]) -> tuple[str, ...]:
 
 def _checked_share(validation: float, horizon: int) -> float:
     whole = isinstance(validation, int) and not isinstance(validation, bool)
+    if not isinstance(validation, (int, float)):
+        raise TypeError(f"validation must be a share, a number in [0, 1); got validation={validation!r}")
     if validation != 0 and not (validation >= horizon if whole else 0 < validation < 1):
         raise ValueError(
             f"validation must be a share between 0 and 1, whole steps >= horizon={horizon}, or 0; got validation={validation!r}"
