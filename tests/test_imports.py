@@ -16,14 +16,14 @@ PACKAGE = ROOT / "xformerlib"
 
 # Each layer may import the layers above it in this list; the parts of one layer do not import each other.
 LAYERS = [
-    {"_names"},
+    {"_names", "_arguments"},
     {"_config"},
     {"_recorded"},
     {"_autograd", "_projection"},
     {"domains"},
     {"masks", "positions", "_dropout"},
     {"kernels", "_cache", "_inputs", "_sublayers"},
-    {"_planned"},
+    {"_planned", "_options"},
     {"_compiled"},
     {"_portable"},
     {"attention", "_along_edges"},

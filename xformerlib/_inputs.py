@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence as SequenceOf
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ._arguments import check_number, shown
+from ._projection import is_plain
 from .domains import Domain, Sequence
 from .masks import Mask
 from .positions import Bias, Position
@@ -20,8 +23,7 @@ Positions = Position | Callable[[], Position] | SequenceOf[Position | Callable[[
 
 def place(name: str, x: Tensor, dim: int, domain: Domain | None) -> Domain:
     """The domain of ``x``, ``(B, T, C)`` or ``(T, C)``, checked; ``Sequence(T)`` if none is given."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor; got {getattr(x, 'dtype', type(x).__name__)}")
+    check_values(name, x)
     if x.ndim not in (2, 3) or x.shape[-1] != dim:
         raise ValueError(f"{name} must be (batch, tokens, {dim}) or (tokens, {dim}); got {tuple(x.shape)}")
     if domain is None:
@@ -30,10 +32,34 @@ def place(name: str, x: Tensor, dim: int, domain: Domain | None) -> Domain:
     return domain
 
 
+def check_values(name: str, x: object) -> None:
+    """Raise unless ``x`` is a tensor of real numbers, not nested."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor; got {getattr(x, 'dtype', type(x).__name__)}")
+    if x.is_nested:
+        raise TypeError(
+            f"{name} must not be a nested tensor; got one of {x.size(0)} items. Join its items, torch.cat(list({name}.unbind())), and give "
+            f"them the domain Sequence.packed(lengths)."
+        )
+
+
+def check_dtype(name: str, x: Tensor, layer: nn.Module, norm: nn.Module | None = None) -> None:
+    """Raise where a linear layer, perhaps behind a layer norm, cannot take the dtype of ``x``; not where either was replaced."""
+    if not isinstance(layer, nn.Linear) or layer.weight.dtype == x.dtype or not is_plain(layer):
+        return
+    if norm is not None and type(norm) is not nn.LayerNorm:
+        return
+    if not torch.is_autocast_enabled(x.device.type):
+        dtype = layer.weight.dtype
+        raise TypeError(
+            f"{name} must have the dtype of the weights, {dtype}; got {x.dtype}. Use {name}.to({dtype}), model.to({x.dtype}), or autocast."
+        )
+
+
 def check_last(last: int, domain: Domain) -> Domain:
     """Where the last tokens live, or an error where there are not so many (prefix tokens not counted)."""
     tokens = domain.num_tokens - domain.prefix
-    if isinstance(last, bool) or not isinstance(last, int) or not 1 <= last <= tokens:
+    if isinstance(last, bool) or not isinstance(last, (int, torch.SymInt)) or not 1 <= last <= tokens:
         raise ValueError(f"last must be a whole number from 1 to the {tokens} tokens of {domain!r}; got last={last!r}")
     return domain.last(last)
 
@@ -58,14 +84,17 @@ def check_domain(name: str, domain: Domain, tokens: int, batch: int, device: tor
 
 
 def check_inputs(
-    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, dropout_p: float, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    dropout_p: float,
+    softcap: float | None,
+    scale: float | None = None,
 ) -> None:
     """Raise unless query, key and value fit each other, and the options are in range."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            raise TypeError(
-                f"{name} must be a floating-point tensor; got {getattr(tensor, 'dtype', type(tensor).__name__)}"
-            )
+        check_values(name, tensor)
         if tensor.ndim != 4:
             raise ValueError(f"{name} must be (batch, heads, tokens, dim); got {tuple(tensor.shape)}")
         if tensor.dtype != query.dtype or tensor.device != query.device:
@@ -81,14 +110,33 @@ def check_inputs(
         raise ValueError(f"key and value must have the same heads and tokens; {shapes}")
     if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
         raise ValueError(f"the heads of query must be a multiple of the heads of key; {shapes}")
+    if query.shape[-1] == 0:
+        raise ValueError(f"query and key must have dim >= 1; {shapes}")
+    if sinks is not None and not isinstance(sinks, Tensor):
+        raise TypeError(f"sinks must be a tensor of one logit per query head; got {type(sinks).__name__}")
+    if sinks is not None and not sinks.is_floating_point():
+        raise TypeError(f"sinks must be floating-point logits; got {sinks.dtype}")
     if sinks is not None and (sinks.shape != query.shape[1:2] or sinks.device != query.device):
         raise ValueError(
             f"sinks must be one logit per query head, ({query.shape[1]},) on {query.device}; got {tuple(sinks.shape)} on {sinks.device}"
         )
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must be in [0, 1); got dropout_p={dropout_p}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be > 0; got softcap={softcap}. Leave it out for no cap.")
+    check_options_of_call(dropout_p, softcap, scale)
+
+
+def check_options_of_call(dropout_p: object, softcap: object, scale: object = None) -> None:
+    """Raise unless the numbers of an attention call are in range. Tensors, whose values are not read, pass as ``scale``."""
+    if type(dropout_p) is not float or not 0 <= dropout_p < 1:
+        if isinstance(dropout_p, (bool, str)) or not isinstance(dropout_p, (int, float)):
+            raise TypeError(f"dropout_p must be a number in [0, 1); got dropout_p={shown(dropout_p)}")
+        if not 0 <= dropout_p < 1:
+            raise ValueError(f"dropout_p must be in [0, 1); got dropout_p={dropout_p}")
+    if softcap is not None:
+        if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
+            raise TypeError(f"softcap must be a number > 0; got softcap={shown(softcap)}. Leave it out for no cap.")
+        if not 0 < softcap < math.inf:
+            raise ValueError(f"softcap must be > 0 and finite; got softcap={softcap}. Leave it out for no cap.")
+    if scale is not None and not isinstance(scale, Tensor):
+        check_number("scale", scale)
 
 
 def resolve_domains(
@@ -129,6 +177,10 @@ def check_mask(mask: Mask) -> Mask:
 
 def bias_terms(bias: BiasLike | SequenceOf[BiasLike] | None) -> tuple[BiasLike, ...]:
     """The biases one by one, sums taken apart."""
+    if bias is not None and not isinstance(bias, (Tensor, Position, list, tuple)):
+        raise TypeError(
+            f"bias must be a positions.Bias, a tensor that broadcasts to (B, H, Tq, Tk), or a list of these; got {type(bias).__name__}"
+        )
     given = () if bias is None else (bias,) if isinstance(bias, (Tensor, Position)) else tuple(bias)
     flat: list[BiasLike] = []
     for term in (part for each in given for part in (each.parts if isinstance(each, Position) else (each,))):
@@ -178,15 +230,20 @@ def check_position(position: Position | None, heads: int) -> None:
     """Raise unless the position can act within a layer of so many heads."""
     if position is None:
         return
-    if not isinstance(position, Position):
-        raise TypeError(
-            f"position must be a position such as positions.Rotary(head_dim); got {type(position).__name__}"
-        )
+    check_is_position(position)
     for embedding in position.embeddings:
         raise ValueError(
             f"{type(embedding).__name__} is added to the tokens once, by the model: give it to an Encoder, or call it on x"
         )
     check_bias_heads(position, heads)
+
+
+def check_is_position(position: object) -> None:
+    """Raise unless this is a position or None."""
+    if position is not None and not isinstance(position, Position):
+        raise TypeError(
+            f"position must be a position such as positions.Rotary(head_dim); got {type(position).__name__}"
+        )
 
 
 def check_bias_heads(position: Position, heads: int) -> None:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ._arguments import Size
 from ._inputs import place
+from ._options import PoolingOptions, QKNorm
 from ._recorded import Recorded
 from ._sublayers import Activation, FeedForward, NormLayer, norm_factory
 from .attention import Attention
 from .domains import Domain, Sequence
 from .masks import Keys, Mask
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Pool = Literal["token", "mean", "sum", "max", "mean-max", "attention"]
 
@@ -39,7 +43,7 @@ class Pooling(Recorded):
         torch.Size([4, 8])
     """
 
-    def __init__(self, dim: int, pool: Pool = "mean", **attention: Any) -> None:
+    def __init__(self, dim: Size, pool: Pool = "mean", **attention: Unpack[PoolingOptions]) -> None:
         super().__init__()
         if pool not in get_args(Pool):
             raise ValueError(f"pool must be one of {', '.join(map(repr, get_args(Pool)))}; got pool={pool!r}")
@@ -86,13 +90,13 @@ class MultiheadPooling(Recorded):
 
     def __init__(
         self,
-        dim: int,
-        heads: int,
+        dim: Size,
+        heads: Size,
         *,
-        hidden: int | None = None,
+        hidden: Size | None = None,
         norm_layer: NormLayer = "layer",
         activation: Activation = "gelu",
-        qk_norm: str | Callable[[int], nn.Module] | None = None,
+        qk_norm: QKNorm | None = None,
         prefix: bool = False,
     ) -> None:
         super().__init__()

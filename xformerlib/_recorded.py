@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._arguments import fit_arguments
 from ._config import Described, to_config, understood
 from ._names import Reference
 
 _RECORD = "_made_with"
+_OURS = f"{__package__}."
 
 
 class Recorded(nn.Module, Described):
@@ -71,6 +73,9 @@ def _recording(owner: type, init: Callable[..., None]) -> Callable[..., None]:
             return
         args = tuple(map(understood, args))
         kwargs = {name: understood(value) for name, value in kwargs.items()}
+        if owner.__module__.startswith(_OURS) and _called(type(self)) is owner:  # type: ignore[arg-type]
+            (_, *args), kwargs = fit_arguments(type(self).__name__, init, (self, *args), kwargs)  # type: ignore[assignment]
+            args = tuple(args)
         if _RECORD not in vars(self):  # by the class itself, not by one that it derives from
             vars(self)[_RECORD] = _Record(
                 owner, tuple(map(_kept, args)), {name: _kept(x) for name, x in kwargs.items()}
@@ -78,6 +83,13 @@ def _recording(owner: type, init: Callable[..., None]) -> Callable[..., None]:
         init(self, *args, **kwargs)
 
     return __init__
+
+
+@functools.cache
+def _called(kind: type) -> type:
+    """The first class of this library whose constructor making a ``kind`` calls: it speaks for those beneath it."""
+    ours = (base for base in kind.__mro__ if "__init__" in vars(base) and base.__module__.startswith(_OURS))
+    return next(ours)
 
 
 def _kept(value: Any) -> Any:

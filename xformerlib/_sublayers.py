@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ._arguments import Rate, Size, Within, check_number
 from ._dropout import Dropout
 from ._recorded import Recorded
 from .domains import Domain
@@ -49,11 +50,11 @@ class FeedForward(Recorded):
 
     def __init__(
         self,
-        dim: int,
+        dim: Size,
         *,
-        hidden: int | None = None,
+        hidden: Size | None = None,
         activation: Activation = "gelu",
-        dropout: float = 0.0,
+        dropout: Rate = 0.0,
         bias: bool = True,
         norm: NormLayer | None = None,
     ) -> None:
@@ -101,8 +102,7 @@ class DropPath(nn.Module):
 
     def __init__(self, p: float = 0.0) -> None:
         super().__init__()
-        if not 0 <= p < 1:
-            raise ValueError(f"drop_path must be in [0, 1); got drop_path={p}")
+        check_number("drop_path", p, Within(0, 1))
         self.p = p
 
     def forward(self, x: Float[Tensor, "*batch tokens dim"], domain: Domain) -> Float[Tensor, "*batch tokens dim"]:

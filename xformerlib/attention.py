@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence as SequenceOf
+from collections.abc import Sequence as SequenceOf
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from . import kernels
+from ._arguments import Count, Positive, Rate, Size, checked
 from ._autograd import constants, is_compiling, is_jit_tracing, is_leaving, no_autocast
 from ._cache import Cache
 from ._compiled import Inputs, run_in_graph
@@ -19,6 +20,7 @@ from ._inputs import (
     are_pointwise,
     bias_kind,
     bias_terms,
+    check_dtype,
     check_heads,
     check_inputs,
     check_last,
@@ -27,6 +29,7 @@ from ._inputs import (
     place,
     resolve_domains,
 )
+from ._options import QKNorm
 from ._planned import bound_biases, check_extent, planned, scores_of, without_padding
 from ._portable import run_portably, shape_of
 from ._projection import columns_of, dtype_of
@@ -85,7 +88,9 @@ def attention(
         >>> attention(q, kv, kv, mask=masks.Causal() & masks.Local(3)).shape
         torch.Size([1, 4, 10, 8])
     """
-    check_inputs(query, key, value, sinks, dropout_p, softcap)
+    check_inputs(query, key, value, sinks, dropout_p, softcap, scale)
+    if not isinstance(kernel, str):
+        raise TypeError(f"kernel must be 'auto' or the name of a kernel; got kernel={kernel!r}")
     kernel = kernels.kernel_in_use(kernel)
     mask = Full() if mask is None else check_mask(mask)
     terms = bias_terms(bias)
@@ -122,20 +127,21 @@ def _sizes(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, int, int, in
     return query.shape[0], query.shape[1], key.shape[1], query.shape[-1], value.shape[-1]
 
 
+@checked
 def plan(
     mask: Mask | None,
     domain: Domain,
     key_domain: Domain | None = None,
     *,
-    batch: int = 1,
-    heads: int = 1,
-    kv_heads: int | None = None,
-    head_dim: int = 64,
+    batch: Count = 1,
+    heads: Size = 1,
+    kv_heads: Size | None = None,
+    head_dim: Size = 64,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     bias: BiasLike | SequenceOf[BiasLike] | None = None,
-    dropout_p: float = 0.0,
-    softcap: float | None = None,
+    dropout_p: Rate = 0.0,
+    softcap: Positive | None = None,
     sinks: bool = False,
     kernel: str = "auto",
 ) -> Plan:
@@ -197,14 +203,14 @@ class Attention(Recorded):
         head_dim: int | None = None,
         mask: Mask | None = None,
         position: Position | None = None,
-        qk_norm: str | Callable[[int], nn.Module] | None = None,
+        qk_norm: QKNorm | None = None,
         out_norm: NormLayer | None = None,
         qkv_bias: bool = True,
         out_bias: bool = True,
         gate: bool = False,
         sinks: bool = False,
-        softcap: float | None = None,
-        dropout: float = 0.0,
+        softcap: Positive | None = None,
+        dropout: Rate = 0.0,
         kernel: str = "auto",
     ) -> None:
         super().__init__()
@@ -339,6 +345,9 @@ class Attention(Recorded):
     ) -> tuple[Tensor, Tensor, Tensor, Domain, Domain]:
         """Queries, keys and values by head, normalised, rotated and joined with cached ones, and where they live."""
         domain = place("x", x, self.dim, domain)
+        check_dtype("x", x, self.qkv)
+        if cache is not None and not isinstance(cache, Cache):
+            raise TypeError(f"cache must be an xformerlib.Cache(); got {type(cache).__name__}")
         cross = context is not None or (cache is not None and cache.holds_context(self))
         if context_domain is not None and context is None:
             raise ValueError("context_domain says where context lives, but no context came; give context too")
@@ -363,6 +372,7 @@ class Attention(Recorded):
             key, value, keys = cache.context(self)
         else:
             keys = place("context", context, self.dim, context_domain)
+            check_dtype("context", context, self.qkv)
             key, value = (
                 self._heads(part) for part in columns_of(self.qkv, keys.zero_padding(context), own, None).chunk(2, -1)
             )
@@ -408,7 +418,7 @@ def _normed(norm: nn.Module, x: Tensor) -> Tensor:
     return norm(x) if parameter is None else norm(x.to(parameter.dtype)).to(x.dtype)
 
 
-def _qk_norm(kind: str | Callable[[int], nn.Module] | None, head_dim: int, heads: int | None) -> nn.Module:
+def _qk_norm(kind: QKNorm | None, head_dim: int, heads: int | None) -> nn.Module:
     if kind is None:
         return nn.Identity()
     if callable(kind):

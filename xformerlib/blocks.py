@@ -5,15 +5,26 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence as SequenceOf
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ._arguments import Rate, Size
 from ._cache import Cache
-from ._inputs import Masks, Positions, check_last, masks_of_layers, place, positions_of_layers, rates_of_layers
+from ._inputs import (
+    Masks,
+    Positions,
+    check_dtype,
+    check_last,
+    masks_of_layers,
+    place,
+    positions_of_layers,
+    rates_of_layers,
+)
+from ._options import BlockOptions, EncoderBlockOptions, LayerOptions, NormPlace as NormPlace, StackOptions
 from ._recorded import Recorded
 from ._sublayers import (
     Activation as Activation,
@@ -29,7 +40,8 @@ from .domains import Domain
 from .masks import Causal, Mask
 from .positions import Position
 
-NormPlace = Literal["pre", "post", "sandwich", "res-post", "parallel"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Block(Recorded):
@@ -63,21 +75,21 @@ class Block(Recorded):
 
     def __init__(
         self,
-        dim: int,
-        heads: int,
+        dim: Size,
+        heads: Size,
         *,
         norm: NormPlace = "pre",
         norm_layer: NormLayer = "layer",
         layer_scale: float | None = None,
-        drop_path: float = 0.0,
+        drop_path: Rate = 0.0,
         cross: bool = False,
-        hidden: int | None = None,
+        hidden: Size | None = None,
         activation: Activation = "gelu",
-        dropout: float = 0.0,
-        attention_dropout: float = 0.0,
+        dropout: Rate = 0.0,
+        attention_dropout: Rate = 0.0,
         bias: bool = True,
         hidden_norm: NormLayer | None = None,
-        **attention: Any,
+        **attention: Unpack[LayerOptions],
     ) -> None:
         super().__init__()
         if norm not in get_args(NormPlace):
@@ -90,7 +102,7 @@ class Block(Recorded):
 
         self.attention = Attention(dim, heads, dropout=attention_dropout, **attention)
         self.attention_residual = residual()
-        own = {name: value for name, value in attention.items() if name not in ("mask", "position")}
+        own: dict[str, Any] = {name: value for name, value in attention.items() if name not in ("mask", "position")}
         self.cross_attention = Attention(dim, heads, dropout=attention_dropout, **own) if cross else None
         self.cross_residual = residual() if cross and not self.parallel else None
         self.feed_forward = FeedForward(
@@ -112,6 +124,7 @@ class Block(Recorded):
     ) -> Float[Tensor, "*batch last dim"]:
         """Map tokens to tokens; ``context`` is what a block with ``cross=True`` attends to (arguments as in ``Attention``)."""
         domain = place("x", x, self.attention.dim, domain)
+        check_dtype("x", x, self.attention.qkv, self.attention_residual.norm)
         here = domain if last is None else check_last(last, domain)
         self._check_context(context, context_domain, context_mask, cache)
         x = domain.zero_padding(x)
@@ -162,16 +175,16 @@ class _Stack(Recorded):
 
     def __init__(
         self,
-        dim: int,
-        depth: int,
-        heads: int,
+        dim: Size,
+        depth: Size,
+        heads: Size,
         *,
         mask: Masks,
         position: Positions,
         norm: str,
         norm_layer: NormLayer,
         final_norm: bool | None,
-        drop_path: float | SequenceOf[float],
+        drop_path: Rate | SequenceOf[Rate],
         checkpoint: bool,
         **block: Any,
     ) -> None:
@@ -255,18 +268,18 @@ class Encoder(_Stack):
 
     def __init__(
         self,
-        dim: int,
-        depth: int,
-        heads: int,
+        dim: Size,
+        depth: Size,
+        heads: Size,
         *,
         mask: Masks = None,
         position: Positions = None,
         norm: NormPlace = "pre",
         norm_layer: NormLayer = "layer",
         final_norm: bool | None = None,
-        drop_path: float | SequenceOf[float] = 0.0,
+        drop_path: Rate | SequenceOf[Rate] = 0.0,
         checkpoint: bool = False,
-        **block: Any,
+        **block: Unpack[EncoderBlockOptions],
     ) -> None:
         if block.get("cross"):
             raise ValueError("cross is for a Decoder: an Encoder is given no context to attend to; got cross=True")
@@ -307,9 +320,9 @@ class Decoder(_Stack):
 
     def __init__(
         self,
-        dim: int,
-        depth: int,
-        heads: int,
+        dim: Size,
+        depth: Size,
+        heads: Size,
         *,
         mask: Mask | SequenceOf[Mask | None] = Causal(),  # noqa: B008  (a frozen value)
         cross: bool = True,
@@ -317,9 +330,9 @@ class Decoder(_Stack):
         norm: NormPlace = "pre",
         norm_layer: NormLayer = "layer",
         final_norm: bool | None = None,
-        drop_path: float | SequenceOf[float] = 0.0,
+        drop_path: Rate | SequenceOf[Rate] = 0.0,
         checkpoint: bool = False,
-        **block: Any,
+        **block: Unpack[BlockOptions],
     ) -> None:
         super().__init__(
             dim, depth, heads, mask=mask, position=position, norm=norm, norm_layer=norm_layer, final_norm=final_norm,
@@ -367,23 +380,27 @@ class EncoderDecoder(Recorded):
 
     def __init__(
         self,
-        dim: int = 512,
-        heads: int = 8,
+        dim: Size = 512,
+        heads: Size = 8,
         *,
-        encoder_depth: int = 6,
-        decoder_depth: int = 6,
+        encoder_depth: Size = 6,
+        decoder_depth: Size = 6,
         mask: Mask | None = None,
         decoder_mask: Mask = Causal(),  # noqa: B008  (a frozen value)
         position: Positions = None,
         norm: NormPlace = "post",
         activation: Activation = "relu",
-        **stack: Any,
+        **stack: Unpack[StackOptions],
     ) -> None:
         super().__init__()
-        stack = {"position": position, "norm": norm, "activation": activation, **stack}
-        self.encoder = Encoder(dim, encoder_depth, heads, mask=mask, **stack)
+        if not isinstance(decoder_mask, (Mask, type(None))):
+            raise TypeError(
+                f"decoder_mask must be a mask such as masks.Causal(); got {type(decoder_mask).__name__}. For no mask: masks.Full()."
+            )
+        options: dict[str, Any] = {"position": position, "norm": norm, "activation": activation, **stack}
+        self.encoder = Encoder(dim, encoder_depth, heads, mask=mask, **options)
         # Each has a position of its own, as in T5: what source and target learn of distance differs.
-        own = {**stack, "position": copy.deepcopy(position)}
+        own = {**options, "position": copy.deepcopy(position)}
         self.decoder = Decoder(dim, decoder_depth, heads, mask=decoder_mask, **own)
 
     def forward(

@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
+from .._arguments import check_count, shown
 from .._config import Described
 from ._kept import OF_ITS_OWN, Kept
 
@@ -359,21 +360,12 @@ def either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a | b
 
 
-def check_count(name: str, value: object, *, least: int = 0) -> int:
-    """``value`` as an int, or an error that names the argument."""
-    # A symbolic size stays one, so that a graph is compiled or exported for all sizes.
-    whole = isinstance(value, (int, torch.SymInt))
-    if isinstance(value, bool) or not (whole or hasattr(value, "__index__")):
-        raise TypeError(f"{name} must be an integer; got {name}={value!r}")
-    number: int = value if whole else int(value.__index__())  # type: ignore[attr-defined, assignment]
-    if number < least:
-        raise ValueError(f"{name} must be >= {least}; got {name}={number}")
-    return number
-
-
 def as_lengths(name: str, lengths: SequenceOf[int] | Tensor) -> Int[Tensor, " items"]:
     """Lengths of items as an int64 vector, checked."""
-    tensor = torch.as_tensor(lengths)
+    try:
+        tensor = torch.as_tensor(lengths)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be a vector of integers; got {name}={shown(lengths)}") from None
     if tensor.numel() == 0:
         tensor = tensor.reshape(0).long()
     if tensor.ndim != 1 or tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:

@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int, Integer, Shaped
 from torch import Tensor
 
+from .._arguments import check_count
 from .._autograd import is_compiling
 from . import _graph_facts as facts
-from ._base import Domain, check_count, offsets_of
+from ._base import Domain, offsets_of
 from ._graph_inputs import check_batch, check_edge_attr, check_edges
 from ._kept import Fact
 from ._neighbours import Neighbours, neighbours_of

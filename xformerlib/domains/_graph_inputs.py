@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._base import as_lengths, check_count
+from .._arguments import check_count
+from ._base import as_lengths
 
 
 def check_edges(edge_index: Any, num_nodes: int) -> Tensor:

@@ -11,7 +11,8 @@ from jaxtyping import Bool
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._base import Domain, as_lengths, check_count, offsets_of
+from .._arguments import check_count
+from ._base import Domain, as_lengths, offsets_of
 
 
 class Grid(Domain):

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Bool, Shaped
 from torch import Tensor
 
+from .._arguments import check_count
 from .._autograd import is_transformed
-from ._base import Domain, as_lengths, check_count, offsets_of
+from ._base import Domain, as_lengths, offsets_of
 
 
 class Sequence(Domain):

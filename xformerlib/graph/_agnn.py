@@ -7,6 +7,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._arguments import Rate, Size
 from .._dropout import Dropout
 from ..attention import attention
 from ..domains import Graph
@@ -43,12 +44,12 @@ class AGNN(GraphModel):
     def __init__(
         self,
         in_channels: int | nn.Module,
-        hidden_channels: int,
-        out_channels: int | None,
-        num_layers: int = 2,
+        hidden_channels: Size,
+        out_channels: Size | None,
+        num_layers: Size = 2,
         *,
         teleport: float = 0.0,
-        dropout: float = 0.5,
+        dropout: Rate = 0.5,
         mask: Mask | None = None,
         pool: Readout = None,
     ) -> None:

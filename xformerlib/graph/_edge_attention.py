@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .._along_edges import along_edges
+from .._arguments import Rate, Size
 from .._projection import is_plain
 from .._recorded import Recorded
 from ._edges import Adjacency, SortedEdges, as_pairs, sorted_edges
@@ -56,13 +57,13 @@ class EdgeAttention(Recorded):
     def __init__(
         self,
         in_channels: int | tuple[int, int],
-        out_channels: int,
-        heads: int = 1,
+        out_channels: Size,
+        heads: Size = 1,
         *,
         concat: bool = True,
         beta: bool = False,
-        dropout: float = 0.0,
-        edge_dim: int | None = None,
+        dropout: Rate = 0.0,
+        edge_dim: Size | None = None,
         bias: bool = True,
         root_weight: bool = True,
     ) -> None:

@@ -10,12 +10,13 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._arguments import Size, check_positive, check_size
 from .._autograd import is_compiling, no_autocast
 from .._projection import dtype_of
 from .._recorded import Recorded
 from ..domains import Domain, Graph, Points
 from ..positions import Bias, PairBias
-from ..positions._base import PlacePair, at_least_fp32, check_positive, check_width, no_meaning, placed
+from ..positions._base import PlacePair, at_least_fp32, no_meaning, placed
 from ..positions._bias import EveryPair, Network, in_blocks
 from ..positions._tables import rows_of_batch
 from ._pairs import NodePairBias
@@ -53,11 +54,11 @@ class RandomWalkBias(NodePairBias):
         torch.Size([4, 3, 3])
     """
 
-    def __init__(self, heads: int, steps: int, *, hidden: int = 64) -> None:
+    def __init__(self, heads: Size, steps: Size, *, hidden: Size = 64) -> None:
         super().__init__()
-        self.heads = check_width("heads", heads)
-        self.steps = check_width("steps", steps)
-        self.inner = nn.Linear(steps, check_width("hidden", hidden))
+        self.heads = check_size("heads", heads)
+        self.steps = check_size("steps", steps)
+        self.inner = nn.Linear(steps, check_size("hidden", hidden))
         self.outer = nn.Linear(hidden, heads)
 
     def reset_parameters(self) -> None:
@@ -104,11 +105,11 @@ class GaussianBias(Bias):
         torch.Size([4, 2])
     """
 
-    def __init__(self, heads: int, kernels: int = 128, *, max_distance: float = 3.0) -> None:
+    def __init__(self, heads: Size, kernels: Size = 128, *, max_distance: float = 3.0) -> None:
         super().__init__()
-        self.heads = check_width("heads", heads)
+        self.heads = check_size("heads", heads)
         self.max_distance = check_positive("max_distance", max_distance)
-        self.means = nn.Parameter(torch.empty(check_width("kernels", kernels)))
+        self.means = nn.Parameter(torch.empty(check_size("kernels", kernels)))
         self.widths = nn.Parameter(torch.empty(kernels))
         self.factor, self.shift = nn.Parameter(torch.empty(())), nn.Parameter(torch.empty(()))
         self.inner = nn.Linear(kernels, kernels)
@@ -194,10 +195,10 @@ class _Columns(Recorded):
 
     first: Int[Tensor, " columns"]
 
-    def __init__(self, dim: int, sizes: Sequence[int]) -> None:
+    def __init__(self, dim: Size, sizes: Sequence[int]) -> None:
         super().__init__()
-        self.dim = check_width("dim", dim)
-        self.sizes = tuple(check_width("sizes", size) for size in sizes)
+        self.dim = check_size("dim", dim)
+        self.sizes = tuple(check_size("sizes", size) for size in sizes)
         if not self.sizes:
             raise ValueError("sizes must name the values of at least one column; got none")
         size = torch.tensor(self.sizes)
@@ -258,7 +259,7 @@ class AtomEncoder(_Columns):
         torch.Size([5, 64])
     """
 
-    def __init__(self, dim: int, sizes: Sequence[int] = ATOM_SIZES) -> None:
+    def __init__(self, dim: Size, sizes: Sequence[int] = ATOM_SIZES) -> None:
         super().__init__(dim, sizes)
 
 
@@ -284,5 +285,5 @@ class BondEncoder(_Columns):
         torch.Size([7, 16])
     """
 
-    def __init__(self, dim: int, sizes: Sequence[int] = BOND_SIZES) -> None:
+    def __init__(self, dim: Size, sizes: Sequence[int] = BOND_SIZES) -> None:
         super().__init__(dim, sizes)

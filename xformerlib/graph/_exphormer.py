@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from .._arguments import Count, Rate, Size, check_count
+from .._inputs import check_is_position
+from .._options import ExphormerOptions
 from .._recorded import Recorded
 from ..domains import Graph
-from ..domains._base import check_count
 from ..masks import Expander
 from ..positions import Position
 from ._edge_attention import EdgeAttention
@@ -19,6 +21,9 @@ from ._gps import GPS, GPSLayer
 from ._model import check_edge_features
 from ._readout import Readout
 from ._reset import reset
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 KINDS = 3  # an edge, a link of the expander, a link with a virtual node
 
@@ -102,13 +107,13 @@ class ExpanderAttention(Recorded):
 
     def __init__(
         self,
-        channels: int,
-        heads: int,
+        channels: Size,
+        heads: Size,
         *,
-        edge_dim: int | None = None,
-        degree: int = 4,
+        edge_dim: Size | None = None,
+        degree: Count = 4,
         seed: int = 0,
-        dropout: float = 0.0,
+        dropout: Rate = 0.0,
     ) -> None:
         super().__init__()
         head_channels, rest = divmod(channels, heads)
@@ -174,22 +179,23 @@ class Exphormer(GPS):
     def __init__(
         self,
         in_channels: int | nn.Module,
-        hidden_channels: int,
-        out_channels: int | None,
-        num_layers: int,
-        heads: int,
+        hidden_channels: Size,
+        out_channels: Size | None,
+        num_layers: Size,
+        heads: Size,
         *,
         conv: Callable[[], nn.Module] | None = None,
-        edge_dim: int | nn.Module | None = None,
-        degree: int = 4,
+        edge_dim: Size | nn.Module | None = None,
+        degree: Count = 4,
         seed: int = 0,
-        virtual_nodes: int = 1,
+        virtual_nodes: Count = 1,
         passing: bool = True,
         position: Position | None = None,
         pool: Readout = None,
-        attention_dropout: float = 0.0,
-        **layer: Any,
+        attention_dropout: Rate = 0.0,
+        **layer: Unpack[ExphormerOptions],
     ) -> None:
+        check_is_position(position)
         if position is not None and (position.rotations or position.biases):
             raise ValueError(
                 "position of an Exphormer may have embeddings only; for rotations and biases use GPS with a mask"
@@ -197,13 +203,13 @@ class Exphormer(GPS):
         wrong = [name for name in ("mask", "attention") if name in layer]
         if wrong:
             raise ValueError(f"{', '.join(wrong)}: an Exphormer attends along its links; use GPS for other attention")
-        features = None if edge_dim is None else hidden_channels
-        own = {"edge_dim": features, "degree": degree, "seed": seed, "dropout": attention_dropout}
+        # Read by make_layer, which the base calls.
+        self.degree, self.seed, self.passing = degree, seed, passing
+        self._edge_dim, self._attention_dropout = None if edge_dim is None else hidden_channels, attention_dropout
         super().__init__(
             in_channels, hidden_channels, out_channels, num_layers, heads, conv=conv, edge_dim=edge_dim, position=position,
-            pool=pool, virtual_nodes=virtual_nodes, passing=passing, links=own, **layer,
+            pool=pool, virtual_nodes=virtual_nodes, **layer,
         )  # fmt: skip
-        self.degree, self.seed = degree, seed
 
     def shared(self, graph: Graph, edges: Float[Tensor, "edges channels"] | None) -> dict[str, Any]:
         """Features of the links."""
@@ -211,5 +217,12 @@ class Exphormer(GPS):
 
     def make_layer(self, channels: int, conv: Callable[[], nn.Module], heads: int, **layer: Any) -> GPSLayer:
         """One of the layers."""
-        passing, attention = layer.pop("passing"), ExpanderAttention(channels, heads, **layer.pop("links"))
-        return _Layer(channels, conv() if passing else None, attention=attention, **layer)
+        attention = ExpanderAttention(
+            channels,
+            heads,
+            edge_dim=self._edge_dim,
+            degree=self.degree,
+            seed=self.seed,
+            dropout=self._attention_dropout,
+        )
+        return _Layer(channels, conv() if self.passing else None, attention=attention, **layer)

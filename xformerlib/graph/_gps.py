@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from .._arguments import Count, Rate, Size
+from .._inputs import check_is_position
+from .._options import AttentionOptions, GPSOptions
 from .._recorded import Recorded
 from .._sublayers import Activation, FeedForward, NormLayer, Residual, TokenNorm, norm_factory
 from ..attention import Attention
@@ -18,11 +21,14 @@ from ..positions import Position
 from ..positions._graph import on_nodes
 from ._edge_attention import EdgeAttention
 from ._edges import Adjacency
-from ._inputs import linear_from, place_nodes
+from ._inputs import check_nodes, linear_from, place_nodes
 from ._model import GraphModel, check_edge_features
 from ._pairs import worked_out_once
 from ._readout import Readout
 from ._reset import reset
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # As in blocks, or "batch", or a module that makes one of PyTorch Geometric's norms, which is told the graph of each node.
 GraphNorm = NormLayer | str | None
@@ -64,19 +70,19 @@ class GPSLayer(Recorded):
 
     def __init__(
         self,
-        channels: int,
+        channels: Size,
         conv: nn.Module | None,
-        heads: int = 1,
+        heads: Size = 1,
         *,
-        dropout: float = 0.0,
+        dropout: Rate = 0.0,
         activation: Activation = "relu",
         norm: GraphNorm = "batch",
-        drop_path: float = 0.0,
+        drop_path: Rate = 0.0,
         attention: nn.Module | None = None,
-        attention_dropout: float = 0.0,
+        attention_dropout: Rate = 0.0,
         mask: Mask | None = None,
         position: Position | None = None,
-        **options: Any,
+        **options: Unpack[AttentionOptions],
     ) -> None:
         super().__init__()
         if attention is not None and (mask is not None or position is not None or attention_dropout or options):
@@ -106,6 +112,7 @@ class GPSLayer(Recorded):
         **attend: Any,
     ) -> Float[Tensor, "tokens channels"]:
         """Nodes to nodes. Further arguments are those of the attention: a position that layers share."""
+        check_nodes(x, None)
         virtual = edge_index.prefix if isinstance(edge_index, Graph) else 0
         placed = place_nodes(edge_index, len(x), batch, virtual_nodes=virtual)
         return placed.restored(self.run(placed.sorted(x), placed.graph, edge_attr, **attend))
@@ -161,23 +168,24 @@ class GPS(GraphModel):
     def __init__(
         self,
         in_channels: int | nn.Module,
-        hidden_channels: int,
-        out_channels: int | None,
-        num_layers: int,
-        heads: int,
+        hidden_channels: Size,
+        out_channels: Size | None,
+        num_layers: Size,
+        heads: Size,
         *,
         conv: Callable[[], nn.Module] | None = None,
-        edge_dim: int | nn.Module | None = None,
+        edge_dim: Size | nn.Module | None = None,
         position: Position | None = None,
         pool: Readout = None,
-        virtual_nodes: int = 0,
-        **layer: Any,
+        virtual_nodes: Count = 0,
+        **layer: Unpack[GPSOptions],
     ) -> None:
         super().__init__(
             in_channels, hidden_channels, out_channels, pool=pool, virtual_nodes=virtual_nodes, heads=heads
         )
         if num_layers < 1:
             raise ValueError(f"num_layers must be >= 1; got num_layers={num_layers}")
+        check_is_position(position)
         self.embed_edges = linear_from(edge_dim, hidden_channels) if isinstance(edge_dim, int) else edge_dim
         self.position = position
         if conv is None:

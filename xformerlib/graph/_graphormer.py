@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from .._arguments import Count, Size, check_size
 from .._autograd import no_autocast
+from .._options import GraphormerOptions
 from .._sublayers import NormLayer, norm_factory, normed
 from ..blocks import Block
 from ..domains import Domain, Graph
 from ..positions import Bias, Learned, PairBias, RelativeBias
-from ..positions._base import at_least_fp32, check_width, no_meaning
+from ..positions._base import at_least_fp32, no_meaning
 from ._model import GraphModel, check_edge_features
 from ._pairs import NodePairBias, NodePairs
 from ._paths import shortest_paths, size_of_pairs
 from ._readout import Readout
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class PathBias(NodePairBias):
@@ -48,10 +53,10 @@ class PathBias(NodePairBias):
         tensor([[3., 5., 0.]], grad_fn=<ExpandBackward0>)
     """
 
-    def __init__(self, heads: int, edge_dim: int, *, steps: int = 5) -> None:
+    def __init__(self, heads: Size, edge_dim: int, *, steps: Size = 5) -> None:
         super().__init__()
-        self.heads = check_width("heads", heads)
-        self.weight = nn.Parameter(torch.empty(check_width("steps", steps), check_width("edge_dim", edge_dim), heads))
+        self.heads = check_size("heads", heads)
+        self.weight = nn.Parameter(torch.empty(check_size("steps", steps), check_size("edge_dim", edge_dim), heads))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -121,19 +126,19 @@ class Graphormer(GraphModel):
     def __init__(
         self,
         in_channels: int | nn.Module,
-        hidden_channels: int,
-        out_channels: int | None,
-        num_layers: int = 12,
-        heads: int = 8,
+        hidden_channels: Size,
+        out_channels: Size | None,
+        num_layers: Size = 12,
+        heads: Size = 8,
         *,
-        edge_dim: int | nn.Module | None = None,
-        max_degree: int = 63,
-        max_hops: int = 30,
-        path_steps: int = 5,
+        edge_dim: Size | nn.Module | None = None,
+        max_degree: Size = 63,
+        max_hops: Size = 30,
+        path_steps: Size = 5,
         pool: Readout = "token",
-        virtual_nodes: int = 1,
+        virtual_nodes: Count = 1,
         norm_layer: NormLayer = "layer",
-        **block: Any,
+        **block: Unpack[GraphormerOptions],
     ) -> None:
         super().__init__(
             in_channels, hidden_channels, out_channels, pool=pool, virtual_nodes=virtual_nodes, heads=heads
@@ -141,8 +146,8 @@ class Graphormer(GraphModel):
         if num_layers < 1:
             raise ValueError(f"num_layers must be >= 1; got num_layers={num_layers}")
         self.embed_edges = edge_dim if isinstance(edge_dim, nn.Module) else None
-        self.degree = Learned(hidden_channels, check_width("max_degree", max_degree) + 1, directed=True)
-        rows = check_width("max_hops", max_hops, least=2) + 2  # 0, 1, ..., and no path
+        self.degree = Learned(hidden_channels, check_size("max_degree", max_degree) + 1, directed=True)
+        rows = check_size("max_hops", max_hops, least=2) + 2  # 0, 1, ..., and no path
         self.hops = RelativeBias(heads, buckets=rows, prefix=virtual_nodes > 0, bidirectional=False)
         width = edge_dim if isinstance(edge_dim, int) else hidden_channels
         self.paths = None if edge_dim is None else PathBias(heads, width, steps=path_steps)

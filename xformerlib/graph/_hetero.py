@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._along_edges import Pattern, along_edges
+from .._arguments import Size, check_size
 from .._recorded import Recorded
-from ..positions._base import check_width
 from ._edges import Adjacency, as_pairs, sorted_edges
 from ._made_once import made_once
 
@@ -57,16 +57,16 @@ class HeteroAttention(Recorded):
     def __init__(
         self,
         in_channels: int | dict[str, int],
-        out_channels: int,
+        out_channels: Size,
         metadata: tuple[Sequence[str], Sequence[EdgeType]],
-        heads: int = 1,
+        heads: Size = 1,
         *,
         relation_bias: bool = False,
     ) -> None:
         super().__init__()
         self.node_types, self.edge_types = list(metadata[0]), [tuple(kind) for kind in metadata[1]]
         channels = dict.fromkeys(self.node_types, in_channels) if isinstance(in_channels, int) else dict(in_channels)
-        self.heads, self.out_channels = check_width("heads", heads), check_width("out_channels", out_channels)
+        self.heads, self.out_channels = check_size("heads", heads), check_size("out_channels", out_channels)
         if out_channels % heads:
             raise ValueError(f"heads must divide out_channels; got out_channels={out_channels} and heads={heads}")
         if set(channels) != set(self.node_types):

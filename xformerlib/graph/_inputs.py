@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from .._inputs import check_dtype
 from ..domains import Graph
 from ._edges import Adjacency, as_pairs
 from ._made_once import made_once
@@ -49,11 +50,34 @@ def place_nodes(
                 f"got {edge_index!r}" + ("" if batch is None else " and batch")
             )
         return Placed(edge_index, None)
+    if not isinstance(edge_index, Tensor):
+        raise TypeError(f"edge_index must be a tensor (2, edges), or a Graph; got {type(edge_index).__name__}")
     return made_once(
         ("placed", num_nodes, virtual_nodes, num_graphs),
         [edge_index, batch],
         lambda: _placed(as_pairs(edge_index), num_nodes, batch, virtual_nodes, num_graphs),
     )
+
+
+def check_nodes(x: object, embed: nn.Module | None, name: str = "x") -> None:
+    """Raise unless ``x`` has a row for each node, of features that ``embed`` takes."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor of node features, (nodes, channels); got {type(x).__name__}")
+    if x.ndim == 0:
+        raise ValueError(f"{name} must be (nodes, channels); got a 0-dim tensor")
+    if isinstance(embed, nn.Linear) and not isinstance(embed, nn.LazyLinear):
+        if not x.is_floating_point():
+            raise TypeError(
+                f"{name} must be floating-point node features; got {x.dtype}. Use x.float(), or AtomEncoder(...) as in_channels."
+            )
+        if x.ndim != 2 or x.shape[1] != embed.in_features:
+            raise ValueError(f"{name} must be (nodes, in_channels={embed.in_features}); got {tuple(x.shape)}")
+        check_dtype(name, x, embed)
+    if isinstance(embed, nn.Embedding) and x.ndim != 1:
+        raise ValueError(
+            f"{name} must be (nodes,) where in_channels is an nn.Embedding; got {tuple(x.shape)}. Use x.squeeze(-1), or AtomEncoder for "
+            "several columns."
+        )
 
 
 def _placed(

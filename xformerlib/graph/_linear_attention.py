@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._arguments import Rate, Size
 from .._dropout import Dropout
 from .._recorded import Recorded
 from ..domains import Graph
@@ -114,7 +115,7 @@ def linear_attention(
 class _LinearAttention(Recorded, ABC):
     """Projections to queries, keys and values by head."""
 
-    def __init__(self, channels: int, heads: int, head_channels: int | None, qkv_bias: bool) -> None:
+    def __init__(self, channels: Size, heads: Size, head_channels: Size | None, qkv_bias: bool) -> None:
         super().__init__()
         if head_channels is None:
             head_channels, rest = divmod(channels, heads)
@@ -163,7 +164,7 @@ class SGFormerAttention(_LinearAttention):
     """
 
     def __init__(
-        self, channels: int, heads: int = 1, head_channels: int | None = None, *, qkv_bias: bool = False
+        self, channels: Size, heads: Size = 1, head_channels: Size | None = None, *, qkv_bias: bool = False
     ) -> None:
         super().__init__(channels, heads, head_channels, qkv_bias)
 
@@ -204,15 +205,15 @@ class PerformerAttention(_LinearAttention):
 
     def __init__(
         self,
-        channels: int,
-        heads: int = 1,
-        head_channels: int | None = None,
+        channels: Size,
+        heads: Size = 1,
+        head_channels: Size | None = None,
         *,
         features: Features = "softmax",
         count: int | None = None,
         qkv_bias: bool = False,
         out_bias: bool = True,
-        dropout: float = 0.0,
+        dropout: Rate = 0.0,
     ) -> None:
         super().__init__(channels, heads, head_channels, qkv_bias)
         if features not in get_args(Features):
@@ -278,14 +279,14 @@ class PolynormerAttention(_LinearAttention):
 
     def __init__(
         self,
-        channels: int,
-        heads: int = 1,
-        head_channels: int | None = None,
+        channels: Size,
+        heads: Size = 1,
+        head_channels: Size | None = None,
         *,
         beta: float = 0.9,
         qkv_bias: bool = False,
         qk_shared: bool = True,
-        dropout: float = 0.0,
+        dropout: Rate = 0.0,
     ) -> None:
         super().__init__(channels, heads, head_channels, qkv_bias)
         inner = heads * self.head_channels

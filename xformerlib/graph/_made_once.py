@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..domains._base import check_count
+from .._arguments import check_count
 
 Made = TypeVar("Made")
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from .._arguments import Count, Size, shown
 from .._inputs import Masks, Positions
+from .._options import GraphEncoderOptions
 from .._pooling import Pooling
 from .._recorded import Recorded
 from .._sublayers import NormLayer, normed
@@ -17,10 +19,13 @@ from ..blocks import Encoder
 from ..domains import Graph
 from ..positions._graph import on_nodes
 from ._edges import Adjacency, as_pairs, check_ends
-from ._inputs import linear_from, place_nodes
+from ._inputs import check_nodes, linear_from, place_nodes
 from ._pairs import worked_out_once
 from ._readout import EdgeReadout, Readout
 from ._reset import reset
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class GraphModel(Recorded, ABC):
@@ -44,12 +49,12 @@ class GraphModel(Recorded, ABC):
     def __init__(
         self,
         in_channels: int | nn.Module,
-        hidden_channels: int,
-        out_channels: int | None,
+        hidden_channels: Size,
+        out_channels: Size | None,
         *,
         pool: Readout = None,
-        virtual_nodes: int = 0,
-        heads: int = 1,
+        virtual_nodes: Count = 0,
+        heads: Size = 1,
     ) -> None:
         super().__init__()
         if pool == "token" and not virtual_nodes:
@@ -98,9 +103,9 @@ class GraphModel(Recorded, ABC):
 
         ``edge_label_index`` names other pairs of nodes than the edges to have rows, as PyTorch Geometric's ``RandomLinkSplit`` does.
         """
-        num_graphs = None
+        num_graphs, data = None, None
         if edge_index is None:
-            data = x
+            data = _data_of(x)
             if getattr(data, "edge_weight", None) is not None:
                 raise ValueError(
                     "data.edge_weight has no use here; give it as a feature of edges, "
@@ -111,6 +116,7 @@ class GraphModel(Recorded, ABC):
             num_graphs = None if batch is None else data.num_graphs
             if isinstance(self.pool, EdgeReadout) and edge_label_index is None:
                 edge_label_index = getattr(data, "edge_label_index", None)
+        check_nodes(x, self.embed, "x" if data is None else "data.x")
         if edge_label_index is not None and not isinstance(self.pool, EdgeReadout):
             raise ValueError("edge_label_index asks for rows of pairs of nodes; build the model with pool='edge'")
         prefix = 0 if self.virtual is None else len(self.virtual)
@@ -134,12 +140,30 @@ class GraphModel(Recorded, ABC):
         return self.head(self.pool(nodes, edge_label_index, None))
 
 
+def _data_of(x: Any) -> Any:
+    """A batch of PyTorch Geometric's, which was given in place of ``x``."""
+    if isinstance(x, Tensor) or x is None or not hasattr(x, "edge_index"):
+        if hasattr(x, "edge_types"):
+            raise TypeError(
+                f"data must be a graph of one kind of nodes; got {type(x).__name__}. Use data.to_homogeneous(), or HeteroAttention."
+            )
+        raise TypeError(
+            f"edge_index must be given with x, a tensor (2, edges), or one Data with both; got edge_index=None and x={shown(x)}. "
+            "Without edges: torch.empty(2, 0).long()."
+        )
+    if getattr(x, "x", None) is None:
+        raise ValueError(
+            "data.x must hold node features, one row for each node; got None. Set data.x, such as torch.ones(nodes, 1)."
+        )
+    return x
+
+
 def _readout(pool: Readout, channels: int, heads: int) -> Pooling | EdgeReadout | None:
     if pool is None or isinstance(pool, EdgeReadout):
         return pool
     if pool == "edge":
         return EdgeReadout(channels)
-    return Pooling(channels, pool, **({"heads": heads} if pool == "attention" else {}))
+    return Pooling(channels, pool, heads=heads) if pool == "attention" else Pooling(channels, pool)
 
 
 def check_edge_features(edge_attr: Tensor | None, wanted: bool) -> None:
@@ -174,17 +198,17 @@ class GraphTransformer(GraphModel):
     def __init__(
         self,
         in_channels: int | nn.Module,
-        hidden_channels: int,
-        out_channels: int | None,
-        num_layers: int,
-        heads: int,
+        hidden_channels: Size,
+        out_channels: Size | None,
+        num_layers: Size,
+        heads: Size,
         *,
         mask: Masks = None,
         position: Positions = None,
         pool: Readout = None,
-        virtual_nodes: int = 0,
+        virtual_nodes: Count = 0,
         norm_layer: NormLayer = "layer",
-        **encoder: Any,
+        **encoder: Unpack[GraphEncoderOptions],
     ) -> None:
         super().__init__(
             in_channels, hidden_channels, out_channels, pool=pool, virtual_nodes=virtual_nodes, heads=heads

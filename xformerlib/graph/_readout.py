@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._arguments import Size
 from .._pooling import Pool
 from .._recorded import Recorded
 
@@ -38,7 +39,7 @@ class EdgeReadout(Recorded):
         torch.Size([4, 16])
     """
 
-    def __init__(self, dim: int, *, edge_dim: int | None = None, symmetric: bool = False) -> None:
+    def __init__(self, dim: Size, *, edge_dim: Size | None = None, symmetric: bool = False) -> None:
         super().__init__()
         self.dim, self.symmetric = dim, symmetric
         self.ends = nn.Linear(dim, dim if symmetric else 2 * dim)

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
+from .._arguments import checked_class
 from ..domains._graph_inputs import check_edges
 from ..domains._neighbours import Neighbours, neighbours_of
 
@@ -26,6 +27,7 @@ class _Sampled(NamedTuple):
     edges_of_hop: list[int]
 
 
+@checked_class
 class NeighborSampler(DataLoader[Any]):
     """Subgraphs around some nodes at a time, for graphs too large to be trained on at once (GraphSAGE, Hamilton et al. 2017,
     arXiv:1706.02216).

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from .._arguments import Rate, Size
 from .._dropout import Dropout
 from ..domains import Graph
 from ._inputs import linear_from
@@ -45,13 +46,13 @@ class SGFormer(GraphModel):
     def __init__(
         self,
         in_channels: int | nn.Module,
-        hidden_channels: int,
-        out_channels: int | None,
+        hidden_channels: Size,
+        out_channels: Size | None,
         trans_num_layers: int = 2,
-        trans_num_heads: int = 1,
-        trans_dropout: float = 0.5,
+        trans_num_heads: Size = 1,
+        trans_dropout: Rate = 0.5,
         gnn_num_layers: int = 3,
-        gnn_dropout: float = 0.5,
+        gnn_dropout: Rate = 0.5,
         graph_weight: float = 0.5,
         aggregate: Aggregate = "add",
         *,

@@ -6,10 +6,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from .._arguments import Size, check_size
 from ..domains import Domain, Graph
 from ..domains._spectral import undirected
 from ..positions import Embedding
-from ..positions._base import at_least_fp32, check_width, no_meaning
+from ..positions._base import at_least_fp32, no_meaning
 from ..positions._graph import on_nodes, spectral_axes
 
 
@@ -42,11 +43,11 @@ class SignNet(Embedding):
         torch.Size([3, 8])
     """
 
-    def __init__(self, dim: int, eigenvectors: int = 8, *, hidden: int = 32, num_layers: int = 3) -> None:
+    def __init__(self, dim: Size, eigenvectors: int = 8, *, hidden: Size = 32, num_layers: Size = 3) -> None:
         super().__init__()
-        self.dim = check_width("dim", dim)
-        self.eigenvectors = check_width("eigenvectors", eigenvectors)
-        widths = [2] + [check_width("hidden", hidden)] * check_width("num_layers", num_layers)
+        self.dim = check_size("dim", dim)
+        self.eigenvectors = check_size("eigenvectors", eigenvectors)
+        widths = [2] + [check_size("hidden", hidden)] * check_size("num_layers", num_layers)
         self.phi = nn.ModuleList(_mlp(a, hidden, hidden) for a in widths[:-1])
         self.rho = _mlp(eigenvectors * hidden, hidden, dim)
 

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from .._arguments import check_size, checked_class
 from ..domains import Graph
-from ..positions._base import check_width
 from ..positions._graph import random_signs
 
 Data = TypeVar("Data")
@@ -59,6 +59,7 @@ class _AddEncoding(ABC):
         """Name and rows of what is added, and whether rows are of graphs instead of nodes."""
 
 
+@checked_class
 class AddLaplacian(_AddEncoding):
     """Adds the k lowest nontrivial eigenvectors of the symmetric normalised Laplacian (Dwivedi et al. 2020, arXiv:2003.00982).
 
@@ -86,7 +87,7 @@ class AddLaplacian(_AddEncoding):
         self, k: int, attr_name: str | None = "laplacian_eigenvector_pe", *, eigenvalues: str | None = None
     ) -> None:
         super().__init__(attr_name)
-        self.k, self.eigenvalues = check_width("k", k), _checked_name(eigenvalues)
+        self.k, self.eigenvalues = check_size("k", k), _checked_name(eigenvalues)
 
     def _encodings(self, graph: Graph) -> list[tuple[str | None, Tensor, bool]]:
         values, vectors = (x.to(torch.get_default_dtype()) for x in graph.laplacian_eigenvectors(self.k))
@@ -97,6 +98,7 @@ class AddLaplacian(_AddEncoding):
         return f"AddLaplacian({self.k})"
 
 
+@checked_class
 class AddRandomWalk(_AddEncoding):
     """Adds the probabilities that a random walk is back after 1, ..., ``steps`` steps (RWSE, Dwivedi et al. 2021, arXiv:2110.07875).
 
@@ -120,7 +122,7 @@ class AddRandomWalk(_AddEncoding):
 
     def __init__(self, steps: int, attr_name: str | None = "random_walk_pe") -> None:
         super().__init__(attr_name)
-        self.steps = check_width("steps", steps)
+        self.steps = check_size("steps", steps)
 
     def _encodings(self, graph: Graph) -> list[tuple[str | None, Tensor, bool]]:
         return [(self.attr_name, graph.random_walk(self.steps).to(torch.get_default_dtype()), False)]
@@ -129,6 +131,7 @@ class AddRandomWalk(_AddEncoding):
         return f"AddRandomWalk({self.steps})"
 
 
+@checked_class
 class AddDegree(_AddEncoding):
     """Adds the number of edges into each node and of those out of it, as integers; parallel edges and self-loops count.
 
@@ -153,6 +156,7 @@ class AddDegree(_AddEncoding):
         return "AddDegree()"
 
 
+@checked_class
 class FlipSigns:
     """Multiplies each column of an encoding by -1 or 1, drawn anew at each call and for each graph: eigenvectors have no sign.
 

@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from .._arguments import check_count
 from .._config import Described
 from ..domains import Domain
-from ..domains._base import both, check_count
+from ..domains._base import both
 from ._block_mask import block_mask_of
 from ._outline import Outline, Tiling
 

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
+from .._arguments import check_count
 from .._autograd import is_compiling
 from ..domains import Domain
-from ..domains._base import check_count
 from ._algebra import Extent, Leaf, Mask, Predicate
 from ._outline import Between, Outline, Tiling
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._arguments import check_count
 from ..domains import Domain
-from ..domains._base import check_count, either
+from ..domains._base import either
 from ..domains._neighbours import Neighbours, neighbours_from_sorted
 from ._algebra import Leaf, Predicate
 from ._outline import Between, Outline, Tiling

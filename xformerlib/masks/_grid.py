@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .._arguments import check_count
 from ..domains import Domain
 from ._outline import Between, Outline, Tiling
 from ._sequence import SpatialLeaf
@@ -32,10 +33,13 @@ class Axial(SpatialLeaf):
     instead = "Windows(size) or Segments(ids)"
 
     def __post_init__(self) -> None:
-        if isinstance(self.axis, bool) or not isinstance(self.axis, int):
-            raise TypeError(f"axis must be an integer; got axis={self.axis!r}")
+        object.__setattr__(self, "axis", check_count("axis", self.axis, least=-3))
 
     def check(self, domain: Domain, keys: Domain) -> None:
+        if domain.kind != "Grid":
+            raise ValueError(
+                f"Axial(axis) is not defined on a {domain.kind}, which has no axes; got {self!r} on {domain!r}. Use {self.instead}."
+            )
         super().check(domain, keys)
         if not -domain.ndim <= self.axis < domain.ndim:
             raise ValueError(

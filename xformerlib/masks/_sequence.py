@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .._arguments import as_number, shown
 from ..domains import Domain
 from ..domains._base import either
 from ._algebra import Leaf, Predicate
@@ -344,9 +345,11 @@ def check_sizes(name: str, value: object, *, least: float | None = None, above: 
         if not len(value) >= 1:
             raise ValueError(f"{name} must be a number or one per axis; got {name}={value!r}")
         return tuple(check_sizes(name, part, least=least, above=above, whole=whole) for part in value)
-    if isinstance(value, bool) or not (hasattr(value, "__index__") or isinstance(value, float)):
-        raise TypeError(f"{name} must be a number, or a tuple of one per axis; got {name}={value!r}")
-    number = value.__index__() if hasattr(value, "__index__") else float(value)
+    number = as_number(value)
+    if number is None:
+        raise TypeError(f"{name} must be a number, or a tuple of one per axis; got {name}={shown(value)}")
+    if math.isinf(number):
+        raise ValueError(f"{name} must be finite; got {name}={value!r}. Leave the mask out for no bound.")
     if math.isnan(number) or (least is not None and (number <= least if above else number < least)):
         raise ValueError(f"{name} must be {'>' if above else '>='} {least}; got {name}={value!r}")
     if isinstance(number, float) and number.is_integer():

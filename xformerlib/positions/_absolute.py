@@ -10,9 +10,10 @@ from jaxtyping import Float, Float64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._arguments import Positive, Size, check_positive, check_size
 from .._autograd import is_compiling
 from ..domains import Domain, Graph, Grid, Sequence, Timeline
-from ._base import Embedding, at_least_fp32, check_positive, check_width, kept, no_meaning, places
+from ._base import Embedding, at_least_fp32, kept, no_meaning, places
 from ._graph import on_nodes, random_signs, spectral_axes
 from ._scaling import frequencies
 
@@ -53,13 +54,13 @@ class Sinusoidal(Embedding):
     """
 
     def __init__(
-        self, dim: int, *, theta: float = 10_000.0, scale: float = 1.0, eigenvectors: int | None = None
+        self, dim: Size, *, theta: Positive = 10_000.0, scale: Positive = 1.0, eigenvectors: int | None = None
     ) -> None:
         super().__init__()
-        self.dim = check_width("dim", dim, least=2)
+        self.dim = check_size("dim", dim, least=2)
         self.theta = check_positive("theta", theta)
         self.scale = check_positive("scale", scale)
-        self.eigenvectors = min(8, dim // 2) if eigenvectors is None else check_width("eigenvectors", eigenvectors)
+        self.eigenvectors = min(8, dim // 2) if eigenvectors is None else check_size("eigenvectors", eigenvectors)
 
     def rows(self, domain: Domain, x: Tensor) -> Float[Tensor, "*batch tokens dim"]:
         if isinstance(domain, Graph) and self.training:
@@ -133,15 +134,15 @@ class Learned(Embedding):
         torch.Size([1, 201, 8])
     """
 
-    def __init__(self, dim: int, size: int | SequenceOf[int], *, prefix: int = 0, directed: bool = False) -> None:
+    def __init__(self, dim: Size, size: Size | SequenceOf[Size], *, prefix: int = 0, directed: bool = False) -> None:
         super().__init__()
-        self.dim = check_width("dim", dim)
-        self.size = check_width("size", size) if isinstance(size, int) else tuple(check_width("size", n) for n in size)
+        self.dim = check_size("dim", dim)
+        self.size = check_size("size", size) if isinstance(size, int) else tuple(check_size("size", n) for n in size)
         if isinstance(self.size, tuple) and not 1 <= len(self.size) <= 3:
             raise ValueError(f"size must be a number, or one to three for the axes of a Grid; got size={size}")
         if directed and isinstance(self.size, tuple):
             raise ValueError(f"directed=True is for the degrees of a Graph, whose size is one number; got size={size}")
-        self.prefix = check_width("prefix", prefix, least=0)
+        self.prefix = check_size("prefix", prefix, least=0)
         rows = self.size if isinstance(self.size, int) else math.prod(self.size)
         self.table = nn.Parameter(torch.empty(rows, dim))
         self.prefix_table = nn.Parameter(torch.empty(prefix, dim)) if prefix else None

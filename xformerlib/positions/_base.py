@@ -6,7 +6,6 @@ An ``Embedding`` is added to the tokens, a ``Rotation`` turns queries and keys, 
 from __future__ import annotations
 
 import copy
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator
 from functools import reduce
@@ -444,22 +443,6 @@ def placed(domain: Domain) -> Domain:
 def kept(domain: Domain, key: Hashable, make: Callable[[], Fact]) -> Fact:
     """A table that positions make of a domain's coordinates, kept on the domain; made anew where these want a gradient."""
     return domain.fact(key, make) if domain.whole.learned is None else make()
-
-
-def check_width(name: str, value: int, *, least: int = 1) -> int:
-    """``value``, an integer of at least ``least``, or an error that names the argument."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer; got {name}={value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be >= {least}; got {name}={value}")
-    return value
-
-
-def check_positive(name: str, value: float) -> float:
-    """``value``, a finite number above 0, or an error that names the argument."""
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be a finite number > 0; got {name}={value}")
-    return float(value)
 
 
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:

@@ -12,20 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .._arguments import Positive, Size, check_positive, check_size
 from .._autograd import no_autocast
 from .._projection import dtype_of, is_plain
 from ..domains import Domain, Graph, Grid, Points
-from ._base import (
-    Bias,
-    PairBias,
-    PlacePair,
-    at_least_fp32,
-    check_positive,
-    check_width,
-    in_steps,
-    no_meaning,
-    placed,
-)
+from ._base import Bias, PairBias, PlacePair, at_least_fp32, in_steps, no_meaning, placed
 from ._remembered import remembered
 from ._tables import PREFIX_ENTRIES, HopPair, Offsets, StepPair, TablePair, largest_graph, row_in_table, rows_of_batch
 
@@ -75,17 +66,17 @@ class RelativeBias(Bias):
 
     def __init__(
         self,
-        heads: int,
+        heads: Size,
         *,
-        size: int | SequenceOf[int] | None = None,
-        buckets: int = 32,
+        size: Size | SequenceOf[Size] | None = None,
+        buckets: Size = 32,
         max_distance: float = 128,
         bidirectional: bool = True,
         prefix: bool = False,
-        scale: float = 1.0,
+        scale: Positive = 1.0,
     ) -> None:
         super().__init__()
-        self.heads = check_width("heads", heads)
+        self.heads = check_size("heads", heads)
         self.size = _checked_size(size)
         if self.size is not None and (buckets, max_distance, bidirectional, scale) != (32, 128, True, 1.0):
             raise ValueError(
@@ -93,7 +84,7 @@ class RelativeBias(Bias):
             )
         if self.size is not None and not 1 <= len(self.size) <= 3:
             raise ValueError(f"size must be a number, or one to three for the axes of a Grid; got size={size}")
-        self.buckets = check_width("buckets", buckets, least=4)
+        self.buckets = check_size("buckets", buckets, least=4)
         if bidirectional and buckets % 2:
             raise ValueError(
                 f"buckets must be even, half for each direction; got buckets={buckets}. Or give bidirectional=False."
@@ -214,21 +205,21 @@ class ContinuousBias(Bias):
 
     def __init__(
         self,
-        heads: int,
+        heads: Size,
         *,
-        hidden: int = 512,
+        hidden: Size = 512,
         axes: int = 3,
-        scale: float | SequenceOf[float] = 1.0,
-        size: int | SequenceOf[int] | None = None,
+        scale: Positive | SequenceOf[float] = 1.0,
+        size: Size | SequenceOf[Size] | None = None,
         bound: float | None = 16.0,
     ) -> None:
         super().__init__()
         self.size = _checked_size(size)
-        self.heads = check_width("heads", heads)
-        self.hidden = check_width("hidden", hidden)
-        self.axes = check_width("axes", axes)
+        self.heads = check_size("heads", heads)
+        self.hidden = check_size("hidden", hidden)
+        self.axes = check_size("axes", axes)
         one = isinstance(scale, (int, float))
-        self.scale = tuple(check_positive("scale", s) for s in ((scale,) if one else scale))  # type: ignore[union-attr, arg-type]
+        self.scale = tuple(check_positive("scale", s) for s in ((scale,) if one else scale))  # type: ignore[union-attr]
         if len(self.scale) not in (1, axes):
             raise ValueError(f"scale must be one number or one for each of the {axes} axes; got scale={scale}")
         self.bound = None if bound is None else check_positive("bound", bound)
@@ -408,7 +399,7 @@ class EveryPair(PairBias):
         domain: Domain,
         keys: Domain,
         make: Callable[[Tensor, Tensor, Tensor], Float[Tensor, "rows tq tk heads"]],
-        heads: int,
+        heads: Size,
     ) -> None:
         rows, device = rows_of_batch(domain, keys), domain.device
         b, q, k = (torch.arange(n, device=device) for n in (rows or 1, domain.num_tokens, keys.num_tokens))
@@ -444,4 +435,4 @@ def _logarithmic(distance: Float64[Tensor, "..."], rows: int, max_distance: floa
 
 
 def _checked_size(size: int | SequenceOf[int] | None) -> tuple[int, ...] | None:
-    return None if size is None else tuple(check_width("size", n) for n in ((size,) if isinstance(size, int) else size))
+    return None if size is None else tuple(check_size("size", n) for n in ((size,) if isinstance(size, int) else size))

@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor, nn
 
+from .._arguments import Positive, Size, check_positive, check_size
 from ..domains import Domain, Grid
-from ._base import Bias, PairBias, PlacePair, at_least_fp32, check_positive, check_width, in_steps
+from ._base import Bias, PairBias, PlacePair, at_least_fp32, in_steps
 from ._tables import rows_of_batch
 
 
@@ -44,9 +45,9 @@ class DistanceDecay(Bias):
 
     steps: Int[Tensor, " heads"]
 
-    def __init__(self, heads: int, *, learned: bool = False, scale: float = 1.0) -> None:
+    def __init__(self, heads: Size, *, learned: bool = False, scale: Positive = 1.0) -> None:
         super().__init__()
-        self.heads = check_width("heads", heads)
+        self.heads = check_size("heads", heads)
         self.scale = check_positive("scale", scale)
         # The slope of a head is 2^(-4 step / base): integers, which no change of the model's dtype makes less exact.
         self.base = 2 ** (heads.bit_length() - 1)

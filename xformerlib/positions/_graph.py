@@ -6,9 +6,10 @@ import torch
 from jaxtyping import Float, Float64, Shaped
 from torch import Tensor, nn
 
+from .._arguments import Size, check_size
 from .._projection import dtype_of
 from ..domains import Domain, Graph
-from ._base import Embedding, check_width, no_meaning
+from ._base import Embedding, no_meaning
 
 
 class RandomWalk(Embedding):
@@ -35,10 +36,10 @@ class RandomWalk(Embedding):
         torch.Size([3, 8])
     """
 
-    def __init__(self, dim: int, steps: int) -> None:
+    def __init__(self, dim: Size, steps: Size) -> None:
         super().__init__()
-        self.dim = check_width("dim", dim)
-        self.steps = check_width("steps", steps)
+        self.dim = check_size("dim", dim)
+        self.steps = check_size("steps", steps)
         self.linear = nn.Linear(steps, dim)
 
     def reset_parameters(self) -> None:

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .._arguments import Positive, Size, check_positive, check_size
 from ..domains import Domain, Grid
-from ._base import Rotation, at_least_fp32, check_positive, check_tokens, check_width, kept, places
+from ._base import Rotation, at_least_fp32, check_tokens, kept, places
 from ._scaling import Scaling, frequencies
 
 
@@ -70,21 +71,21 @@ class Rotary(Rotation):
 
     def __init__(
         self,
-        head_dim: int,
+        head_dim: Size,
         *,
-        theta: float = 10_000.0,
+        theta: Positive = 10_000.0,
         layout: Literal["half", "interleaved"] = "half",
         fraction: float = 1.0,
         scaling: Scaling | None = None,
         mixed: bool = False,
-        heads: int = 1,
+        heads: Size = 1,
         coordinates: Literal["index", "resized", "normalized"] = "index",
         reference: int | SequenceOf[int] | None = None,
         offset: float = 0.0,
-        scale: float = 1.0,
+        scale: Positive = 1.0,
     ) -> None:
         super().__init__()
-        self.head_dim = check_width("head_dim", head_dim, least=2)
+        self.head_dim = check_size("head_dim", head_dim, least=2)
         if head_dim % 2:
             raise ValueError(f"head_dim must be even, channels turn in pairs; got head_dim={head_dim}")
         self.theta = check_positive("theta", theta)
@@ -99,7 +100,7 @@ class Rotary(Rotation):
                 "scaling changes the frequencies of theta, but mixed=True learns them; leave out one of the two"
             )
         self.scaling = scaling
-        self.heads = check_width("heads", heads)
+        self.heads = check_size("heads", heads)
         if heads != 1 and not mixed:
             raise ValueError(
                 f"heads counts the sets of mixed frequencies and needs mixed=True; got heads={heads} without it"

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .._arguments import checked_class
 from .._config import Described
 
 
@@ -37,6 +38,7 @@ class Scaling(Described, ABC):
         """The frequencies of one axis in fp64, from the highest, 1, down."""
 
 
+@checked_class
 @dataclass(frozen=True)
 class Interpolation(Scaling):
     """Position interpolation (Chen et al. 2023, arXiv:2306.15595): every position is divided by ``factor``.
@@ -50,6 +52,7 @@ class Interpolation(Scaling):
         return frequencies(theta, bands) / self.factor
 
 
+@checked_class
 @dataclass(frozen=True)
 class NTK(Scaling):
     """NTK-aware scaling (bloc97 2023; arXiv:2309.00071, section 3.1): a larger base, theta' = theta * factor^(d / (d - 2)).
@@ -67,6 +70,7 @@ class NTK(Scaling):
         return frequencies(theta * self.factor ** (bands / (bands - 1)), bands)
 
 
+@checked_class
 @dataclass(frozen=True)
 class YaRN(Scaling):
     """YaRN (Peng et al. 2023, arXiv:2309.00071): fast bands stay, slow bands are interpolated, those between are blended.

@@ -10,13 +10,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from .._arguments import Rate, Size, check_size
 from .._cache import Cache
+from .._inputs import check_mask
 from ..attention import Attention
 from ..blocks import Block, Decoder, EncoderDecoder
 from ..domains import Domain, Sequence, Timeline
 from ..masks import Causal, Keys, Mask
 from ..positions import Position, Sinusoidal
-from ._checks import check_size
 from ._inputs import Inputs
 from ._steps import Advance, Steps, StepwiseModel, width_of
 
@@ -59,15 +60,15 @@ class CausalTransformer(StepwiseModel):
 
     def __init__(
         self,
-        channels: int,
-        lookback: int,
-        horizon: int,
+        channels: Size,
+        lookback: Size,
+        horizon: Size,
         *,
-        dim: int = 64,
-        depth: int = 3,
-        heads: int = 4,
-        hidden: int | None = None,
-        dropout: float = 0.1,
+        dim: Size = 64,
+        depth: Size = 3,
+        heads: Size = 4,
+        hidden: Size | None = None,
+        dropout: Rate = 0.1,
         mask: Mask | None = None,
         position: Position | Callable[[], Position] | None = None,
         **inputs: Unpack[Inputs],
@@ -138,15 +139,15 @@ class EncoderDecoderTransformer(StepwiseModel):
 
     def __init__(
         self,
-        channels: int,
-        lookback: int,
-        horizon: int,
+        channels: Size,
+        lookback: Size,
+        horizon: Size,
         *,
-        dim: int = 64,
-        depth: int = 2,
-        heads: int = 4,
-        hidden: int | None = None,
-        dropout: float = 0.1,
+        dim: Size = 64,
+        depth: Size = 2,
+        heads: Size = 4,
+        hidden: Size | None = None,
+        dropout: Rate = 0.1,
         mask: Mask | None = None,
         position: Position | Callable[[], Position] | None = None,
         **inputs: Unpack[Inputs],
@@ -218,7 +219,7 @@ def _shared_step(
 
 
 def _causal(mask: Mask | None) -> Mask:
-    return Causal() if mask is None else Causal() & mask
+    return Causal() if mask is None else Causal() & check_mask(mask)
 
 
 def _place(model: StepwiseModel, steps: Steps, first: int, count: int) -> Sequence | Timeline:

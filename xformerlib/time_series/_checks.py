@@ -9,15 +9,6 @@ from torch import Tensor
 from .._autograd import is_compiling
 
 
-def check_size(name: str, value: int, *, least: int = 1) -> int:
-    """The size, which must be a whole number >= least."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number; got {name}={value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be >= {least}; got {name}={value}")
-    return value
-
-
 def check_values(x: object) -> None:
     """Raise unless ``x`` is a tensor of real numbers."""
     if not isinstance(x, Tensor) or not x.is_floating_point():

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence as SequenceOf
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Sequence as SequenceOf
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
+from .._arguments import Rate, Size, check_options, check_size
 from .._dropout import Dropout
+from .._options import EncoderOptions
 from .._pooling import Pooling
 from .._recorded import Recorded
 from ..blocks import Encoder
 from ..masks import Mask
 from ..positions import Position, Rotary
-from ._checks import check_size
 from ._inputs import covariates
 from ._packed import packed
 from ._pooling import AttentionPooling
@@ -68,28 +69,36 @@ class SeriesClassifier(Recorded):
 
     def __init__(
         self,
-        channels: int,
-        classes: int,
+        channels: Size,
+        classes: Size,
         *,
-        patch: int = 1,
-        dim: int = 64,
-        depth: int = 3,
-        heads: int = 4,
-        hidden: int | None = None,
-        dropout: float = 0.1,
+        patch: Size = 1,
+        dim: Size = 64,
+        depth: Size = 3,
+        heads: Size = 4,
+        hidden: Size | None = None,
+        dropout: Rate = 0.1,
         pool: Pool = "mean",
         mask: Mask | SequenceOf[Mask | None] | None = None,
         position: Position | Callable[[], Position] | None = None,
         static: int = 0,
-        block: Mapping[str, Any] | None = None,
+        block: EncoderOptions | None = None,
     ) -> None:
         super().__init__()
         self.channels, self.classes = check_size("channels", channels), check_size("classes", classes)
         self.patch, self.static = check_size("patch", patch), check_size("static", static, least=0)
         self.embed = nn.Linear(2 * patch * channels, check_size("dim", dim))
         position = Rotary(dim // heads, scale=1 / patch) if position is None else position
+        options = check_options(type(self).__name__, block, EncoderOptions, "block")
         self.encoder = Encoder(
-            dim, depth, heads, mask=mask, position=position, hidden=hidden, dropout=dropout, **(block or {})
+            dim,
+            depth,
+            heads,
+            mask=mask,
+            position=position,
+            hidden=hidden,
+            dropout=dropout,
+            **options,
         )
         self.dropout = Dropout(dropout)
         if pool not in get_args(Pool):

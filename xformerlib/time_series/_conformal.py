@@ -9,9 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .._arguments import checked_class
+
 TENTHS = 1000  # widths are kept for each tenth of a percent
 
 
+@checked_class
 @dataclass(frozen=True)
 class Conformal:
     """How far forecasts were off, as widths of intervals around others: split conformal prediction, for each step ahead by itself.

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
+from .._arguments import Rate, Size, check_size
 from .._dropout import Dropout
-from ._checks import check_size
 from ._inputs import ForecastModel, Inputs, Series
 from ._steps import Advance, DirectOutput, Steps, StepwiseModel, steps_of, width_of
 
@@ -37,7 +37,7 @@ class CausalConvolution(nn.Conv1d):
         torch.Size([2, 4, 5])
     """
 
-    def __init__(self, inputs: int, outputs: int, kernel_size: int, *, dilation: int = 1) -> None:
+    def __init__(self, inputs: int, outputs: int, kernel_size: Size, *, dilation: int = 1) -> None:
         check_size("kernel_size", kernel_size)
         super().__init__(inputs, outputs, kernel_size, dilation=check_size("dilation", dilation))
 
@@ -88,14 +88,14 @@ class TCN(ForecastModel):
 
     def __init__(
         self,
-        channels: int,
-        lookback: int,
-        horizon: int,
+        channels: Size,
+        lookback: Size,
+        horizon: Size,
         *,
-        dim: int = 64,
-        depth: int | None = None,
-        kernel_size: int = 3,
-        dropout: float = 0.0,
+        dim: Size = 64,
+        depth: Size | None = None,
+        kernel_size: Size = 3,
+        dropout: Rate = 0.0,
         **inputs: Unpack[Inputs],
     ) -> None:
         super().__init__(channels, lookback, horizon, **inputs)
@@ -152,16 +152,16 @@ class WaveNet(StepwiseModel):
 
     def __init__(
         self,
-        channels: int,
-        lookback: int,
-        horizon: int,
+        channels: Size,
+        lookback: Size,
+        horizon: Size,
         *,
-        dim: int = 32,
-        depth: int | None = None,
+        dim: Size = 32,
+        depth: Size | None = None,
         cycle: int = 10,
-        kernel_size: int = 2,
+        kernel_size: Size = 2,
         skip_dim: int | None = None,
-        dropout: float = 0.0,
+        dropout: Rate = 0.0,
         **inputs: Unpack[Inputs],
     ) -> None:
         super().__init__(channels, lookback, horizon, **inputs)
@@ -225,7 +225,7 @@ class WaveNet(StepwiseModel):
 class _Residual(nn.Module):
     """Two dilated convolutions beside a residual connection."""
 
-    def __init__(self, inputs: int, outputs: int, kernel_size: int, dilation: int, dropout: float) -> None:
+    def __init__(self, inputs: int, outputs: int, kernel_size: Size, dilation: int, dropout: Rate) -> None:
         super().__init__()
         convolutions = [
             CausalConvolution(inputs, outputs, kernel_size, dilation=dilation),
@@ -251,7 +251,9 @@ class _Residual(nn.Module):
 class _Gated(nn.Module):
     """A gated convolution with a residual and a skip connection. Nothing follows the residual of the last one: it has none."""
 
-    def __init__(self, dim: int, skip_dim: int, kernel_size: int, dilation: int, dropout: float, *, last: bool) -> None:
+    def __init__(
+        self, dim: Size, skip_dim: int, kernel_size: Size, dilation: int, dropout: Rate, *, last: bool
+    ) -> None:
         super().__init__()
         self.convolution = CausalConvolution(dim, 2 * dim, kernel_size, dilation=dilation)
         self.dropout = Dropout(dropout)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from .._arguments import Rate, Size, check_options, check_size
+from .._options import EncoderOptions
 from ..blocks import Encoder
 from ..domains import Grid
 from ..masks import Axial
 from ..positions import Learned
-from ._checks import check_size
 from ._inputs import ForecastModel, Inputs, Series
 from ._parts import instance_norm
 from ._variates import keys_of, segments_in, segments_of
@@ -51,17 +51,17 @@ class Crossformer(ForecastModel):
 
     def __init__(
         self,
-        channels: int,
-        lookback: int,
-        horizon: int,
+        channels: Size,
+        lookback: Size,
+        horizon: Size,
         *,
-        segment: int = 12,
-        dim: int = 256,
-        depth: int = 3,
-        heads: int = 4,
-        hidden: int | None = 512,
-        dropout: float = 0.2,
-        block: Mapping[str, Any] | None = None,
+        segment: Size = 12,
+        dim: Size = 256,
+        depth: Size = 3,
+        heads: Size = 4,
+        hidden: Size | None = 512,
+        dropout: Rate = 0.2,
+        block: EncoderOptions | None = None,
         **inputs: Unpack[Inputs],
     ) -> None:
         super().__init__(channels, lookback, horizon, **inputs)
@@ -72,7 +72,7 @@ class Crossformer(ForecastModel):
         self.position = Learned(dim, self.grid.sizes)
         self.norm = nn.LayerNorm(dim)
         self.embed_static = nn.Linear(self.static, dim) if self.static else None
-        options: dict[str, Any] = {"norm": "post", **(block or {})}
+        options: dict[str, Any] = {"norm": "post", **check_options(type(self).__name__, block, EncoderOptions, "block")}
         masks = [Axial(1), Axial(0)] * check_size("depth", depth)
         self.encoder = Encoder(dim, 2 * depth, heads, mask=masks, hidden=hidden, dropout=dropout, **options)
         self.project = nn.Linear(dim, segment * self.head.size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,12 +9,13 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._arguments import Rate, Size, check_options, check_size
 from .._dropout import Dropout
+from .._options import EncoderOptions
 from ..blocks import Decoder
 from ..domains import Grid, Sequence
 from ..masks import Axial, Mask, Segments
 from ..positions import Sinusoidal
-from ._checks import check_size
 from ._inputs import ForecastModel, Inputs, Series
 from ._parts import instance_norm, patches
 from ._variates import VariateTokens, keys_of, segments_in
@@ -57,17 +57,17 @@ class TimeXer(ForecastModel):
 
     def __init__(
         self,
-        channels: int,
-        lookback: int,
-        horizon: int,
+        channels: Size,
+        lookback: Size,
+        horizon: Size,
         *,
-        patch: int = 16,
-        dim: int = 256,
-        depth: int = 1,
-        heads: int = 8,
-        hidden: int | None = None,
-        dropout: float = 0.1,
-        block: Mapping[str, Any] | None = None,
+        patch: Size = 16,
+        dim: Size = 256,
+        depth: Size = 1,
+        heads: Size = 8,
+        hidden: Size | None = None,
+        dropout: Rate = 0.1,
+        block: EncoderOptions | None = None,
         **inputs: Unpack[Inputs],
     ) -> None:
         super().__init__(channels, lookback, horizon, **inputs)
@@ -80,7 +80,11 @@ class TimeXer(ForecastModel):
         self.first = 0 if channels > 1 or not covariates else channels  # column of x at which exogenous series begin
         self.variates = VariateTokens(self, channels + self.past - self.first, dim)
         self.dropout = Dropout(dropout)
-        options: dict[str, Any] = {"norm": "post", "final_norm": True, **(block or {})}
+        options: dict[str, Any] = {
+            "norm": "post",
+            "final_norm": True,
+            **check_options(type(self).__name__, block, EncoderOptions, "block"),
+        }
         self.decoder = Decoder(dim, depth, heads, mask=Axial(1), hidden=hidden, dropout=dropout, **options)
         self.project = nn.Linear((count + 1) * dim, horizon * self.head.size)
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .._arguments import Size, check_size
 from ._arrays import read_arrays
-from ._checks import check_size
 from ._fitting import Fitted, fit, forecast, least_history
 from ._frames import read_frame
 from ._heads import Head
@@ -66,8 +66,8 @@ class Forecaster:
     def __init__(
         self,
         model: type[ForecastModel],
-        lookback: int,
-        horizon: int,
+        lookback: Size,
+        horizon: Size,
         *,
         freq: str | int | None = None,
         past: Names = (),

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from ._checks import check_size
+from .._arguments import check_size
 from ._panel import Columns, Labels, Panel
 from ._parts import calendar_features
 

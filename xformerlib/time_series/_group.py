@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -10,12 +9,13 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._arguments import Rate, Size, check_options, check_size
 from .._autograd import is_compiling
+from .._options import EncoderOptions
 from ..blocks import Encoder
 from ..domains import Timeline
 from ..masks import Mask, Segments
 from ..positions import Rotary
-from ._checks import check_size
 from ._inputs import ForecastModel, Inputs, Series
 from ._parts import instance_norm
 from ._variates import segments_in, segments_of
@@ -64,24 +64,25 @@ class GroupTransformer(ForecastModel):
 
     def __init__(
         self,
-        channels: int,
-        lookback: int,
-        horizon: int,
+        channels: Size,
+        lookback: Size,
+        horizon: Size,
         *,
-        patch: int = 16,
-        dim: int = 128,
-        depth: int = 3,
-        heads: int = 8,
-        hidden: int = 512,
-        dropout: float = 0.1,
-        block: Mapping[str, Any] | None = None,
+        patch: Size = 16,
+        dim: Size = 128,
+        depth: Size = 3,
+        heads: Size = 8,
+        hidden: Size = 512,
+        dropout: Rate = 0.1,
+        block: EncoderOptions | None = None,
         **inputs: Unpack[Inputs],
     ) -> None:
         super().__init__(channels, lookback, horizon, **inputs)
         self.patch = check_size("patch", patch)
         self.embed = _MLP(3 * patch, hidden, dim)
         options: dict[str, Any] = {
-            "norm_layer": "rms", "activation": "relu", "bias": False, "qkv_bias": False, "out_bias": False, **(block or {})
+            "norm_layer": "rms", "activation": "relu", "bias": False, "qkv_bias": False, "out_bias": False,
+            **check_options(type(self).__name__, block, EncoderOptions, "block"),
         }  # fmt: skip
         position = Rotary(dim // heads)
         depth = 2 * check_size("depth", depth)
@@ -155,7 +156,7 @@ def attention_masks(
 class _MLP(nn.Module):
     """W_2 relu(W_1 x) + W_skip x, as patches are embedded and projected in TimesFM (arXiv:2310.10688) and Chronos-2."""
 
-    def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
+    def __init__(self, inputs: int, hidden: Size, outputs: int) -> None:
         super().__init__()
         self.up, self.down, self.skip = (
             nn.Linear(inputs, hidden),

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._arguments import checked_class
 from .._config import Described
 from ._losses import mse, negative_log_likelihood, quantile_loss
 from ._parts import Affine
@@ -72,6 +73,7 @@ class Point(Head):
         return forecast
 
 
+@checked_class
 @dataclass(frozen=True)
 class Quantile(Head):
     """Quantiles of each step and channel, (B, H, channels, levels); the loss is the quantile loss.

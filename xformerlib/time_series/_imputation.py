@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence as SequenceOf
-from typing import Any
+from collections.abc import Callable, Sequence as SequenceOf
 
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
+from .._arguments import Rate, Size, check_options, check_size
 from .._autograd import is_compiling
 from .._dropout import Dropout
+from .._options import EncoderOptions
 from .._recorded import Recorded
 from ..blocks import Encoder
 from ..domains import Sequence, Timeline
 from ..masks import Keys, Mask
 from ..positions import Position, Rotary
-from ._checks import check_finite, check_size, check_times, check_values, seen_of
+from ._checks import check_finite, check_times, check_values, seen_of
 from ._losses import mse
 from ._parts import Affine, instance_norm
 
@@ -57,23 +58,31 @@ class Imputer(Recorded):
 
     def __init__(
         self,
-        channels: int,
+        channels: Size,
         *,
-        dim: int = 64,
-        depth: int = 2,
-        heads: int = 4,
-        hidden: int | None = None,
-        dropout: float = 0.1,
+        dim: Size = 64,
+        depth: Size = 2,
+        heads: Size = 4,
+        hidden: Size | None = None,
+        dropout: Rate = 0.1,
         mask: Mask | SequenceOf[Mask | None] | None = None,
         position: Position | Callable[[], Position] | None = None,
-        block: Mapping[str, Any] | None = None,
+        block: EncoderOptions | None = None,
     ) -> None:
         super().__init__()
         self.channels = check_size("channels", channels)
         self.embed = nn.Linear(2 * channels, check_size("dim", dim))
         position = Rotary(dim // heads, theta=1000.0) if position is None else position
+        options = check_options(type(self).__name__, block, EncoderOptions, "block")
         self.encoder = Encoder(
-            dim, depth, heads, mask=mask, position=position, hidden=hidden, dropout=dropout, **(block or {})
+            dim,
+            depth,
+            heads,
+            mask=mask,
+            position=position,
+            hidden=hidden,
+            dropout=dropout,
+            **options,
         )
         self.dropout = Dropout(dropout)
         self.output = nn.Linear(dim, channels)

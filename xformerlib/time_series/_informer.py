@@ -9,12 +9,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._arguments import Rate, Size, check_size
 from .._dropout import Dropout
 from ..blocks import Block
 from ..domains import Sequence
 from ..masks import Keys, Mask
 from ..positions import Sinusoidal
-from ._checks import check_size
 from ._convolution import CausalConvolution
 from ._inputs import ForecastModel, Inputs, Series
 from ._parts import instance_norm
@@ -55,19 +55,19 @@ class Informer(ForecastModel):
 
     def __init__(
         self,
-        channels: int,
-        lookback: int,
-        horizon: int,
+        channels: Size,
+        lookback: Size,
+        horizon: Size,
         *,
         label: int | None = None,
-        dim: int = 512,
-        depth: int = 2,
-        decoder_depth: int = 1,
-        heads: int = 8,
-        hidden: int = 2048,
+        dim: Size = 512,
+        depth: Size = 2,
+        decoder_depth: Size = 1,
+        heads: Size = 8,
+        hidden: Size = 2048,
         factor: float = 5.0,
         distil: bool = True,
-        dropout: float = 0.05,
+        dropout: Rate = 0.05,
         **inputs: Unpack[Inputs],
     ) -> None:
         super().__init__(channels, lookback, horizon, **inputs)
@@ -144,7 +144,7 @@ class Informer(ForecastModel):
 class _Embedding(nn.Module):
     """Steps to tokens: values and their two predecessors, what is known of the step, and its position."""
 
-    def __init__(self, model: ForecastModel, dim: int, dropout: float) -> None:
+    def __init__(self, model: ForecastModel, dim: Size, dropout: Rate) -> None:
         super().__init__()
         self.values = CausalConvolution(model.channels + model.past, dim, 3)
         marks = model.future + model.static
@@ -160,7 +160,7 @@ class _Embedding(nn.Module):
 class _Distil(nn.Module):
     """Halves the steps: convolution, batch norm, ELU, maximum of three steps every two."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: Size) -> None:
         super().__init__()
         self.convolution, self.norm = nn.Conv1d(dim, dim, 3, padding=1), nn.BatchNorm1d(dim)
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
+from .._arguments import Size, check_size
 from .._recorded import Recorded
-from ._checks import check_finite, check_size, check_times, check_values, seen_of
+from ._checks import check_finite, check_times, check_values, seen_of
 from ._heads import Head, Point
 from ._windows import Batch
 
@@ -83,7 +84,7 @@ class ForecastModel(Recorded):
     takes: ClassVar[frozenset[str]] = frozenset({"past", "future", "static", "head"})
     any_length: ClassVar[bool] = False
 
-    def __init__(self, channels: int, lookback: int, horizon: int, **inputs: Unpack[Inputs]) -> None:
+    def __init__(self, channels: Size, lookback: Size, horizon: Size, **inputs: Unpack[Inputs]) -> None:
         super().__init__()
         self._check_declared(inputs)
         self.channels = check_size("channels", channels)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from .._arguments import Rate, Size, check_options
 from .._dropout import Dropout
+from .._options import EncoderOptions
 from ..blocks import Encoder
 from ._inputs import ForecastModel, Inputs, Series
 from ._parts import instance_norm
@@ -42,23 +43,27 @@ class ITransformer(ForecastModel):
 
     def __init__(
         self,
-        channels: int,
-        lookback: int,
-        horizon: int,
+        channels: Size,
+        lookback: Size,
+        horizon: Size,
         *,
-        dim: int = 512,
-        depth: int = 3,
-        heads: int = 8,
-        hidden: int | None = 512,
-        dropout: float = 0.1,
-        block: Mapping[str, Any] | None = None,
+        dim: Size = 512,
+        depth: Size = 3,
+        heads: Size = 8,
+        hidden: Size | None = 512,
+        dropout: Rate = 0.1,
+        block: EncoderOptions | None = None,
         **inputs: Unpack[Inputs],
     ) -> None:
         super().__init__(channels, lookback, horizon, **inputs)
         self.variates = VariateTokens(self, channels + self.past, dim)
         self.dropout = Dropout(dropout)
         # The paper's code has a norm after the last block, although its blocks end in one.
-        options: dict[str, Any] = {"norm": "post", "final_norm": True, **(block or {})}
+        options: dict[str, Any] = {
+            "norm": "post",
+            "final_norm": True,
+            **check_options(type(self).__name__, block, EncoderOptions, "block"),
+        }
         self.encoder = Encoder(dim, depth, heads, hidden=hidden, dropout=dropout, **options)
         self.project = nn.Linear(dim, horizon * self.head.size)
 

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._checks import check_size
+from .._arguments import Size, check_size
 from ._inputs import ForecastModel, Inputs, Series
 from ._parts import fill_forward, instance_norm
 
@@ -36,7 +36,7 @@ class SeasonalNaive(ForecastModel):
     any_length: ClassVar[bool] = True
 
     def __init__(
-        self, channels: int, lookback: int, horizon: int, *, season: int = 1, **inputs: Unpack[Inputs]
+        self, channels: Size, lookback: Size, horizon: Size, *, season: Size = 1, **inputs: Unpack[Inputs]
     ) -> None:
         super().__init__(channels, lookback, horizon, **inputs)
         self.season = check_size("season", season)
@@ -83,11 +83,11 @@ class DLinear(ForecastModel):
 
     def __init__(
         self,
-        channels: int,
-        lookback: int,
-        horizon: int,
+        channels: Size,
+        lookback: Size,
+        horizon: Size,
         *,
-        kernel: int = 25,
+        kernel: Size = 25,
         individual: bool = False,
         normalise: bool = False,
         **inputs: Unpack[Inputs],

@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float, Float64, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._arguments import check_size
 from .._recorded import Recorded
-from ._checks import check_size
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no truth value, nor a hash by what is in them

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from .._arguments import Rate, Size, check_options, check_size
 from .._autograd import is_compiling
 from .._dropout import Dropout
+from .._options import EncoderOptions
 from .._sublayers import TokenNorm
 from ..blocks import Encoder
 from ..domains import Domain, Sequence, Timeline
 from ..masks import Keys
 from ..positions import Learned
-from ._checks import check_size
 from ._inputs import ForecastModel, Inputs, Series
 from ._parts import instance_norm, patches
 
@@ -107,19 +107,19 @@ class PatchTST(ForecastModel):
 
     def __init__(
         self,
-        channels: int,
-        lookback: int,
-        horizon: int,
+        channels: Size,
+        lookback: Size,
+        horizon: Size,
         *,
-        patch: int = 16,
-        stride: int = 8,
-        dim: int = 128,
-        depth: int = 3,
-        heads: int = 16,
-        hidden: int | None = 256,
-        dropout: float = 0.2,
-        head_dropout: float = 0.0,
-        block: Mapping[str, Any] | None = None,
+        patch: Size = 16,
+        stride: Size = 8,
+        dim: Size = 128,
+        depth: Size = 3,
+        heads: Size = 16,
+        hidden: Size | None = 256,
+        dropout: Rate = 0.2,
+        head_dropout: Rate = 0.0,
+        block: EncoderOptions | None = None,
         **inputs: Unpack[Inputs],
     ) -> None:
         super().__init__(channels, lookback, horizon, **inputs)
@@ -130,7 +130,11 @@ class PatchTST(ForecastModel):
         self.embed = nn.Linear(patch, dim)
         self.position = Learned(dim, tokens)
         self.dropout = Dropout(dropout)
-        options: dict[str, Any] = {"norm": "post", "norm_layer": TokenBatchNorm, **(block or {})}
+        options: dict[str, Any] = {
+            "norm": "post",
+            "norm_layer": TokenBatchNorm,
+            **check_options(type(self).__name__, block, EncoderOptions, "block"),
+        }
         self.encoder = Encoder(dim, depth, heads, hidden=hidden, dropout=dropout, **options)
         self.head_dropout = Dropout(head_dropout)
         self.project = nn.Linear(tokens * dim, horizon * self.head.size)

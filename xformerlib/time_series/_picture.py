@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ._checks import check_size
+from .._arguments import check_size
 from ._frames import ID, TARGET, TIME
 
 if TYPE_CHECKING:

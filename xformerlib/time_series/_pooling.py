@@ -6,11 +6,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from .._arguments import Size, check_size
 from .._recorded import Recorded
 from ..attention import attention
 from ..domains import Sequence
 from ..masks import Keys
-from ._checks import check_size
 
 
 class AttentionPooling(Recorded):
@@ -36,7 +36,7 @@ class AttentionPooling(Recorded):
         tensor([[2., 1.]], grad_fn=...)
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: Size) -> None:
         super().__init__()
         self.theta = nn.Parameter(torch.empty(check_size("dim", dim)))
         self.reset_parameters()

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._arguments import Rate
 from .._autograd import touching
 from .._recorded import Recorded
 from ._losses import mse
@@ -40,7 +41,7 @@ class MaskedPatches(Recorded):
         tensor(True)
     """
 
-    def __init__(self, model: PatchTST, *, share: float = 0.4) -> None:
+    def __init__(self, model: PatchTST, *, share: Rate = 0.4) -> None:
         super().__init__()
         if not isinstance(model, PatchTST):
             raise TypeError(f"model must be a PatchTST; got {type(model).__name__}")

@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from .._arguments import Rate, Size, check_size
 from .._dropout import Dropout
-from ._checks import check_size
 from ._inputs import ForecastModel, Inputs, Series
 from ._pooling import AttentionPooling
 from ._steps import Advance, DirectOutput, Steps, StepwiseModel, steps_of, width_of
@@ -48,14 +48,14 @@ class RNN(ForecastModel):
 
     def __init__(
         self,
-        channels: int,
-        lookback: int,
-        horizon: int,
+        channels: Size,
+        lookback: Size,
+        horizon: Size,
         *,
-        dim: int = 64,
-        depth: int = 2,
+        dim: Size = 64,
+        depth: Size = 2,
         cell: Cell = "lstm",
-        dropout: float = 0.0,
+        dropout: Rate = 0.0,
         **inputs: Unpack[Inputs],
     ) -> None:
         super().__init__(channels, lookback, horizon, **inputs)
@@ -88,14 +88,14 @@ class AutoregressiveRNN(StepwiseModel):
 
     def __init__(
         self,
-        channels: int,
-        lookback: int,
-        horizon: int,
+        channels: Size,
+        lookback: Size,
+        horizon: Size,
         *,
-        dim: int = 64,
-        depth: int = 2,
+        dim: Size = 64,
+        depth: Size = 2,
         cell: Cell = "lstm",
-        dropout: float = 0.0,
+        dropout: Rate = 0.0,
         **inputs: Unpack[Inputs],
     ) -> None:
         super().__init__(channels, lookback, horizon, **inputs)
@@ -143,14 +143,14 @@ class AttentionPoolingRNN(ForecastModel):
 
     def __init__(
         self,
-        channels: int,
-        lookback: int,
-        horizon: int,
+        channels: Size,
+        lookback: Size,
+        horizon: Size,
         *,
-        dim: int = 64,
-        depth: int = 2,
+        dim: Size = 64,
+        depth: Size = 2,
         cell: Cell = "lstm",
-        dropout: float = 0.0,
+        dropout: Rate = 0.0,
         **inputs: Unpack[Inputs],
     ) -> None:
         super().__init__(channels, lookback, horizon, **inputs)

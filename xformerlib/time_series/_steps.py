@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
+from .._arguments import Size
 from .._autograd import is_compiling
 from ._heads import StudentT
 from ._inputs import ForecastModel, Series
@@ -129,7 +130,7 @@ class DirectOutput(nn.Module):
     raw_h = W_h s + b_h + MLP(s, future_h)       (the second term only with future covariates; as in MQ-RNN, arXiv:1711.11053)
     """
 
-    def __init__(self, model: ForecastModel, dim: int) -> None:
+    def __init__(self, model: ForecastModel, dim: Size) -> None:
         super().__init__()
         self.shape = (model.horizon, model.channels, model.head.size)
         numbers = model.channels * model.head.size

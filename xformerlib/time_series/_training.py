@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from ._checks import check_size
+from .._arguments import NonNegative, Positive, Size, check_size, checked
 from ._inputs import ForecastModel
 from ._windows import Batch, Windows
 
@@ -49,6 +49,7 @@ class Evaluation(NamedTuple):
 
 
 @torch.no_grad()
+@checked
 def evaluate(model: ForecastModel, windows: Windows, *, batch_size: int = 256) -> Scores:
     """The scores of a model over every window, none left out; they do not depend on ``batch_size``, which is a matter of memory.
 
@@ -76,20 +77,21 @@ def evaluate(model: ForecastModel, windows: Windows, *, batch_size: int = 256) -
     return Scores(*(sums[:3] / sums[3]).tolist())
 
 
+@checked
 def train(
     model: ForecastModel,
     windows: Windows,
     validation: Windows | None = None,
     *,
-    steps: int = 1000,
-    batch_size: int = 32,
-    lr: float = 1e-3,
-    weight_decay: float = 0.0,
+    steps: Size = 1000,
+    batch_size: Size = 32,
+    lr: NonNegative = 1e-3,
+    weight_decay: NonNegative = 0.0,
     schedule: Schedule = "cosine",
-    clip: float | None = 1.0,
-    eval_every: int = 100,
-    patience: int | None = None,
-    eval_batch_size: int = 256,
+    clip: Positive | None = 1.0,
+    eval_every: Size = 100,
+    patience: Size | None = None,
+    eval_batch_size: Size = 256,
     seed: int = 0,
     progress: bool = False,
     log: Callable[[Evaluation], None] | None = None,

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._arguments import Size
 from .._autograd import is_compiling
 from .._recorded import Recorded
 from ..masks import Keys
@@ -27,7 +28,7 @@ class VariateTokens(Recorded):
         dim: channels of a token.
     """
 
-    def __init__(self, model: ForecastModel, columns: int, dim: int) -> None:
+    def __init__(self, model: ForecastModel, columns: int, dim: Size) -> None:
         super().__init__()
         self.embed = nn.Linear(model.lookback, dim) if columns else None
         self.embed_future = nn.Linear(model.lookback + model.horizon, dim) if model.future else None

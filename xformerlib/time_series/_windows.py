@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._checks import check_size
+from .._arguments import Size, check_size, checked_class
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Batch:
         return Batch(self.x.to(device), self.target.to(device), future, static)
 
 
+@checked_class
 class Windows:
     """Every window of ``lookback + horizon`` steps in one or many series of unequal length; none is copied before it is asked for.
 
@@ -79,15 +80,15 @@ class Windows:
     def __init__(
         self,
         values: SequenceOf[Float[Tensor, "_ columns"]] | Float[Tensor, "_ columns"],
-        lookback: int,
-        horizon: int,
+        lookback: Size,
+        horizon: Size,
         *,
         past: int = 0,
         future: SequenceOf[Float[Tensor, "_ known"]] | Float[Tensor, "_ known"] | None = None,
         static: Float[Tensor, "series constants"] | None = None,
         first: int | SequenceOf[int] = 0,
         history: int | None = None,
-        stride: int = 1,
+        stride: Size = 1,
     ) -> None:
         self.lookback, self.horizon = check_size("lookback", lookback), check_size("horizon", horizon)
         history = lookback if history is None else check_size("history", history)

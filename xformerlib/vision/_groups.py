@@ -7,12 +7,14 @@ from typing import Any
 
 from torch import nn
 
+from .._arguments import checked
 from ..blocks import Block
 from ..positions import Embedding, Position
 from ._patches import Tokenizer
 from ._swin import Swin
 
 
+@checked
 def parameter_groups(
     model: nn.Module, *, weight_decay: float, layer_decay: float | None = None, lr: float | None = None
 ) -> list[dict[str, Any]]:

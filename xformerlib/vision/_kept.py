@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .._arguments import Rate
 from .._recorded import Recorded
 from ..domains import Grid, Subset
 
@@ -70,7 +71,7 @@ class PatchDropout(Recorded):
         torch.Size([2, 5, 8])
     """
 
-    def __init__(self, share: float) -> None:
+    def __init__(self, share: Rate) -> None:
         super().__init__()
         if not 0 <= share < 1:
             raise ValueError(f"patch_dropout must be a share in [0, 1); got {share}")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from .._arguments import Size
 from .._autograd import touching
 from .._inputs import Positions
+from .._options import DecoderOptions
 from .._recorded import Recorded
 from ..blocks import Encoder
 from ..domains import Grid
@@ -18,6 +20,9 @@ from ._kept import Features, random_tokens
 from ._patches import PatchEmbed
 from ._tokens import without_holes
 from ._vit import LAYER_NORM, ViT
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Restored(NamedTuple):
@@ -71,13 +76,13 @@ class MaskedAutoencoder(Recorded):
         self,
         encoder: ViT,
         *,
-        decoder_dim: int = 512,
-        decoder_depth: int = 8,
-        decoder_heads: int = 16,
+        decoder_dim: Size = 512,
+        decoder_depth: Size = 8,
+        decoder_heads: Size = 16,
         ratio: float = 0.75,
         norm_targets: bool = True,
         position: Positions = None,
-        **decoder: Any,
+        **decoder: Unpack[DecoderOptions],
     ) -> None:
         super().__init__()
         if not isinstance(encoder, ViT) or not isinstance(encoder.embed, PatchEmbed):
@@ -90,8 +95,9 @@ class MaskedAutoencoder(Recorded):
         self.encoder, self.ratio, self.norm_targets = encoder, ratio, norm_targets
         self.embed = nn.Linear(encoder.embed.dim, decoder_dim)
         self.hidden_token = nn.Parameter(torch.empty(decoder_dim))
+        options: dict[str, Any] = {"norm_layer": LAYER_NORM, **decoder}
         self.decoder = Encoder(
-            decoder_dim, decoder_depth, decoder_heads, **{"norm_layer": LAYER_NORM, **decoder},
+            decoder_dim, decoder_depth, decoder_heads, **options,
             position=Sinusoidal(decoder_dim) if position is None else position,
         )  # fmt: skip
         self.out = nn.Linear(decoder_dim, encoder.embed.proj.in_features)

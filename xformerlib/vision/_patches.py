@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._arguments import Size
 from .._recorded import Recorded
 from .._sublayers import NormLayer, norm_factory
 
@@ -28,6 +29,11 @@ class Tokenizer(Recorded, ABC):
     channels: int
     dim: int
     ndim: int
+
+    def sizes(self, x: Tensor, batched: bool) -> tuple[int, ...]:
+        """The sizes of an image, or of each in a batch, checked."""
+        self.check(x, batched)
+        return tuple(x.shape[1 + batched :])
 
     @abstractmethod
     def grid(self, sizes: SequenceOf[int]) -> tuple[int, ...]:
@@ -50,6 +56,8 @@ class Tokenizer(Recorded, ABC):
 
     def check(self, x: Tensor, batched: bool) -> None:
         """Raise unless ``x`` is an image, or a batch of images, of the right channels and axes."""
+        if x.is_nested:
+            raise TypeError("images must not be a nested tensor; give a list of images, list(images.unbind())")
         shape = x.shape[1:] if batched else x.shape
         if not x.is_floating_point():
             raise TypeError(
@@ -57,7 +65,12 @@ class Tokenizer(Recorded, ABC):
             )
         if x.ndim != self.ndim + 1 + batched or shape[0] != self.channels:
             axes = ", ".join([*["batch"] * batched, str(self.channels), *("depth", "height", "width")[3 - self.ndim :]])
-            raise ValueError(f"images must be ({axes}); got {tuple(x.shape)}")
+            hints = {
+                -1: " Add the batch axis, images[None]." if batched else "",
+                1: "" if batched else " A list holds images one by one.",
+            }
+            hint = hints.get(x.ndim - self.ndim - 1 - batched, "")
+            raise ValueError(f"images must be ({axes}); got {tuple(x.shape)}.{hint}")
 
 
 class PatchEmbed(Tokenizer):
@@ -88,10 +101,10 @@ class PatchEmbed(Tokenizer):
 
     def __init__(
         self,
-        dim: int,
-        patch: int | SequenceOf[int] = 16,
+        dim: Size,
+        patch: Size | SequenceOf[Size] = 16,
         *,
-        channels: int = 3,
+        channels: Size = 3,
         bias: bool = True,
         norm: NormLayer | None = None,
     ) -> None:
@@ -163,14 +176,14 @@ class ConvStem(Tokenizer):
 
     def __init__(
         self,
-        dim: int,
+        dim: Size,
         *,
-        layers: int = 1,
-        kernel: int = 3,
-        stride: int = 1,
+        layers: Size = 1,
+        kernel: Size = 3,
+        stride: Size = 1,
         pool: bool = True,
-        hidden: int = 64,
-        channels: int = 3,
+        hidden: Size = 64,
+        channels: Size = 3,
         ndim: int = 2,
     ) -> None:
         super().__init__()

@@ -6,15 +6,17 @@ import math
 from collections.abc import Callable, Sequence as SequenceOf
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._arguments import Positive, Rate, Size
 from .._dropout import Dropout
 from .._inputs import place, rates_of_layers
+from .._options import SwinOptions
 from .._pooling import Pooling
 from .._recorded import Recorded
 from .._sublayers import NormLayer, Residual, norm_factory
@@ -26,6 +28,9 @@ from ._classifier import Classifier
 from ._kept import Features
 from ._patches import Images, PatchEmbed, check_list, draw_linear
 from ._tokens import places_among, tokens_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Window = int | tuple[int, int]
 
@@ -51,8 +56,8 @@ class PatchMerging(Recorded):
 
     def __init__(
         self,
-        dim: int,
-        out_dim: int,
+        dim: Size,
+        out_dim: Size,
         *,
         norm: Literal["pre", "res-post"] = "pre",
         norm_layer: NormLayer = "layer",
@@ -121,23 +126,23 @@ class Swin(Classifier):
 
     def __init__(
         self,
-        classes: int | None,
+        classes: Size | None,
         *,
-        patch: int | SequenceOf[int] = 4,
+        patch: Size | SequenceOf[Size] = 4,
         window: Window | list[Window] = 7,
-        channels: int = 3,
-        dim: int = 96,
-        depths: SequenceOf[int] = (2, 2, 6, 2),
-        heads: SequenceOf[int] = (3, 6, 12, 24),
+        channels: Size = 3,
+        dim: Size = 96,
+        depths: SequenceOf[Size] = (2, 2, 6, 2),
+        heads: SequenceOf[Size] = (3, 6, 12, 24),
         version: Literal[1, 2] = 1,
         pretrained_window: Window | list[Window] | None = None,
-        mlp_ratio: float = 4.0,
-        drop_path: float | SequenceOf[float] = 0.0,
-        dropout: float = 0.0,
-        head_dropout: float = 0.0,
+        mlp_ratio: Positive = 4.0,
+        drop_path: Rate | SequenceOf[Rate] = 0.0,
+        dropout: Rate = 0.0,
+        head_dropout: Rate = 0.0,
         pool: Literal["mean", "max", "mean-max"] = "mean",
         norm_layer: NormLayer = "layer",
-        **encoder: Any,
+        **encoder: Unpack[SwinOptions],
     ) -> None:
         super().__init__()
         _check_version(version, pretrained_window)
@@ -154,7 +159,13 @@ class Swin(Classifier):
         rates = rates_of_layers(drop_path, sum(depths))
         ends = [0, *accumulate(depths)]
         norm: Literal["pre", "res-post"] = "pre" if version == 1 else "res-post"
-        options = {"norm": norm, "norm_layer": norm_layer, "dropout": dropout, "final_norm": False, **encoder}
+        options: dict[str, Any] = {
+            "norm": norm,
+            "norm_layer": norm_layer,
+            "dropout": dropout,
+            "final_norm": False,
+            **encoder,
+        }
         if version == 2:
             options.setdefault("qk_norm", "cosine")
         self.embed = PatchEmbed(dim, patch, channels=channels, norm=norm_layer)

@@ -23,13 +23,13 @@ def tokens_of(
     """The tokens of a batch of images, or of a list of them, packed; in front of those of each image the same ``front``."""
     prefix = 0 if front is None else len(front)
     if isinstance(images, Tensor):
-        domain = Grid(*embed.grid(images.shape[2:]), prefix=prefix, valid=valid)
+        domain = Grid(*embed.grid(embed.sizes(images, True)), prefix=prefix, valid=valid)
         x = embed(images if valid is None else without_holes(images, valid)).flatten(1, -2)
         if front is not None:
             x = torch.cat([front.to(x.dtype).expand(x.shape[0], -1, -1), x], 1)
         return Features(domain.zero_padding(x), domain)
     check_list(images, valid)
-    grids = [embed.grid(image.shape[1:]) for image in images]
+    grids = [embed.grid(embed.sizes(image, False)) for image in images]
     x = embed.packed(images)
     if front is not None:
         front = front.to(x.dtype)

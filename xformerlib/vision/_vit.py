@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from .._arguments import Count, Rate, Size
 from .._dropout import Dropout
 from .._inputs import Positions
+from .._options import ViTOptions
 from .._pooling import Pool, Pooling
 from .._sublayers import NormLayer, norm_factory
 from ..blocks import Encoder
@@ -20,6 +22,9 @@ from ._classifier import Classifier
 from ._kept import Features as Features, PatchDropout
 from ._patches import Images, PatchEmbed, Tokenizer, draw_linear
 from ._tokens import places_among, tokens_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # As in the published models.
 LAYER_NORM: NormLayer = partial(nn.LayerNorm, eps=1e-6)
@@ -68,17 +73,17 @@ class ViT(Classifier):
 
     def __init__(
         self,
-        classes: int | None,
+        classes: Size | None,
         *,
-        size: int | SequenceOf[int] = 224,
-        patch: int | SequenceOf[int] = 16,
-        channels: int = 3,
-        dim: int = 384,
-        depth: int = 12,
-        heads: int = 6,
+        size: Size | SequenceOf[Size] = 224,
+        patch: Size | SequenceOf[Size] = 16,
+        channels: Size = 3,
+        dim: Size = 384,
+        depth: Size = 12,
+        heads: Size = 6,
         class_token: bool = True,
         distillation: bool = False,
-        registers: int = 0,
+        registers: Count = 0,
         pool: Pool | Pooling | None = None,
         position: Positions | Literal["learned"] | SequenceOf[Positions | Literal["learned"]] = "learned",
         embed: Tokenizer | None = None,
@@ -86,11 +91,11 @@ class ViT(Classifier):
         pool_norm: bool | None = None,
         norm_layer: NormLayer = LAYER_NORM,
         final_norm: bool = True,
-        dropout: float = 0.0,
-        position_dropout: float = 0.0,
-        head_dropout: float = 0.0,
-        patch_dropout: float = 0.0,
-        **encoder: Any,
+        dropout: Rate = 0.0,
+        position_dropout: Rate = 0.0,
+        head_dropout: Rate = 0.0,
+        patch_dropout: Rate = 0.0,
+        **encoder: Unpack[ViTOptions],
     ) -> None:
         super().__init__()
         if distillation and not class_token:

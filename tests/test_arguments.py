@@ -1,0 +1,321 @@
+"""Wrong arguments are refused where they are given: every parameter of every public class and function, with values of many kinds."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import xformerlib as xf
+from xformerlib import graph, masks, positions, time_series as ts, vision
+from xformerlib.time_series import _inputs
+
+from .modules import BATCH, CASES, EDGES, GRAPH
+
+# Of each kind one value; a parameter takes it, or refuses it by name.
+WRONG: dict[str, Callable[[], Any]] = {
+    "a string": lambda: "x", "None": lambda: None, "a float": lambda: 1.5, "a negative number": lambda: -1, "a large one": lambda: -1e9,
+    "NaN": lambda: math.nan, "infinity": lambda: math.inf, "a bool": lambda: True, "an empty list": list, "a list": lambda: [1, "x"],
+    "a dict": dict, "an object": object, "a tensor": lambda: torch.randn(2, 3), "no dimension": lambda: torch.tensor(1.5),
+    "another dtype": lambda: torch.ones(2, 5, 8, dtype=torch.int64), "double": lambda: torch.zeros(2, 5, 8).double(),
+    "an empty tensor": lambda: torch.empty(0), "bool tensor": lambda: torch.ones(2, 5, dtype=torch.bool),
+    "a domain": lambda: xf.Sequence(5),
+    "complex": lambda: 1j, "five axes": lambda: torch.randn(1, 1, 1, 1, 1), "numpy": lambda: np.ones(3),
+    "zero": lambda: 0, "many": lambda: (1, 2, 3, 4, 5),
+}  # fmt: skip
+
+Q = torch.randn(1, 2, 4, 8)
+SERIES = torch.randn(60, 1)
+WINDOWS = ts.Windows(SERIES, 24, 6)
+IMAGES = torch.randn(1, 3, 16, 16)
+VIT = {"size": 16, "patch": 4, "dim": 8, "depth": 1, "heads": 2}
+STACK: dict[str, Any] = {"dim": 8, "depth": 2, "heads": 2}
+NODES: dict[str, Any] = {"in_channels": 8, "hidden_channels": 8, "out_channels": 3, "num_layers": 1, "heads": 2}
+FORECAST: dict[str, Any] = {"channels": 1, "lookback": 24, "horizon": 6}
+SMALL: dict[str, Any] = {"dim": 8, "depth": 1, "heads": 2}
+
+# Constructors and functions with arguments that work.
+CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "Attention": (xf.Attention, {"dim": 8, "heads": 2}),
+    "Block": (xf.Block, {"dim": 8, "heads": 2}),
+    "Encoder": (xf.Encoder, STACK),
+    "Decoder": (xf.Decoder, STACK),
+    "EncoderDecoder": (xf.EncoderDecoder, {"dim": 8, "heads": 2, "encoder_depth": 1, "decoder_depth": 1}),
+    "FeedForward": (xf.FeedForward, {"dim": 8}),
+    "DropPath": (xf.DropPath, {"p": 0.1}),
+    "Pooling": (xf.Pooling, {"dim": 8, "pool": "attention", "heads": 2}),
+    "MultiheadPooling": (xf.MultiheadPooling, {"dim": 8, "heads": 2}),
+    "attention": (xf.attention, {"query": Q, "key": Q, "value": Q}),
+    "plan": (xf.plan, {"mask": None, "domain": xf.Sequence(5)}),
+    "Sequence": (xf.Sequence, {"length": 5}),
+    "Sequence.padded": (xf.Sequence.padded, {"lengths": [2, 3]}),
+    "Sequence.packed": (xf.Sequence.packed, {"lengths": [2, 3]}),
+    "Timeline": (xf.Timeline, {"times": torch.arange(4.0)}),
+    "Grid.packed": (xf.Grid.packed, {"sizes": [(2, 2), (1, 3)]}),
+    "Graph": (xf.Graph, {"edge_index": EDGES, "num_nodes": 6}),
+    "Points": (xf.Points, {"coordinates": torch.randn(4, 2)}),
+    "Local": (masks.Local, {"radius": 2}),
+    "Dilated": (masks.Dilated, {"radius": 2, "step": 2}),
+    "Windows mask": (masks.Windows, {"size": 2}),
+    "Axial": (masks.Axial, {"axis": 0}),
+    "Expander": (masks.Expander, {"degree": 2}),
+    "Global": (masks.Global, {"tokens": 1}),
+    "Prefix": (masks.Prefix, {"n": 1}),
+    "Segments": (masks.Segments, {"ids": torch.zeros(4).long()}),
+    "Keys": (masks.Keys, {"valid": torch.ones(4).bool()}),
+    "Dense": (masks.Dense, {"allowed": torch.ones(4, 4).bool()}),
+    "Where": (masks.Where, {"fn": lambda b, h, q, k: q >= k}),
+    "Edges": (masks.Edges, {}),
+    "Sinusoidal": (positions.Sinusoidal, {"dim": 8}),
+    "Learned": (positions.Learned, {"dim": 8, "size": 5}),
+    "RandomWalk": (positions.RandomWalk, {"dim": 8, "steps": 3}),
+    "Rotary": (positions.Rotary, {"head_dim": 4}),
+    "RelativeBias": (positions.RelativeBias, {"heads": 2}),
+    "ContinuousBias": (positions.ContinuousBias, {"heads": 2}),
+    "DistanceDecay": (positions.DistanceDecay, {"heads": 2}),
+    "NTK": (positions.NTK, {"factor": 2.0}),
+    "Interpolation": (positions.Interpolation, {"factor": 2.0}),
+    "YaRN": (positions.YaRN, {"factor": 2.0, "original_length": 32}),
+    "ViT": (vision.ViT, {"classes": 3, **VIT}),
+    "Swin": (vision.Swin, {"classes": 3, "patch": 2, "window": 4, "dim": 8, "depths": (1, 1), "heads": (2, 2)}),
+    "PatchEmbed": (vision.PatchEmbed, {"dim": 8}),
+    "ConvStem": (vision.ConvStem, {"dim": 8}),
+    "PatchMerging": (vision.PatchMerging, {"dim": 8, "out_dim": 12}),
+    "PatchDropout": (vision.PatchDropout, {"share": 0.5}),
+    "MaskedAutoencoder": (
+        vision.MaskedAutoencoder, {"encoder": vision.ViT(3, **VIT), "decoder_dim": 8, "decoder_depth": 1, "decoder_heads": 2}),  # type: ignore[arg-type]
+    "parameter_groups": (vision.parameter_groups, {"model": vision.ViT(3, **VIT), "weight_decay": 0.1}),  # type: ignore[arg-type]
+    "EdgeAttention": (graph.EdgeAttention, {"in_channels": 8, "out_channels": 4}),
+    "GPSLayer": (graph.GPSLayer, {"channels": 8, "conv": None, "heads": 2}),
+    "GPS": (graph.GPS, NODES),
+    "GraphTransformer": (graph.GraphTransformer, NODES),
+    "Graphormer": (graph.Graphormer, NODES),
+    "Exphormer": (graph.Exphormer, NODES),
+    "SGFormer": (graph.SGFormer, {"in_channels": 8, "hidden_channels": 8, "out_channels": 3}),
+    "AGNN": (graph.AGNN, {"in_channels": 8, "hidden_channels": 8, "out_channels": 3}),
+    "PerformerAttention": (graph.PerformerAttention, {"channels": 8, "heads": 2}),
+    "PolynormerAttention": (graph.PolynormerAttention, {"channels": 8, "heads": 2}),
+    "SGFormerAttention": (graph.SGFormerAttention, {"channels": 8, "heads": 2}),
+    "SignNet": (graph.SignNet, {"dim": 8, "eigenvectors": 3}),
+    "GaussianBias": (graph.GaussianBias, {"heads": 2}),
+    "RandomWalkBias": (graph.RandomWalkBias, {"heads": 2, "steps": 3}),
+    "PathBias": (graph.PathBias, {"heads": 2, "edge_dim": 3}),
+    "ExpanderAttention": (graph.ExpanderAttention, {"channels": 8, "heads": 2}),
+    "HeteroAttention": (graph.HeteroAttention, {"in_channels": 8, "out_channels": 8, "metadata": (["a"], [("a", "to", "a")]), "heads": 2}),
+    "AtomEncoder": (graph.AtomEncoder, {"dim": 8, "sizes": [3, 2]}),
+    "EdgeReadout": (graph.EdgeReadout, {"dim": 8}),
+    "AddRandomWalk": (graph.AddRandomWalk, {"steps": 3}),
+    "AddLaplacian": (graph.AddLaplacian, {"k": 3}),
+    "DLinear": (ts.DLinear, FORECAST), "SeasonalNaive": (ts.SeasonalNaive, FORECAST),
+    "PatchTST": (ts.PatchTST, {**FORECAST, **SMALL}), "ITransformer": (ts.ITransformer, {**FORECAST, **SMALL}),
+    "TimeXer": (ts.TimeXer, {**FORECAST, **SMALL, "patch": 8}), "Crossformer": (ts.Crossformer, {**FORECAST, **SMALL, "segment": 6}),
+    "Informer": (ts.Informer, {**FORECAST, **SMALL}), "GroupTransformer": (ts.GroupTransformer, {**FORECAST, **SMALL, "patch": 8}),
+    "CausalTransformer": (ts.CausalTransformer, {**FORECAST, **SMALL}),
+    "EncoderDecoderTransformer": (ts.EncoderDecoderTransformer, {**FORECAST, **SMALL}),
+    "TCN": (ts.TCN, {**FORECAST, "dim": 4}), "WaveNet": (ts.WaveNet, {**FORECAST, "dim": 4}), "RNN": (ts.RNN, {**FORECAST, "dim": 4}),
+    "AttentionPoolingRNN": (ts.AttentionPoolingRNN, {**FORECAST, "dim": 4}),
+    "AutoregressiveRNN": (ts.AutoregressiveRNN, {**FORECAST, "dim": 4}),
+    "SeriesClassifier": (ts.SeriesClassifier, {"channels": 1, "classes": 3, **SMALL}), "Imputer": (ts.Imputer, {"channels": 1, **SMALL}),
+    "MaskedPatches": (ts.MaskedPatches, {"model": ts.PatchTST(1, 24, 6, patch=8, stride=8, **SMALL)}),
+    "Windows": (ts.Windows, {"values": SERIES, "lookback": 24, "horizon": 6}),
+    "Quantile": (ts.Quantile, {"levels": [0.1, 0.9]}),
+    "train": (ts.train, {"model": ts.DLinear(1, 24, 6), "windows": WINDOWS, "steps": 1, "batch_size": 2}),
+    "evaluate": (ts.evaluate, {"model": ts.DLinear(1, 24, 6), "windows": WINDOWS}),
+    "Forecaster": (ts.Forecaster, {"model": ts.DLinear, "lookback": 24, "horizon": 6}),
+}  # fmt: skip
+
+
+def _parameters(function: Callable[..., Any]) -> list[str]:
+    signature = inspect.signature(function)
+    variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return [name for name, one in signature.parameters.items() if one.kind not in variable]
+
+
+def _refusals(call: Callable[..., Any], arguments: dict[str, Any], names: list[str]) -> Iterator[str]:
+    """Each wrong value that gives an error that does not name its argument."""
+    for name in names:
+        for kind, make in WRONG.items():
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    call(**{**arguments, name: make()})
+            except (TypeError, ValueError) as error:
+                if name not in str(error):
+                    yield f"{name}={kind}: {type(error).__name__}: {str(error)[:100]}"
+            except Exception as error:
+                yield f"{name}={kind}: {type(error).__name__}: {str(error)[:100]}"
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_wrong_argument_is_refused_by_name(name: str) -> None:
+    function, arguments = CALLS[name]
+    try:
+        function(**arguments)
+    except TypeError as error:  # the table is wrong
+        raise AssertionError(f"{name}: {error}; it takes {_parameters(function)}") from error
+    assert not list(_refusals(function, arguments, _parameters(function)))
+
+
+OWN = {name for name in CALLS if inspect.isclass(CALLS[name][0]) and issubclass(CALLS[name][0], nn.Module)}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", sorted(OWN - {"DropPath", "PatchDropout"}))
+def test_a_misspelt_argument_names_the_class_that_was_called(name: str) -> None:
+    function, arguments = CALLS[name]
+    with pytest.raises(TypeError, match=rf"^{function.__name__}\(\) got an unexpected keyword argument 'bais'"):
+        function(**arguments, bais=True)
+
+
+def test_the_name_that_was_meant_is_said() -> None:
+    with pytest.raises(
+        TypeError, match=r"^Encoder\(\) got an unexpected keyword argument 'droput'; did you mean 'dropout'\?"
+    ):
+        xf.Encoder(8, 1, 2, droput=0.1)  # type: ignore[call-arg]
+    with pytest.raises(
+        TypeError, match=r"^PatchTST\(\) got an unexpected option 'nrom' in block; did you mean 'norm'\?"
+    ):
+        ts.PatchTST(1, 24, 6, block={"nrom": "pre"})  # type: ignore[typeddict-unknown-key]
+
+
+@pytest.mark.parametrize("name", sorted(OWN))
+def test_whole_numbers_of_numpy_are_whole_numbers(name: str) -> None:
+    function, arguments = CALLS[name]
+    own = {key: np.int64(x) if type(x) is int else x for key, x in arguments.items()}
+    function(**own)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("gate", "head"), ("sinks", "no"), ("softcap", -1), ("softcap", math.nan), ("dropout", math.nan), ("heads", 0), ("heads", True),
+     ("layer_scale", math.nan), ("kernel", "fastest"), ("hidden", 0), ("qk_norm", "l2"), ("kv_heads", 1.0), ("drop_path", math.nan)],
+)  # fmt: skip
+@pytest.mark.parametrize("model", [xf.Encoder, xf.Decoder])
+def test_options_are_refused_by_the_class_that_was_called(model: Callable[..., Any], option: str, value: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=option):
+        model(**{"dim": 8, "depth": 1, "heads": 2, option: value})
+
+
+CALLABLE = sorted(name for name in CASES if name not in ("Sum", "AtomEncoder", "EdgeReadout"))
+
+
+def _forward(name: str) -> Iterator[str]:
+    """Each wrong first argument that gives an error that does not name it."""
+    module = CASES[name].make()
+    if not hasattr(module, "forward") or isinstance(module, positions.Bias | positions.Rotation):
+        return
+    names = _parameters(module.forward)
+    if not names:
+        return
+    rest: dict[str, Any] = {}
+    if isinstance(module, graph.GraphModel | graph.EdgeAttention | graph.GPSLayer | graph.SGFormer | graph.AGNN):
+        rest = {"edge_index": EDGES}
+    elif isinstance(module, positions.RandomWalk | graph.SignNet) or "domain" in names or "graph" in names:
+        key = "domain" if "domain" in names else "graph"
+        needs = GRAPH if key == "graph" or isinstance(module, positions.RandomWalk | graph.SignNet) else xf.Sequence(5)
+        rest = {key: needs}
+    elif len([x for x in inspect.signature(module.forward).parameters.values() if x.default is x.empty]) > 1:
+        return
+    yield from _refusals(module, rest, names[:1])
+
+
+@pytest.mark.parametrize("name", CALLABLE)
+def test_wrong_inputs_of_calls_are_refused_by_name(name: str) -> None:
+    assert not list(_forward(name))
+
+
+@pytest.mark.parametrize(
+    "name", ["GPS", "GraphTransformer", "Graphormer", "Exphormer", "SGFormer", "AGNN", "EdgeAttention", "GPSLayer"]
+)
+def test_wrong_graphs_are_refused_by_name(name: str) -> None:
+    module, x = CASES[name].make(), torch.randn(6, 8)
+    assert not list(_refusals(module, {"x": x, "edge_index": EDGES, "edge_attr": None}, ["edge_index"]))
+    if "batch" in _parameters(module.forward):
+        arguments = {"x": x, "edge_index": EDGES, "batch": BATCH}
+        if "edge_attr" in _parameters(module.forward) and name in ("GPS", "Graphormer"):
+            arguments["edge_attr"] = torch.randn(7, 3)
+        assert not list(_refusals(module, arguments, ["batch"]))
+
+
+ENCODER = xf.Encoder(8, 1, 2)
+METHODS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "Encoder.forward": (ENCODER, {"x": torch.randn(2, 5, 8)}),
+    "Decoder.forward": (xf.Decoder(8, 1, 2), {"x": torch.randn(2, 5, 8), "context": torch.randn(2, 3, 8)}),
+    "Attention.forward": (xf.Attention(8, 2), {"x": torch.randn(2, 5, 8)}),
+    "Attention.weights": (xf.Attention(8, 2).weights, {"x": torch.randn(2, 5, 8)}),
+    "Block.forward": (xf.Block(8, 2), {"x": torch.randn(2, 5, 8)}),
+    "Mask.dense": (masks.Causal().dense, {"domain": xf.Sequence(4)}),
+    "Mask.bind": (masks.Causal().bind, {"domain": xf.Sequence(4)}),
+    "Sequence.last": (xf.Sequence(5).last, {"count": 2}),
+    "DLinear.forward": (ts.DLinear(1, 24, 6), {"x": torch.randn(2, 24, 1)}),
+    "ViT.forward": (vision.ViT(3, **VIT), {"images": IMAGES}),  # type: ignore[arg-type]
+    "ViT.intermediates": (vision.ViT(3, **VIT).intermediates, {"images": IMAGES}),  # type: ignore[arg-type]
+}
+
+
+def _parameters_of_call(call: Any) -> list[str]:
+    return _parameters(call.forward if isinstance(call, nn.Module) else call)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_wrong_arguments_of_methods_are_refused_by_name(name: str) -> None:
+    call, arguments = METHODS[name]
+    assert not list(_refusals(call, arguments, _parameters_of_call(call)))
+
+
+def test_another_dtype_says_so() -> None:
+    for module in (xf.Attention(8, 2), xf.Block(8, 2), xf.Encoder(8, 1, 2)):
+        with pytest.raises(
+            TypeError, match=r"^x must have the dtype of the weights, torch\.float32; got torch\.float64"
+        ):
+            module(torch.zeros(1, 5, 8).double())
+        with torch.autocast("cpu", torch.bfloat16):
+            module(torch.zeros(1, 5, 8, dtype=torch.bfloat16))
+
+
+def test_nested_tensors_are_refused_with_the_way_out() -> None:
+    x = torch.nested.nested_tensor([torch.randn(5, 8), torch.randn(3, 8)], layout=torch.jagged)
+    for module in (xf.Attention(8, 2), xf.Encoder(8, 1, 2), xf.Pooling(8)):
+        with pytest.raises(TypeError, match=r"x must not be a nested tensor.*Sequence\.packed\(lengths\)"):
+            module(x)
+
+
+def test_every_public_class_is_in_the_sweep() -> None:
+    swept = {getattr(function, "__name__", "") for function, _ in CALLS.values()}
+    public = {
+        name
+        for package in (xf, masks, positions, vision, graph, ts)
+        for name, thing in vars(package).items()
+        if inspect.isclass(thing) and issubclass(thing, nn.Module) and not inspect.isabstract(thing)
+    }
+    bases = {
+        "Position",
+        "Embedding",
+        "Rotation",
+        "Bias",
+        "Sum",
+        "GraphModel",
+        "ForecastModel",
+        "StepwiseModel",
+        "Classifier",
+        "Tokenizer",
+    }
+    parts = {
+        "Affine",
+        "Time2Vec",
+        "TokenBatchNorm",
+        "AttentionPooling",
+        "CausalConvolution",
+        "Head",
+        "BondEncoder",
+        "Point",
+        "StudentT",
+    }
+    assert public - bases - parts <= swept, public - bases - parts - swept
+    assert _inputs.Inputs.__annotations__.keys() == {"past", "future", "static", "head"}
