@@ -60,10 +60,10 @@ class Rule(NamedTuple):
 
 
 class _Misfit(Exception):
-    """A value that breaks a rule; ``type_fits`` where only its value does."""
+    """A value that breaks a rule; ``type_fits`` where only its value does, with what is to be said of that."""
 
-    def __init__(self, type_fits: bool = False) -> None:
-        self.type_fits = type_fits
+    def __init__(self, type_fits: bool = False, says: str | None = None) -> None:
+        self.type_fits, self.says = type_fits, says
 
 
 def check_count(name: str, value: object, *, least: int = 0, says: str = "an integer") -> int:
@@ -95,7 +95,8 @@ def check_number(name: str, value: object, within: Within | None = None) -> floa
             f"{name} must be a finite number{'' if within is None else f' {within}'}; got {name}={shown(value)}"
         ) from None
     if within is not None and not within.holds(number):
-        raise ValueError(f"{name} must be a finite number {within}; got {name}={shown(value)}")
+        kind = "" if within.below < math.inf else "a finite number "
+        raise ValueError(f"{name} must be {kind}{within}; got {name}={shown(value)}")
     return number
 
 
@@ -282,7 +283,9 @@ def _fitted(name: str, value: Any, rule: Rule | None) -> Any:
         return rule.fit(value)
     except _Misfit as misfit:
         error = ValueError if misfit.type_fits else TypeError
-        raise error(f"{name} must be {'one of ' * rule.choices}{rule.says}; got {name}={shown(value)}") from None
+        raise error(
+            f"{name} must be {misfit.says or 'one of ' * rule.choices + rule.says}; got {name}={shown(value)}"
+        ) from None
 
 
 def rule_of(annotation: Any) -> Rule | None:
@@ -385,15 +388,15 @@ def _one_of(choices: tuple[Any, ...]) -> Rule:
 
 def _either(rules: list[Rule]) -> Rule:
     def fit(value: Any) -> Any:
-        type_fits = False
+        closest = _Misfit()
         for rule in rules:
             try:
                 return rule.fit(value)
             except _Misfit as misfit:
-                type_fits = type_fits or misfit.type_fits
-        raise _Misfit(type_fits)
+                closest = misfit if misfit.type_fits and not closest.type_fits else closest
+        raise closest
 
-    words = [rule.says for rule in rules]
+    words = list(dict.fromkeys(rule.says for rule in rules))
     return Rule(fit, ", ".join(words[:-1]) + f" or {words[-1]}")
 
 
@@ -404,7 +407,7 @@ def _ranged(rule: Rule | None, within: Within | None) -> Rule | None:
     def fit(value: Any) -> Any:
         value = rule.fit(value)
         if not within.holds(value):
-            raise _Misfit(type_fits=True)
+            raise _Misfit(type_fits=True, says=str(within) if within.below < math.inf else f"{rule.says} {within}")
         return value
 
     return Rule(fit, f"{rule.says} {within}")

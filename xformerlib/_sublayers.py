@@ -52,7 +52,7 @@ class FeedForward(Recorded):
         self,
         dim: Size,
         *,
-        hidden: Size | None = None,
+        hidden: int | None = None,
         activation: Activation = "gelu",
         dropout: Rate = 0.0,
         bias: bool = True,

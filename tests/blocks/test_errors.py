@@ -25,7 +25,7 @@ from xformerlib import masks, positions
         (lambda: xf.Block(8, 2, colour="red"), TypeError, "colour"),
         (lambda: xf.Block(8, 2, mask=torch.ones(3, 3)), TypeError, "mask must be a mask.*got Tensor"),
         (lambda: xf.Encoder(8, 0, 2), ValueError, "depth must be a whole number >= 1; got depth=0"),
-        (lambda: xf.Encoder(8, 2.0, 2), ValueError, "got depth=2.0"),
+        (lambda: xf.Encoder(8, 2.0, 2), TypeError, "got depth=2.0"),
         (lambda: xf.Encoder(8, 2, 2, mask=[masks.Full()]), ValueError, "one for each of the 2 layers; got 1"),
         (lambda: xf.Encoder(8, 2, 2, mask=torch.ones(2)), TypeError, "mask must be a mask.*or a list.*got Tensor"),
         (lambda: xf.Encoder(8, 2, 2, mask=["causal", None]), TypeError, "mask must be a mask.*got str"),
