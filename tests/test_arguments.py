@@ -125,7 +125,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "SeriesClassifier": (ts.SeriesClassifier, {"channels": 1, "classes": 3, **SMALL}), "Imputer": (ts.Imputer, {"channels": 1, **SMALL}),
     "MaskedPatches": (ts.MaskedPatches, {"model": ts.PatchTST(1, 24, 6, patch=8, stride=8, **SMALL)}),
     "Windows": (ts.Windows, {"values": SERIES, "lookback": 24, "horizon": 6}),
-    "Quantile": (ts.Quantile, {"levels": [0.1, 0.9]}),
+    "Quantile": (ts.Quantile, {"levels": (0.1, 0.9)}),
     "train": (ts.train, {"model": ts.DLinear(1, 24, 6), "windows": WINDOWS, "steps": 1, "batch_size": 2}),
     "evaluate": (ts.evaluate, {"model": ts.DLinear(1, 24, 6), "windows": WINDOWS}),
     "Forecaster": (ts.Forecaster, {"model": ts.DLinear, "lookback": 24, "horizon": 6}),
@@ -202,7 +202,7 @@ def test_options_are_refused_by_the_class_that_was_called(model: Callable[..., A
         model(**{"dim": 8, "depth": 1, "heads": 2, option: value})
 
 
-CALLABLE = sorted(name for name in CASES if name not in ("Sum", "AtomEncoder", "EdgeReadout"))
+CALLABLE = sorted(name for name in CASES if name not in ("Sum", "AtomEncoder", "EdgeReadout", "EncoderDecoder"))
 
 
 def _forward(name: str) -> Iterator[str]:
@@ -216,6 +216,8 @@ def _forward(name: str) -> Iterator[str]:
     rest: dict[str, Any] = {}
     if isinstance(module, graph.GraphModel | graph.EdgeAttention | graph.GPSLayer | graph.SGFormer | graph.AGNN):
         rest = {"edge_index": EDGES}
+        if isinstance(module, graph.EdgeAttention):
+            rest["edge_attr"] = torch.randn(7, 3)
     elif isinstance(module, positions.RandomWalk | graph.SignNet) or "domain" in names or "graph" in names:
         key = "domain" if "domain" in names else "graph"
         needs = GRAPH if key == "graph" or isinstance(module, positions.RandomWalk | graph.SignNet) else xf.Sequence(5)
@@ -235,10 +237,11 @@ def test_wrong_inputs_of_calls_are_refused_by_name(name: str) -> None:
 )
 def test_wrong_graphs_are_refused_by_name(name: str) -> None:
     module, x = CASES[name].make(), torch.randn(6, 8)
-    assert not list(_refusals(module, {"x": x, "edge_index": EDGES, "edge_attr": None}, ["edge_index"]))
+    given = {"edge_attr": torch.randn(7, 3)} if name == "EdgeAttention" else {}
+    assert not list(_refusals(module, {"x": x, "edge_index": EDGES, **given}, ["edge_index"]))
     if "batch" in _parameters(module.forward):
         arguments = {"x": x, "edge_index": EDGES, "batch": BATCH}
-        if "edge_attr" in _parameters(module.forward) and name in ("GPS", "Graphormer"):
+        if name in ("GPS", "Graphormer"):
             arguments["edge_attr"] = torch.randn(7, 3)
         assert not list(_refusals(module, arguments, ["batch"]))
 

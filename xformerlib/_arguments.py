@@ -38,6 +38,7 @@ class Within(NamedTuple):
         return f"{'>' if self.above else '>='} {self.least:g}"
 
 
+ELSEWHERE = "checked where it is used, with a message of its own"
 Size = Annotated[int, Within(1)]
 Count = Annotated[int, Within(0)]
 Positive = Annotated[float, Within(0, above=True)]
@@ -98,6 +99,24 @@ def check_number(name: str, value: object, within: Within | None = None) -> floa
         kind = "" if within.below < math.inf else "a finite number "
         raise ValueError(f"{name} must be {kind}{within}; got {name}={shown(value)}")
     return number
+
+
+def as_tensor(name: str, value: Any, says: str) -> Tensor:
+    """Return numbers in a list or array as a tensor, or raise an error that names the argument."""
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be {says}; got {name}={shown(value)}") from None
+
+
+def check_device(device: Any) -> torch.device:
+    """Return a ``torch.device``, or raise an error that names ``device``."""
+    try:
+        return torch.device(device)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"device must be a torch.device or its name, such as 'cpu' or 'cuda:0'; got device={shown(device)}"
+        ) from None
 
 
 def as_number(value: object) -> Any:
@@ -300,6 +319,8 @@ def rule_of(annotation: Any) -> Rule | None:
     if origin in (Union, types.UnionType):
         rules = [rule_of(part) for part in args]
         return None if None in rules else _either(rules)  # type: ignore[arg-type]
+    if origin is Annotated and ELSEWHERE in args:
+        return None
     if origin is Annotated:
         return _ranged(rule_of(args[0]), next((x for x in args[1:] if isinstance(x, Within)), None))
     if origin is Literal:
@@ -383,7 +404,8 @@ def _one_of(choices: tuple[Any, ...]) -> Rule:
                 return value
         raise _Misfit(type_fits=type(value) in kinds)
 
-    return Rule(fit, ", ".join(map(repr, choices)), choices=len(choices) > 1)
+    words = " or ".join(map(repr, choices)) if len(choices) == 2 else ", ".join(map(repr, choices))
+    return Rule(fit, words, choices=len(choices) > 2)
 
 
 def _either(rules: list[Rule]) -> Rule:
@@ -396,7 +418,7 @@ def _either(rules: list[Rule]) -> Rule:
                 closest = misfit if misfit.type_fits and not closest.type_fits else closest
         raise closest
 
-    words = list(dict.fromkeys(rule.says for rule in rules))
+    words = list(dict.fromkeys(rule.says.replace("' or '", "', '") for rule in rules))
     return Rule(fit, ", ".join(words[:-1]) + f" or {words[-1]}")
 
 
@@ -407,7 +429,12 @@ def _ranged(rule: Rule | None, within: Within | None) -> Rule | None:
     def fit(value: Any) -> Any:
         value = rule.fit(value)
         if not within.holds(value):
-            raise _Misfit(type_fits=True, says=str(within) if within.below < math.inf else f"{rule.says} {within}")
+            raise _Misfit(
+                type_fits=True,
+                says=f"{rule.says} {within}"
+                if rule.says == "a finite number" and within.below == math.inf
+                else str(within),
+            )
         return value
 
     return Rule(fit, f"{rule.says} {within}")
@@ -439,7 +466,7 @@ _SIMPLE: dict[Any, Rule] = {
     str: Rule(lambda value: value if isinstance(value, str) else _misfit(), "a string"),
 }
 # Who takes these has a message of its own, which says what to do.
-_NAMED_ELSEWHERE = ("Mask", "Position")
+_NAMED_ELSEWHERE = ("Mask", "Position", "Head")
 _ARTICLES: dict[Any, str] = {
     Tensor: "a tensor", torch.nn.Module: "a module", torch.dtype: "a torch.dtype, such as torch.float32",
     torch.device: "a torch.device",

@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence as SequenceOf
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ._arguments import check_number, shown
-from ._projection import is_plain
 from .domains import Domain, Sequence
 from .masks import Mask
 from .positions import Bias, Position
@@ -43,19 +42,6 @@ def check_values(name: str, x: object) -> None:
         )
 
 
-def check_dtype(name: str, x: Tensor, layer: nn.Module, norm: nn.Module | None = None) -> None:
-    """Raise where a linear layer, perhaps behind a layer norm, cannot take the dtype of ``x``; not where either was replaced."""
-    if not isinstance(layer, nn.Linear) or layer.weight.dtype == x.dtype or not is_plain(layer):
-        return
-    if norm is not None and type(norm) is not nn.LayerNorm:
-        return
-    if not torch.is_autocast_enabled(x.device.type):
-        dtype = layer.weight.dtype
-        raise TypeError(
-            f"{name} must have the dtype of the weights, {dtype}; got {x.dtype}. Use {name}.to({dtype}), model.to({x.dtype}), or autocast."
-        )
-
-
 def check_last(last: int, domain: Domain) -> Domain:
     """Where the last tokens live, or an error where there are not so many (prefix tokens not counted)."""
     tokens = domain.num_tokens - domain.prefix
@@ -64,13 +50,21 @@ def check_last(last: int, domain: Domain) -> Domain:
     return domain.last(last)
 
 
-def check_domain(name: str, domain: Domain, tokens: int, batch: int, device: torch.device) -> None:
+def domain_of(name: str) -> str:
+    """The name of the argument that says where ``name`` lives."""
+    return "domain" if name in ("x", "query") else f"{name}_domain"
+
+
+def check_domain(name: str, domain: Any, tokens: int, batch: int, device: torch.device) -> None:
     """Raise unless a tensor of so many tokens and rows, on this device, lives on the domain."""
     if not isinstance(domain, Domain):
-        raise TypeError(f"the domain of {name} must be a domain such as Sequence(length); got {type(domain).__name__}")
+        argument = domain_of(name)
+        raise TypeError(
+            f"the domain of {name} must be a domain such as Sequence(length); got {type(domain).__name__}. Give {argument} one."
+        )
     if tokens != domain.num_tokens:
         raise ValueError(
-            f"{name} must have as many tokens as its domain; got {tokens} and {domain!r} of {domain.num_tokens}"
+            f"{name} must have as many tokens as its domain; got {tokens} and {domain!r} of {domain.num_tokens} ({domain_of(name)})"
             + (f" (prefix={domain.prefix} in front of each item included)" if domain.prefix else "")
         )
     if domain.batch_size is not None and batch != domain.batch_size:
@@ -166,11 +160,11 @@ def resolve_domains(
     return domain, key_domain
 
 
-def check_mask(mask: Mask) -> Mask:
+def check_mask(mask: Mask, name: str = "mask") -> Mask:
     """The mask, or an error where something else came."""
     if not isinstance(mask, Mask):
         raise TypeError(
-            f"mask must be a mask such as masks.Causal(); got {type(mask).__name__}. Wrap a bool tensor (True = may attend) in masks.Dense."
+            f"{name} must be a mask such as masks.Causal(); got {type(mask).__name__}. Wrap a bool tensor (True: may attend) in Dense."
         )
     return mask
 

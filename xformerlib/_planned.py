@@ -30,6 +30,7 @@ def planned(problem: Problem, kernel: str, device: torch.device) -> Plan:
     if known is None:
         while len(plans) >= (MOST_FLEETING_PLANS if fleeting else MOST_PLANS):
             plans.pop(next(iter(plans)))
+        problem.mask.check(problem.domain.whole, problem.keys.whole)  # before lowering reads the mask's structure
         with keeping():
             known = plans[key] = kernels.choose(problem, kernel, device)
     check_strict(known, problem, kernel)

@@ -45,3 +45,16 @@ def dtype_of(module: nn.Module) -> torch.dtype:
     """The dtype of a module's floating-point parameters; torch's default where it has none."""
     found = (p.dtype for p in module.parameters() if p.is_floating_point())
     return next(found, torch.get_default_dtype())
+
+
+def check_dtype(name: str, x: Tensor, layer: nn.Module, norm: nn.Module | None = None) -> None:
+    """Raise where a linear layer, perhaps behind a layer norm, cannot take the dtype of ``x``; not where either was replaced."""
+    if not isinstance(layer, nn.Linear) or layer.weight.dtype == x.dtype or not is_plain(layer):
+        return
+    if norm is not None and type(norm) is not nn.LayerNorm:
+        return
+    if not torch.is_autocast_enabled(x.device.type):
+        dtype = layer.weight.dtype
+        raise TypeError(
+            f"{name} must have the dtype of the weights, {dtype}; got {x.dtype}. Use {name}.to({dtype}), model.to({x.dtype}), or autocast."
+        )

@@ -13,8 +13,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._arguments import Rate, Size, Within, check_number
+from ._arguments import Rate, Size, Within, check_number, shown
 from ._dropout import Dropout
+from ._projection import check_dtype
 from ._recorded import Recorded
 from .domains import Domain
 
@@ -76,6 +77,11 @@ class FeedForward(Recorded):
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         """Map each token."""
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(f"x must be a floating-point tensor; got {shown(x)}")
+        if isinstance(self.up, nn.Linear) and (x.ndim == 0 or x.shape[-1] != self.up.in_features):
+            raise ValueError(f"x must be (..., {self.up.in_features}); got {tuple(x.shape)}")
+        check_dtype("x", x, self.up)
         return self.down(self.norm(self.dropout(self._activated(self.up(x)))))
 
     def _activated(self, h: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from . import kernels
-from ._arguments import Count, Positive, Rate, Size, checked
+from ._arguments import Count, Positive, Rate, Size, as_tensor, check_device, checked
 from ._autograd import constants, is_compiling, is_jit_tracing, is_leaving, no_autocast
 from ._cache import Cache
 from ._compiled import Inputs, run_in_graph
@@ -20,9 +20,9 @@ from ._inputs import (
     are_pointwise,
     bias_kind,
     bias_terms,
-    check_dtype,
     check_heads,
     check_inputs,
+    check_is_position,
     check_last,
     check_mask,
     check_position,
@@ -32,7 +32,7 @@ from ._inputs import (
 from ._options import QKNorm
 from ._planned import bound_biases, check_extent, planned, scores_of, without_padding
 from ._portable import run_portably, shape_of
-from ._projection import columns_of, dtype_of
+from ._projection import check_dtype, columns_of, dtype_of
 from ._recorded import Recorded
 from ._sublayers import Cosine, NormLayer, norm_factory
 from .domains import Domain
@@ -158,7 +158,7 @@ def plan(
     mask.bind(domain, key_domain)  # says what is not defined
     problem = Problem(
         mask=mask, domain=domain, keys=key_domain, batch=domain.batch_size or batch, heads=heads, kv_heads=kv_heads or heads,
-        head_dim=head_dim, value_dim=head_dim, dtype=dtype, device=torch.device(device).type, bias=bias_kind(bias_terms(bias)),
+        head_dim=head_dim, value_dim=head_dim, dtype=dtype, device=check_device(device).type, bias=bias_kind(bias_terms(bias)),
         pointwise_bias=are_pointwise(bias_terms(bias), domain), dropout_p=dropout_p, softcap=softcap is not None, sinks=sinks,
     )  # fmt: skip
     return planned(problem, kernel, torch.device(device))
@@ -306,10 +306,14 @@ class Attention(Recorded):
         check_extent(problem)
         biases = bound_biases(problem, terms, q.device)
         scores = scores_of(problem, predicate, biases, 1 / math.sqrt(self.head_dim), self.softcap, None)
-        index = torch.arange(q.shape[2], device=q.device) if rows is None else torch.as_tensor(rows, device=q.device)
+        index = (
+            torch.arange(q.shape[2], device=q.device)
+            if rows is None
+            else as_tensor("rows", rows, "a list of indices").to(q.device)
+        )
         index = index if index.numel() else index.long()
-        if index.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"rows must be integers; got {index.dtype}")
+        if index.ndim != 1 or index.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"rows must be a vector of integers; got {index.dtype} of shape {tuple(index.shape)}")
         if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < q.shape[2]):
             raise ValueError(f"rows must index the {q.shape[2]} queries; got {index.tolist()}")
         blocks = [
@@ -345,6 +349,7 @@ class Attention(Recorded):
     ) -> tuple[Tensor, Tensor, Tensor, Domain, Domain]:
         """Queries, keys and values by head, normalised, rotated and joined with cached ones, and where they live."""
         domain = place("x", x, self.dim, domain)
+        check_is_position(position)
         check_dtype("x", x, self.qkv)
         if cache is not None and not isinstance(cache, Cache):
             raise TypeError(f"cache must be an xformerlib.Cache(); got {type(cache).__name__}")

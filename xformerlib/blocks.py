@@ -17,14 +17,15 @@ from ._cache import Cache
 from ._inputs import (
     Masks,
     Positions,
-    check_dtype,
     check_last,
+    check_mask,
     masks_of_layers,
     place,
     positions_of_layers,
     rates_of_layers,
 )
 from ._options import BlockOptions, EncoderBlockOptions, LayerOptions, NormPlace as NormPlace, StackOptions
+from ._projection import check_dtype
 from ._recorded import Recorded
 from ._sublayers import (
     Activation as Activation,
@@ -75,8 +76,8 @@ class Block(Recorded):
 
     def __init__(
         self,
-        dim: Size,
-        heads: Size,
+        dim: int,
+        heads: int,
         *,
         norm: NormPlace = "pre",
         norm_layer: NormLayer = "layer",
@@ -155,16 +156,22 @@ class Block(Recorded):
             x = self.feed_forward_residual(x, lambda y: self.feed_forward(y), here)
         return here.zero_padding(x)
 
-    def _check_context(
-        self, context: Tensor | None, domain: Domain | None, mask: Mask | None, cache: Cache | None
-    ) -> None:
+    def _check_context(self, context: Any, domain: Any, mask: Any, cache: Any) -> None:
         if self.cross_attention is None:
             for name, value in (("context", context), ("context_domain", domain), ("context_mask", mask)):
                 if value is not None:
                     raise ValueError(
                         f"{name} is for blocks with cross attention, and this one has none; build it with cross=True"
                     )
-        elif context is None and not (cache is not None and cache.holds_context(self.cross_attention)):
+        if mask is not None:
+            check_mask(mask, "context_mask")
+        if domain is not None and not isinstance(domain, Domain):
+            raise TypeError(f"context_domain must be a domain such as Sequence(length); got {type(domain).__name__}")
+        if (
+            self.cross_attention is not None
+            and context is None
+            and not (isinstance(cache, Cache) and cache.holds_context(self.cross_attention))
+        ):
             raise ValueError(
                 "context must be given to a block with cross=True, at least at the first call with a cache; got None"
             )
@@ -175,9 +182,9 @@ class _Stack(Recorded):
 
     def __init__(
         self,
-        dim: Size,
-        depth: Size,
-        heads: Size,
+        dim: int,
+        depth: int,
+        heads: int,
         *,
         mask: Masks,
         position: Positions,
@@ -268,9 +275,9 @@ class Encoder(_Stack):
 
     def __init__(
         self,
-        dim: Size,
-        depth: Size,
-        heads: Size,
+        dim: int,
+        depth: int,
+        heads: int,
         *,
         mask: Masks = None,
         position: Positions = None,
@@ -320,9 +327,9 @@ class Decoder(_Stack):
 
     def __init__(
         self,
-        dim: Size,
-        depth: Size,
-        heads: Size,
+        dim: int,
+        depth: int,
+        heads: int,
         *,
         mask: Mask | SequenceOf[Mask | None] = Causal(),  # noqa: B008  (a frozen value)
         cross: bool = True,
@@ -380,8 +387,8 @@ class EncoderDecoder(Recorded):
 
     def __init__(
         self,
-        dim: Size = 512,
-        heads: Size = 8,
+        dim: int = 512,
+        heads: int = 8,
         *,
         encoder_depth: Size = 6,
         decoder_depth: Size = 6,
@@ -393,7 +400,7 @@ class EncoderDecoder(Recorded):
         **stack: Unpack[StackOptions],
     ) -> None:
         super().__init__()
-        if not isinstance(decoder_mask, (Mask, type(None))):
+        if not isinstance(decoder_mask, Mask):
             raise TypeError(
                 f"decoder_mask must be a mask such as masks.Causal(); got {type(decoder_mask).__name__}. For no mask: masks.Full()."
             )

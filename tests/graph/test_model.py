@@ -199,7 +199,7 @@ def test_channels_that_are_known_at_the_first_call() -> None:
     x, edges = graph.x.float(), graph.edge_attr.float()
     for model in (GPS(-1, 16, 3, 1, 4, edge_dim=-1), Exphormer(-1, 16, 3, 1, 4, edge_dim=-1)):
         assert model(x, graph.edge_index, edges).shape == (5, 3)
-        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        with pytest.raises(ValueError, match=r"x must be \(nodes, in_channels=7\)"):
             model(x[:, 1:], graph.edge_index, edges)
     for make in (SGFormer, AGNN):
         assert make(-1, 16, 3)(x, graph.edge_index).shape == (5, 3)

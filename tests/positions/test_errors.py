@@ -42,7 +42,7 @@ from xformerlib.positions import (
         (lambda: Rotary(8, theta=1.0), "theta must be > 1"),
         (lambda: Rotary(8, fraction=0.1), "fraction must be in"),
         (lambda: Rotary(8, fraction=1.5), "fraction must be in"),
-        (lambda: Rotary(8, layout="both"), "layout must be one of 'half', 'interleaved'; got layout='both'"),
+        (lambda: Rotary(8, layout="both"), "layout must be 'half' or 'interleaved'; got layout='both'"),
         (lambda: Rotary(8, coordinates="pixels"), "coordinates must be one of"),
         (lambda: Rotary(8, reference=16), "reference is used by coordinates='resized' only"),
         (lambda: Rotary(8, coordinates="resized", reference=0), "reference must be one size >= 1"),

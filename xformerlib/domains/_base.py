@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
-from .._arguments import check_count, shown
+from .._arguments import as_tensor, check_count
 from .._config import Described
 from ._kept import OF_ITS_OWN, Kept
 
@@ -362,10 +362,7 @@ def either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 def as_lengths(name: str, lengths: SequenceOf[int] | Tensor) -> Int[Tensor, " items"]:
     """Lengths of items as an int64 vector, checked."""
-    try:
-        tensor = torch.as_tensor(lengths)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name} must be a vector of integers; got {name}={shown(lengths)}") from None
+    tensor = as_tensor(name, lengths, "a vector of integers")
     if tensor.numel() == 0:
         tensor = tensor.reshape(0).long()
     if tensor.ndim != 1 or tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:

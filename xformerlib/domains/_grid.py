@@ -11,7 +11,7 @@ from jaxtyping import Bool
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._arguments import check_count
+from .._arguments import as_tensor, check_count
 from ._base import Domain, as_lengths, offsets_of
 
 
@@ -50,6 +50,8 @@ class Grid(Domain):
             self._set_valid(valid)
 
     def _set_valid(self, valid: Tensor) -> None:
+        if not isinstance(valid, Tensor):
+            raise TypeError(f"valid must be a bool tensor, True where a token exists; got {type(valid).__name__}")
         if valid.dtype != torch.bool or tuple(valid.shape[1:]) != self.sizes:
             axes = ", ".join(["batch", *map(str, self.sizes)])
             raise ValueError(f"valid must be bool of shape ({axes}); got {valid.dtype} {tuple(valid.shape)}")
@@ -62,7 +64,7 @@ class Grid(Domain):
 
         ``item_sizes`` holds the sizes, ``(items, ndim)``, ``size_of_items`` the same as tuples; ``sizes`` the largest on each axis.
         """
-        table = torch.as_tensor(sizes)
+        table = as_tensor("sizes", sizes, "a list of (height, width) or of 1 to 3 sizes each")
         if table.ndim != 2 or not 1 <= table.shape[1] <= 3:
             raise ValueError(
                 f"sizes must be a list of (height, width) or of 1 to 3 sizes each; got shape {tuple(table.shape)}"

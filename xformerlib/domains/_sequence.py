@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Shaped
 from torch import Tensor
 
-from .._arguments import check_count
+from .._arguments import as_tensor, check_count
 from .._autograd import is_transformed
 from ._base import Domain, as_lengths, offsets_of
 
@@ -121,6 +121,7 @@ class Sequence(Domain):
     def last(self, count: int) -> Sequence:
         if self.lengths is not None:
             super().last(count)
+        count = check_count("count", count)
         return Sequence(count, start=self.start + self.length - count)._ranked_from(self._rank_offset + self.prefix)
 
     def _given(self) -> dict[str, Any]:
@@ -179,7 +180,7 @@ class Timeline(Domain):
         self, times: Shaped[Tensor, "*batch tokens"] | SequenceOf[float], *, valid: Bool[Tensor, "*batch tokens"] | None = None,
         prefix: int = 0,
     ) -> None:  # fmt: skip
-        times = torch.as_tensor(times)
+        times = as_tensor("times", times, "a tensor or list of real numbers")
         if times.ndim not in (1, 2) or times.dtype == torch.bool or times.is_complex():
             raise ValueError(
                 f"times must be (tokens,) or (batch, tokens) of real numbers; got {tuple(times.shape)} of {times.dtype}"
@@ -275,6 +276,7 @@ class Timeline(Domain):
     def last(self, count: int) -> Timeline:
         if self.offsets is not None or self.valid is not None:
             super().last(count)
+        count = check_count("count", count)
         first = self.times.shape[-1] - count
         return Timeline(self._given_times[..., first:])._ranked_from(self._rank_offset + self.num_tokens - count)
 

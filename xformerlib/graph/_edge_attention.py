@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .._along_edges import along_edges
-from .._arguments import Rate, Size
+from .._arguments import Rate, Size, shown
 from .._projection import is_plain
 from .._recorded import Recorded
 from ._edges import Adjacency, SortedEdges, as_pairs, sorted_edges
@@ -72,6 +72,8 @@ class EdgeAttention(Recorded):
             raise ValueError("beta gates between the edges and the node itself, which root_weight=False leaves out")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1); got dropout={dropout}")
+        if not isinstance(in_channels, int) and len(in_channels) != 2:
+            raise ValueError(f"in_channels must be one number, or a pair for sources and targets; got {in_channels}")
         self.in_channels = (in_channels, in_channels) if isinstance(in_channels, int) else in_channels
         self.out_channels, self.heads, self.concat, self.dropout = out_channels, heads, concat, dropout
         source, target = self.in_channels
@@ -110,6 +112,10 @@ class EdgeAttention(Recorded):
         return_attention_weights: bool | None = None,
     ) -> Tensor | tuple[Tensor, Weights]:
         """Attend along edges."""
+        if not isinstance(x, Tensor) and not (
+            isinstance(x, (tuple, list)) and len(x) == 2 and all(isinstance(part, Tensor) for part in x)
+        ):
+            raise TypeError(f"x must be a tensor of node features, or a pair for sources and targets; got {shown(x)}")
         source, target = (x, x) if isinstance(x, Tensor) else x
         self._check(source, target, edge_attr)
         q = self._by_head(self.query(target))

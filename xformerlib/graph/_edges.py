@@ -38,6 +38,7 @@ def sorted_edges(edge_index: Adjacency, sources: int, targets: int) -> SortedEdg
     if isinstance(edge_index, Graph):
         return edge_index.fact(("sorted_edges",), lambda: _sorted(edge_index.edge_index, sources, targets))
     what = ("sorted", sources, targets)
+    check_adjacency(edge_index)
     return made_once(what, [edge_index], lambda: _sorted(as_pairs(edge_index), sources, targets))
 
 
@@ -45,16 +46,21 @@ def as_pairs(edge_index: Adjacency) -> Int[Tensor, "2 edges"]:
     """Sources above targets, of any way to give edges."""
     if isinstance(edge_index, Graph):
         return edge_index.edge_index
-    if not isinstance(edge_index, Tensor):
-        raise TypeError(
-            f"edge_index must be a tensor (2, edges), a sparse tensor or a Graph; got {type(edge_index).__name__}"
-        )
+    check_adjacency(edge_index)
     if edge_index.layout != torch.strided:
         target, source = edge_index.detach().to_sparse_coo().coalesce().indices()
         return torch.stack([source, target])
     _check_shape("edge_index", edge_index)
     # Another object: what is kept beside a tensor must not hold on to it.
     return edge_index.as_subclass(Tensor).detach()
+
+
+def check_adjacency(edge_index: object) -> None:
+    """Raise unless edges are given as a tensor."""
+    if not isinstance(edge_index, Tensor):
+        raise TypeError(
+            f"edge_index must be a tensor (2, edges), a sparse tensor or a Graph; got {type(edge_index).__name__}"
+        )
 
 
 def check_ends(what: str, edge_index: Tensor, sources: int, targets: int) -> None:

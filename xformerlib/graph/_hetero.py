@@ -64,6 +64,10 @@ class HeteroAttention(Recorded):
         relation_bias: bool = False,
     ) -> None:
         super().__init__()
+        if len(metadata) != 2 or not all(isinstance(part, (list, tuple)) for part in metadata):
+            raise TypeError(
+                f"metadata must be (kinds of nodes, kinds of edges), as of HeteroData.metadata(); got {metadata!r}"
+            )
         self.node_types, self.edge_types = list(metadata[0]), [tuple(kind) for kind in metadata[1]]
         channels = dict.fromkeys(self.node_types, in_channels) if isinstance(in_channels, int) else dict(in_channels)
         self.heads, self.out_channels = check_size("heads", heads), check_size("out_channels", out_channels)
@@ -73,6 +77,8 @@ class HeteroAttention(Recorded):
             raise ValueError(f"in_channels must be of the kinds of nodes {self.node_types}; got {list(channels)}")
         if not self.edge_types or {end for a, _, b in self.edge_types for end in (a, b)} - set(self.node_types):
             raise ValueError(f"metadata must have kinds of edges between {self.node_types}; got {self.edge_types}")
+        for width in channels.values():
+            check_size("in_channels", width)
         self.in_channels = [channels[kind] for kind in self.node_types]
         self.key_query_value = nn.ModuleList(nn.Linear(width, 3 * out_channels) for width in self.in_channels)
         self.out = nn.ModuleList(nn.Linear(out_channels, out_channels) for _ in self.node_types)

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from .._inputs import check_dtype
+from .._arguments import shown
+from .._projection import check_dtype
 from ..domains import Graph
 from ._edges import Adjacency, as_pairs
 from ._made_once import made_once
@@ -52,6 +53,10 @@ def place_nodes(
         return Placed(edge_index, None)
     if not isinstance(edge_index, Tensor):
         raise TypeError(f"edge_index must be a tensor (2, edges), or a Graph; got {type(edge_index).__name__}")
+    if batch is not None and (
+        not isinstance(batch, Tensor) or batch.ndim != 1 or batch.is_floating_point() or batch.is_complex()
+    ):
+        raise TypeError(f"batch must be the graph of each node, integers (nodes,); got {shown(batch)}")
     return made_once(
         ("placed", num_nodes, virtual_nodes, num_graphs),
         [edge_index, batch],

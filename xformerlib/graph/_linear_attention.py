@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from .._arguments import Rate, Size
 from .._dropout import Dropout
+from .._inputs import check_values
 from .._recorded import Recorded
 from ..domains import Graph
 from ._reset import reset
@@ -130,6 +131,9 @@ class _LinearAttention(Recorded, ABC):
 
     def projected(self, x: Float[Tensor, "tokens channels"], graph: Graph) -> tuple[Tensor, ...]:
         """Queries, keys and values, (tokens, heads, head_channels)."""
+        check_values("x", x)
+        if not isinstance(graph, Graph):
+            raise TypeError(f"graph must be a Graph; got {type(graph).__name__}")
         if x.ndim != 2 or x.shape != (graph.num_tokens, self.channels):
             raise ValueError(
                 f"x must be (tokens, channels) = {(graph.num_tokens, self.channels)} on {graph!r}; got {tuple(x.shape)}"

@@ -135,6 +135,8 @@ class Mask(Described):
         Memory is Tq x Tk: for pictures, tests and small inputs. ``batch_size`` and ``heads`` say over how many rows and heads to
         evaluate a ``Where``, which cannot know.
         """
+        batch_size = None if batch_size is None else check_count("batch_size", batch_size)
+        heads = None if heads is None else check_count("heads", heads)
         keys = domain if key_domain is None else key_domain
         predicate = self.bind(domain, keys)
         extent = self.extent()

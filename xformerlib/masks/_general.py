@@ -40,7 +40,7 @@ class Global(Leaf):
     def __init__(self, tokens: int | Iterable[int] | Int[Tensor, " count"]) -> None:
         if isinstance(tokens, Tensor) and tokens.ndim:
             tokens = tokens.tolist()
-        if isinstance(tokens, Iterable):
+        if isinstance(tokens, Iterable) and not (isinstance(tokens, Tensor) and tokens.ndim == 0):
             checked: int | tuple[int, ...] = tuple(sorted({check_count("tokens", token) for token in tokens}))
         else:
             checked = check_count("tokens", tokens)

@@ -30,16 +30,12 @@ class Axial(SpatialLeaf):
     axis: int
 
     kinds = ("Grid",)
-    instead = "Windows(size) or Segments(ids)"
+    instead = "Windows(size) or Segments(ids), which have no axis,"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "axis", check_count("axis", self.axis, least=-3))
 
     def check(self, domain: Domain, keys: Domain) -> None:
-        if domain.kind != "Grid":
-            raise ValueError(
-                f"Axial(axis) is not defined on a {domain.kind}, which has no axes; got {self!r} on {domain!r}. Use {self.instead}."
-            )
         super().check(domain, keys)
         if not -domain.ndim <= self.axis < domain.ndim:
             raise ValueError(

@@ -129,7 +129,7 @@ class Local(SpatialLeaf):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "radius", check_sizes("radius", self.radius, least=0))
-        if self.border not in ("cut", "clamp"):
+        if not isinstance(self.border, str) or self.border not in ("cut", "clamp"):
             raise ValueError(f"border must be 'cut' or 'clamp'; got border={self.border!r}")
 
     def check(self, domain: Domain, keys: Domain) -> None:

@@ -10,7 +10,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._arguments import Positive, Size, check_positive, check_size
+from .._arguments import Positive, check_positive, check_size
 from .._autograd import is_compiling
 from ..domains import Domain, Graph, Grid, Sequence, Timeline
 from ._base import Embedding, at_least_fp32, kept, no_meaning, places
@@ -54,7 +54,7 @@ class Sinusoidal(Embedding):
     """
 
     def __init__(
-        self, dim: Size, *, theta: Positive = 10_000.0, scale: Positive = 1.0, eigenvectors: int | None = None
+        self, dim: int, *, theta: Positive = 10_000.0, scale: Positive = 1.0, eigenvectors: int | None = None
     ) -> None:
         super().__init__()
         self.dim = check_size("dim", dim, least=2)
@@ -134,7 +134,7 @@ class Learned(Embedding):
         torch.Size([1, 201, 8])
     """
 
-    def __init__(self, dim: Size, size: Size | SequenceOf[Size], *, prefix: int = 0, directed: bool = False) -> None:
+    def __init__(self, dim: int, size: int | SequenceOf[int], *, prefix: int = 0, directed: bool = False) -> None:
         super().__init__()
         self.dim = check_size("dim", dim)
         self.size = check_size("size", size) if isinstance(size, int) else tuple(check_size("size", n) for n in size)

@@ -397,6 +397,8 @@ def no_meaning(position: Position, domain: Domain, instead: str) -> ValueError:
 
 def check_tokens(position: Position, x: Tensor, domain: Domain, width: int, name: str) -> None:
     """Raise unless ``x`` is ``(..., tokens, width)`` for the tokens of ``domain``, and on its device."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a floating-point tensor; got {type(x).__name__}")
     if x.ndim < 2 or x.shape[-2] != domain.num_tokens or x.shape[-1] != width:
         raise ValueError(
             f"{type(position).__name__} takes x of shape (..., {domain.num_tokens}, {width}), the tokens of {domain!r} and {name}={width}; "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .._arguments import Positive, Size, check_positive, check_size
+from .._arguments import Positive, check_positive, check_size
 from .._autograd import no_autocast
 from .._projection import dtype_of, is_plain
 from ..domains import Domain, Graph, Grid, Points
@@ -66,10 +66,10 @@ class RelativeBias(Bias):
 
     def __init__(
         self,
-        heads: Size,
+        heads: int,
         *,
-        size: Size | SequenceOf[Size] | None = None,
-        buckets: Size = 32,
+        size: int | SequenceOf[int] | None = None,
+        buckets: int = 32,
         max_distance: float = 128,
         bidirectional: bool = True,
         prefix: bool = False,
@@ -205,12 +205,12 @@ class ContinuousBias(Bias):
 
     def __init__(
         self,
-        heads: Size,
+        heads: int,
         *,
-        hidden: Size = 512,
+        hidden: int = 512,
         axes: int = 3,
         scale: Positive | SequenceOf[float] = 1.0,
-        size: Size | SequenceOf[Size] | None = None,
+        size: int | SequenceOf[int] | None = None,
         bound: float | None = 16.0,
     ) -> None:
         super().__init__()
@@ -399,7 +399,7 @@ class EveryPair(PairBias):
         domain: Domain,
         keys: Domain,
         make: Callable[[Tensor, Tensor, Tensor], Float[Tensor, "rows tq tk heads"]],
-        heads: Size,
+        heads: int,
     ) -> None:
         rows, device = rows_of_batch(domain, keys), domain.device
         b, q, k = (torch.arange(n, device=device) for n in (rows or 1, domain.num_tokens, keys.num_tokens))

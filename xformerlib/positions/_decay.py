@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor, nn
 
-from .._arguments import Positive, Size, check_positive, check_size
+from .._arguments import Positive, check_positive, check_size
 from ..domains import Domain, Grid
 from ._base import Bias, PairBias, PlacePair, at_least_fp32, in_steps
 from ._tables import rows_of_batch
@@ -45,7 +45,7 @@ class DistanceDecay(Bias):
 
     steps: Int[Tensor, " heads"]
 
-    def __init__(self, heads: Size, *, learned: bool = False, scale: Positive = 1.0) -> None:
+    def __init__(self, heads: int, *, learned: bool = False, scale: Positive = 1.0) -> None:
         super().__init__()
         self.heads = check_size("heads", heads)
         self.scale = check_positive("scale", scale)

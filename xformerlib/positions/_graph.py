@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Float64, Shaped
 from torch import Tensor, nn
 
-from .._arguments import Size, check_size
+from .._arguments import check_size
 from .._projection import dtype_of
 from ..domains import Domain, Graph
 from ._base import Embedding, no_meaning
@@ -36,7 +36,7 @@ class RandomWalk(Embedding):
         torch.Size([3, 8])
     """
 
-    def __init__(self, dim: Size, steps: Size) -> None:
+    def __init__(self, dim: int, steps: int) -> None:
         super().__init__()
         self.dim = check_size("dim", dim)
         self.steps = check_size("steps", steps)

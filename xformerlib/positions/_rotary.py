@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .._arguments import Positive, Size, check_positive, check_size
+from .._arguments import Positive, check_positive, check_size
 from ..domains import Domain, Grid
 from ._base import Rotation, at_least_fp32, check_tokens, kept, places
 from ._scaling import Scaling, frequencies
@@ -71,14 +71,14 @@ class Rotary(Rotation):
 
     def __init__(
         self,
-        head_dim: Size,
+        head_dim: int,
         *,
         theta: Positive = 10_000.0,
         layout: Literal["half", "interleaved"] = "half",
         fraction: float = 1.0,
         scaling: Scaling | None = None,
         mixed: bool = False,
-        heads: Size = 1,
+        heads: int = 1,
         coordinates: Literal["index", "resized", "normalized"] = "index",
         reference: int | SequenceOf[int] | None = None,
         offset: float = 0.0,

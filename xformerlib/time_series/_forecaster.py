@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 
-from .._arguments import Size, check_size
+from .._arguments import ELSEWHERE, NonNegative, Size, check_device, check_size, checked_class
 from ._arrays import read_arrays
 from ._fitting import Fitted, fit, forecast, least_history
 from ._frames import read_frame
@@ -22,9 +22,10 @@ from ._training import Evaluation, Schedule
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Names = SequenceOf[str] | int
+Names = Annotated[SequenceOf[str] | int, ELSEWHERE]
 
 
+@checked_class
 class Forecaster:
     """A model, the data that it is for and how it is trained: fit, predict, cross-validate, plot, save and load.
 
@@ -75,15 +76,15 @@ class Forecaster:
         static: Names = (),
         calendar: SequenceOf[str] = (),
         head: Head | None = None,
-        validation: float = 0.1,
-        steps: int = 1000,
-        batch_size: int = 32,
-        lr: float = 1e-3,
-        weight_decay: float = 0.0,
+        validation: Annotated[float, ELSEWHERE] = 0.1,
+        steps: Size = 1000,
+        batch_size: Size = 32,
+        lr: NonNegative = 1e-3,
+        weight_decay: NonNegative = 0.0,
         schedule: Schedule = "cosine",
-        eval_every: int = 100,
+        eval_every: Size = 100,
         patience: int | None = None,
-        eval_batch_size: int = 256,
+        eval_batch_size: Size = 256,
         seed: int = 0,
         device: torch.device | str | None = None,
         progress: bool = True,
@@ -106,7 +107,7 @@ class Forecaster:
         for name in ("steps", "batch_size", "eval_every", "eval_batch_size"):
             check_size(name, self.training[name])
         check_size("seed", seed, least=0)
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = check_device(device if device is not None else ("cuda" if torch.cuda.is_available() else "cpu"))
         self.progress = progress
         self.options = options
         self._fitted: Fitted | None = None
@@ -374,6 +375,10 @@ class Forecaster:
 
 
 def _names(name: str, given: Names) -> int | tuple[str, ...]:
+    if not isinstance(given, (str, int, list, tuple)):
+        raise TypeError(
+            f"{name} must be names of columns, such as ('price',), or for arrays their count; got {name}={given!r}"
+        )
     if isinstance(given, int):
         return check_size(name, given, least=0)
     if isinstance(given, str) or not all(isinstance(one, str) for one in given):
@@ -395,6 +400,8 @@ def _columns(name: str, names: int | tuple[str, ...]) -> tuple[str, ...]:
 
 def _checked_share(validation: float, horizon: int) -> float:
     whole = isinstance(validation, int) and not isinstance(validation, bool)
+    if not isinstance(validation, (int, float)):
+        raise TypeError(f"validation must be a share, a number in [0, 1); got validation={validation!r}")
     if validation != 0 and not (validation >= horizon if whole else 0 < validation < 1):
         raise ValueError(
             f"validation must be a share between 0 and 1, whole steps >= horizon={horizon}, or 0; got validation={validation!r}"

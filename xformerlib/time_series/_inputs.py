@@ -213,6 +213,8 @@ def covariates(
                 f"{model} was declared with {argument}={size}: {argument} must be given, {shape}; got None"
             )
         return like.new_zeros(shape)
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{argument} must be a tensor; got {type(given).__name__}")
     if not size:
         raise ValueError(
             f"{model} has no {argument} covariates: leave {argument} out, or build a model that takes them "

@@ -50,7 +50,7 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 @checked
-def evaluate(model: ForecastModel, windows: Windows, *, batch_size: int = 256) -> Scores:
+def evaluate(model: ForecastModel, windows: Windows, *, batch_size: Size = 256) -> Scores:
     """The scores of a model over every window, none left out; they do not depend on ``batch_size``, which is a matter of memory.
 
     The model is in evaluation mode meanwhile, on the device where it is. What is missing in a target does not count.

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._arguments import Size, check_size, checked_class
+from .._arguments import check_size, checked_class
 
 
 @dataclass(frozen=True)
@@ -80,21 +80,24 @@ class Windows:
     def __init__(
         self,
         values: SequenceOf[Float[Tensor, "_ columns"]] | Float[Tensor, "_ columns"],
-        lookback: Size,
-        horizon: Size,
+        lookback: int,
+        horizon: int,
         *,
         past: int = 0,
         future: SequenceOf[Float[Tensor, "_ known"]] | Float[Tensor, "_ known"] | None = None,
         static: Float[Tensor, "series constants"] | None = None,
         first: int | SequenceOf[int] = 0,
         history: int | None = None,
-        stride: Size = 1,
+        stride: int = 1,
     ) -> None:
         self.lookback, self.horizon = check_size("lookback", lookback), check_size("horizon", horizon)
         history = lookback if history is None else check_size("history", history)
         if history > lookback:
             raise ValueError(f"history must be <= lookback; got history={history} and lookback={lookback}")
         check_size("stride", stride)
+        for name, given in (("values", values), ("future", future)):
+            if isinstance(given, Tensor) and given.ndim == 0:
+                raise ValueError(f"{name} must be (steps, columns), or a list of such; got a 0-dim tensor")
         parts = _series("values", values)
         self.channels = parts[0].shape[1] - check_size("past", past, least=0)
         if self.channels < 1:

@@ -56,12 +56,14 @@ class Tokenizer(Recorded, ABC):
 
     def check(self, x: Tensor, batched: bool) -> None:
         """Raise unless ``x`` is an image, or a batch of images, of the right channels and axes."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"images x must be a floating-point tensor; got {type(x).__name__}")
         if x.is_nested:
             raise TypeError("images must not be a nested tensor; give a list of images, list(images.unbind())")
         shape = x.shape[1:] if batched else x.shape
         if not x.is_floating_point():
             raise TypeError(
-                f"images must be of a floating dtype, with values around 0; got {x.dtype}. Divide by 255 first."
+                f"images must be of a floating dtype, with values around 0; got {x.dtype} as x. Divide by 255 first."
             )
         if x.ndim != self.ndim + 1 + batched or shape[0] != self.channels:
             axes = ", ".join([*["batch"] * batched, str(self.channels), *("depth", "height", "width")[3 - self.ndim :]])
@@ -70,7 +72,7 @@ class Tokenizer(Recorded, ABC):
                 1: "" if batched else " A list holds images one by one.",
             }
             hint = hints.get(x.ndim - self.ndim - 1 - batched, "")
-            raise ValueError(f"images must be ({axes}); got {tuple(x.shape)}.{hint}")
+            raise ValueError(f"images must be ({axes}); got {tuple(x.shape)} as x.{hint}")
 
 
 class PatchEmbed(Tokenizer):
@@ -102,7 +104,7 @@ class PatchEmbed(Tokenizer):
     def __init__(
         self,
         dim: Size,
-        patch: Size | SequenceOf[Size] = 16,
+        patch: int | SequenceOf[int] = 16,
         *,
         channels: Size = 3,
         bias: bool = True,

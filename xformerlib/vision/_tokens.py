@@ -23,6 +23,8 @@ def tokens_of(
     """The tokens of a batch of images, or of a list of them, packed; in front of those of each image the same ``front``."""
     prefix = 0 if front is None else len(front)
     if isinstance(images, Tensor):
+        if valid is not None and not isinstance(valid, Tensor):
+            raise TypeError(f"valid must be a bool tensor, True where a patch exists; got {type(valid).__name__}")
         domain = Grid(*embed.grid(embed.sizes(images, True)), prefix=prefix, valid=valid)
         x = embed(images if valid is None else without_holes(images, valid)).flatten(1, -2)
         if front is not None:
@@ -47,6 +49,8 @@ def without_holes(images: Tensor, valid: Bool[Tensor, "batch *grid"]) -> Tensor:
 
 def places_among(name: str, what: str, given: SequenceOf[int] | None, depth: int) -> list[int]:
     """Which of ``depth`` layers or stages are asked for, counted from the front: all, or indices that may count from the end."""
+    if given is not None and not (isinstance(given, SequenceOf) and all(isinstance(index, int) for index in given)):
+        raise TypeError(f"{name} must be a list of indices of the {depth} {what}; got {given!r}")
     asked = list(range(depth)) if given is None else [index + depth * (index < 0) for index in given]
     if not asked or min(asked) < 0 or max(asked) >= depth:
         raise ValueError(f"{name} must be indices of the {depth} {what}; got {given}")

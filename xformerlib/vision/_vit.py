@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from .._arguments import Count, Rate, Size
+from .._arguments import Count, Rate, Size, shown
 from .._dropout import Dropout
 from .._inputs import Positions
 from .._options import ViTOptions
@@ -76,7 +76,7 @@ class ViT(Classifier):
         classes: Size | None,
         *,
         size: Size | SequenceOf[Size] = 224,
-        patch: Size | SequenceOf[Size] = 16,
+        patch: int | SequenceOf[int] = 16,
         channels: Size = 3,
         dim: Size = 384,
         depth: Size = 12,
@@ -105,6 +105,10 @@ class ViT(Classifier):
             raise ValueError(f"embed must make tokens of dim={dim} channels; got {self.embed.dim}")
         self.class_token, prefix = class_token, class_token + distillation + registers
         self.prefix_tokens = nn.Parameter(torch.empty(prefix, dim)) if prefix else None
+        if position is not None and not (isinstance(position, (str, list, tuple)) or callable(position)):
+            raise TypeError(
+                f"position must be 'learned', None, a position, or a list of these; got {type(position).__name__}"
+            )
         every = position if isinstance(position, (list, tuple)) else [] if position is None else [position]
         if "learned" in every:
             sizes = (size,) * self.embed.ndim if isinstance(size, int) else tuple(size)
@@ -163,6 +167,8 @@ class ViT(Classifier):
 
         ``norm`` applies the last norm to each. ``maps`` makes a map of the tokens, for each image.
         """
+        if not isinstance(norm, bool):
+            raise TypeError(f"norm must be True or False; got {shown(norm)}")
         asked = places_among("layers", "blocks", layers, len(self.encoder.blocks))
         x, domain = self.begin(images, valid=valid)
         found = {}
