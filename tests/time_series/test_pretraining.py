@@ -167,7 +167,7 @@ def test_nothing_observed_is_no_nan() -> None:
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match=r"stride == patch, .* got patch=4 and stride=2"):
         ts.MaskedPatches(ts.PatchTST(2, 24, 6, patch=4, stride=2))
-    with pytest.raises(TypeError, match="model must be a PatchTST; got DLinear"):
+    with pytest.raises(TypeError, match="model must be a PatchTST; got model=DLinear"):
         ts.MaskedPatches(ts.DLinear(2, 24, 6))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"share must be in \(0, 1\); got share=0"):
         small(share=0.0)

@@ -134,7 +134,7 @@ def test_there_is_no_map_of_what_was_left_out() -> None:
 
 def test_bad_share() -> None:
     for share in (-0.1, 1.0):
-        with pytest.raises(ValueError, match=r"patch_dropout must be a share in \[0, 1\)"):
+        with pytest.raises(ValueError, match=r"patch_dropout must be in \[0, 1\)"):
             vision.ViT(5, patch_dropout=share)
 
 
