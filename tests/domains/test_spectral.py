@@ -177,3 +177,22 @@ def test_no_convergence_is_said():
         pytest.warns(UserWarning, match="did not converge in .* products"),
     ):
         graph.laplacian_eigenvectors(2)
+
+
+@pytest.mark.parametrize(
+    "make", [nx.star_graph, nx.cycle_graph, nx.complete_graph, nx.path_graph], ids=lambda make: make.__name__
+)
+def test_a_basis_of_an_eigenspace_does_not_depend_on_the_solver(make):
+    """Solvers return any basis where eigenvalues coincide, and any sign."""
+    theta, v = torch.linalg.eigh(torch.from_numpy(nx.normalized_laplacian_matrix(make(7)).todense()))
+    want = _spectral._with_canonical_signs(_spectral._with_canonical_bases(theta[None], v[None]))
+    for _ in range(5):
+        turn = torch.linalg.qr(torch.randn(len(v), len(v), dtype=torch.float64)).Q
+        space = (theta.diff(prepend=theta[:1]) > 1e-6).cumsum(0)
+        mixed = torch.zeros_like(turn)
+        for each in space.unique():
+            here = (space == each).nonzero()[:, 0]
+            mixed[here[:, None], here] = torch.linalg.qr(turn[here[:, None], here]).Q
+        got = _spectral._with_canonical_signs(_spectral._with_canonical_bases(theta[None], (v @ mixed)[None]))
+        assert_close(got, want, "eigenvectors", depth=100, scale=1.0)
+        assert_close(got[0] @ torch.diag(theta) @ got[0].mT, v @ torch.diag(theta) @ v.mT, "the matrix", depth=10)

@@ -20,6 +20,10 @@ MOST_PRODUCTS = 50_000
 AMPLIFICATION = 1e10
 
 
+# Eigenvalues of a small graph that are closer than this, of a spectrum in [0, 2], count as one: rounding leaves 1e-15 between them.
+SAME_EIGENVALUE = 1e-9
+
+
 # -- Laplacian eigenvectors ----------------------------------------------------------------------------------------
 
 
@@ -77,7 +81,8 @@ def _lowest_of_small(stack: Stack, trivial: Tensor, k: int) -> tuple[Tensor, Ten
     degree = adjacency.sum(-1)
     scale = degree.clamp(min=1).rsqrt()
     laplacian = torch.diag_embed((degree > 0).double()) - scale[:, :, None] * adjacency * scale[:, None, :]
-    theta, v = (result.to(trivial.device) for result in torch.linalg.eigh(laplacian))
+    theta, v = torch.linalg.eigh(laplacian)
+    theta, v = (result.to(trivial.device) for result in (theta, _with_canonical_bases(theta, v)))
     # The zeros, one of each connected component, come first.
     pick = trivial[:, None] + torch.arange(k, device=trivial.device)
     exists = pick < stack.n
@@ -87,16 +92,42 @@ def _lowest_of_small(stack: Stack, trivial: Tensor, k: int) -> tuple[Tensor, Ten
     return theta, v
 
 
+def _with_canonical_bases(
+    theta: Float64[Tensor, "graphs n"], v: Float64[Tensor, "graphs n n"]
+) -> Float64[Tensor, "graphs n n"]:
+    """Eigenvectors that depend on the graph alone where eigenvalues coincide, and not on how a solver rounds.
+
+    A solver returns any orthonormal basis V of an eigenspace; LAPACK's depends on where in memory the matrix is. The basis here is what
+    Gram and Schmidt make of the projections V V' r of fixed vectors r, and V V' is the same for every V.
+    """
+    same = (theta.diff(dim=-1) > SAME_EIGENVALUE).long().cumsum(-1)
+    space = torch.cat([same.new_zeros(len(same), 1), same], -1)
+    together = space[:, :, None] == space[:, None, :]
+    multiple = (together.sum(-1) > 1).any(-1)
+    if not bool(multiple.any()):
+        return v
+    some = v[multiple]
+    # In the basis V, one block of this matrix for each eigenspace.
+    turn, upper = torch.linalg.qr((some.mT @ _probes(some.shape[1], some.shape[2], v)).masked_fill(~together[multiple], 0))
+    signs = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(v)
+    v = v.clone()
+    v[multiple] = some @ (turn * signs[:, None, :])
+    return v
+
+
 def _with_canonical_signs(v: Float64[Tensor, "graphs n k"]) -> Float64[Tensor, "graphs n k"]:
     """Eigenvectors with the sign that makes the sum of cubes positive, which does not depend on the order of nodes.
 
-    Where the sum vanishes (the vector is antisymmetric), the first entry that is large is made positive.
+    Where the sum vanishes (the vector is antisymmetric), the product with a fixed vector is made positive.
     """
     cubes, size = v.pow(3).sum(1), v.abs().pow(3).sum(1)
-    large = v.abs() > 0.5 * v.abs().amax(1, keepdim=True)
-    first = v.gather(1, large.to(torch.uint8).argmax(1, keepdim=True))[:, 0]
-    decisive = torch.where(cubes.abs() > 1e-6 * size, cubes, first)
+    decisive = torch.where(cubes.abs() > 1e-6 * size, cubes, (v * _probes(v.shape[1], 1, v)).sum(1))
     return torch.where(decisive[:, None, :] < 0, -v, v)
+
+
+def _probes(n: int, count: int, like: Tensor) -> Float64[Tensor, "n count"]:
+    """Fixed vectors in general position."""
+    return torch.randn(n, count, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(like.device)
 
 
 class _Laplacian:
