@@ -38,6 +38,8 @@ def assert_close(
 ) -> None:
     """Raise unless ``got`` is ``want`` up to rounding in the less precise dtype of the two; NaN and infinities stand in the same places.
 
+    Where double precision is the default, both must have it: a result that came back in a lower one would pass at that one's bound.
+
     Args:
         what: names the result in the message.
         depth: layers that the numbers pass through, one after the other, each of which adds rounding of its own.
@@ -45,8 +47,9 @@ def assert_close(
             normalised, for example. Say at the call where the number comes from.
         scale: the largest number that is added up on the way; that of ``want`` if not given. Needed where ``want`` is a small
             difference of large numbers.
-        dtype: the precision that the result was computed in, where it is given in a higher one.
+        dtype: the precision that the result was computed in, where it is not the default one.
     """
+    __tracebackhide__ = True
     if not isinstance(got, Tensor) or not isinstance(want, Tensor):
         assert len(got) == len(want), f"{what}: {len(got)} tensors, {len(want)} wanted"
         for i, (one, other) in enumerate(zip(got, want, strict=True)):
@@ -57,6 +60,8 @@ def assert_close(
     if not (got.is_floating_point() and want.is_floating_point()):
         assert torch.equal(got, want), f"{what}: {int((got != want).sum())} of {got.numel()} values differ"
         return
+    if dtype is None and torch.get_default_dtype() == torch.float64:
+        assert got.dtype == torch.float64, f"{what}: computed in {got.dtype}, while the default is double precision"
     dtype = max((dtype or got.dtype, got.dtype, want.dtype), key=UNIT.__getitem__)
     finite = want.isfinite()
     same = torch.equal(got.isfinite(), finite) and torch.equal(got[~finite].nan_to_num(), want[~finite].nan_to_num())

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import xformerlib as xf
+from tests.closeness import InDefaultPrecision, assert_close, largest
 from tests.interop.test_timm import made
 from xformerlib import vision
 from xformerlib.interop.timm import from_timm, to_timm
@@ -29,6 +30,7 @@ NAMES = {
     "beit_base_patch16_224": {"embed_dim": 192, "num_heads": 3},
     "test_vit_relpos": {},
 }  # fmt: skip
+DEPTH = 60  # sums of a model of 12 blocks, one after the other
 SWINS = ("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256")
 
 
@@ -53,18 +55,22 @@ def images_of(theirs: Any) -> torch.Tensor:
     return torch.randn(2, 3, *((size, size) if isinstance(size, int) else size))
 
 
+@pytest.mark.usefixtures("double")
 @pytest.mark.parametrize("make", pairs())
 def test_names_give_what_they_give_there(make: Callable[[], Any]) -> None:
-    theirs = make()
+    with InDefaultPrecision():
+        theirs = make()
     ours, images = from_timm(theirs), images_of(theirs)
     assert ours.num_features == theirs.num_features and ours.num_classes == theirs.num_classes
-    features, wanted = ours.forward_features(images), theirs.forward_features(images)
-    torch.testing.assert_close(features, wanted, atol=1e-3, rtol=1e-3)
+    with InDefaultPrecision():
+        wanted = theirs.forward_features(images)
+    features = ours.forward_features(images)
+    assert_close(features, wanted, "features", depth=DEPTH)
     for pre_logits in (False, True):
-        got = ours.forward_head(features, pre_logits=pre_logits)
-        torch.testing.assert_close(got, theirs.forward_head(wanted, pre_logits=pre_logits), atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(ours.forward_head(features), ours(images))
-    torch.testing.assert_close(ours.forward_head(ours.features(images)), ours(images))
+        head = theirs.forward_head(wanted, pre_logits=pre_logits)
+        assert_close(ours.forward_head(features, pre_logits=pre_logits), head, "head", depth=DEPTH)
+    assert_close(ours.forward_head(features), ours(images), "logits", depth=DEPTH)
+    assert_close(ours.forward_head(ours.features(images)), ours(images), "logits", depth=DEPTH)
     heads, theirs_heads = ours.get_classifier(), theirs.get_classifier()
     assert isinstance(heads, tuple) == isinstance(theirs_heads, tuple)
     for classes in (7, 0):
@@ -72,7 +78,9 @@ def test_names_give_what_they_give_there(make: Callable[[], Any]) -> None:
         theirs.reset_classifier(classes)
         assert ours(images).shape == theirs(images).shape
         assert ours.num_classes == theirs.num_classes == classes
-    torch.testing.assert_close(ours(images), theirs(images), atol=1e-3, rtol=1e-3)
+    with InDefaultPrecision():
+        wanted = theirs(images)
+    assert_close(ours(images), wanted, "without a head", depth=DEPTH)
 
 
 @pytest.mark.parametrize("name", [*NAMES, *SWINS])
@@ -90,13 +98,14 @@ def test_weight_decay_spares_the_same(name: str) -> None:
     assert counts[0] == counts[1] - latent
 
 
+@pytest.mark.usefixtures("double")
 def test_pools_are_changed_by_timms_names() -> None:
     theirs = made("vit_tiny_patch16_224")
     ours, images = from_timm(theirs), images_of(theirs)
     for pool in ("avg", "max", "avgmax", "token"):
         ours.reset_classifier(0, pool)
         theirs.reset_classifier(0, pool)
-        torch.testing.assert_close(ours(images), theirs(images), atol=1e-3, rtol=1e-3)
+        assert_close(ours(images), theirs(images), pool, depth=DEPTH)
     for pool, model in (
         ("map", ours),
         ("prr", ours),
@@ -161,8 +170,8 @@ def test_checkpointing_gives_the_same_gradients_for_less_memory(name: str) -> No
         found.append((size, out.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
     (plain, first, grads), (less, second, again) = found
     assert less < 0.6 * plain
-    torch.testing.assert_close(first, second)
-    torch.testing.assert_close(grads, again)
+    assert_close(first, second, "output", depth=4)
+    assert_close(grads, again, "gradients", depth=8, scale=largest(grads))
 
 
 def test_checkpointing_of_both_parts_of_an_autoencoder() -> None:
