@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import xformerlib as xf
 from tests.closeness import assert_close
-from xformerlib import masks, positions, time_series, vision
+from xformerlib import graph, masks, positions, time_series, vision
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
@@ -34,6 +34,21 @@ class On(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.encoder(x, self.domain)
+
+
+class OnGraph(nn.Module):
+    """A model of graphs on two of its own."""
+
+    def __init__(self, model: nn.Module, virtual_nodes: int = 0) -> None:
+        super().__init__()
+        edges = torch.tensor([[0, 1, 2, 3, 5, 6, 7], [1, 2, 3, 0, 6, 7, 8]])
+        batch = torch.tensor([0] * 5 + [1] * 4)
+        self.graph = xf.Graph(torch.cat([edges, edges.flip(0)], 1), 9, batch=batch, virtual_nodes=virtual_nodes)
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.model(x, self.graph)
+        return out
 
 
 class Model:
@@ -61,10 +76,14 @@ MODELS: dict[str, Model] = {
     "soft cap": Model(lambda: On(xf.Sequence(20), softcap=5.0), 2, 20, 8),
     "padded": Model(lambda: On(xf.Sequence.padded([20, 30])), 2, 30, 8),
     "PatchTST": Model(lambda: time_series.PatchTST(2, 48, 12, dim=8, depth=2, heads=2, patch=8, stride=4), 2, 48, 2),
+    "GraphTransformer, edges": Model(lambda: OnGraph(graph.GraphTransformer(8, 8, 3, 2, 2, mask=masks.Edges())), 9, 8),
+    "GPS, pooled": Model(lambda: OnGraph(graph.GPS(8, 8, 3, 2, 2, pool="mean")), 9, 8),
+    "Graphormer": Model(lambda: OnGraph(graph.Graphormer(8, 8, 3, 2, 2), 1), 9, 8),
+    "Exphormer": Model(lambda: OnGraph(graph.Exphormer(8, 8, 3, 2, 2), 1), 9, 8),
     "ITransformer": Model(lambda: time_series.ITransformer(3, 24, 6, dim=8, depth=1, heads=2, hidden=16), 2, 24, 3),
 }  # fmt: skip
-# Each row of the batch has a length of its own, so that another batch is another domain.
-FIXED_BATCH = {"padded"}
+# Each row of the batch has a length of its own, or the graphs are given, so that another batch is another domain.
+FIXED_BATCH = {"padded", "GraphTransformer, edges", "GPS, pooled", "Graphormer", "Exphormer"}
 ALL = pytest.mark.parametrize("name", MODELS)
 BATCH = ({0: Dim("batch", min=2, max=64)},)
 
@@ -92,7 +111,11 @@ def test_export(name: str) -> None:
     assert_close(model(x), _made(name)[0](x), "afterwards", depth=10)  # nothing of the trace was left behind
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "expander"])
+# What is found by reading data, which strict export cannot.
+READ = {"expander", "Exphormer", "Graphormer", "GPS, pooled", "GraphTransformer, edges"}
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in READ])
 def test_strict_export_computes_masks_in_the_graph(name: str) -> None:
     model, x = _made(name)
     _check(
@@ -100,7 +123,10 @@ def test_strict_export_computes_masks_in_the_graph(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["ViT", "Swin v2", "window | global", "causal window, sinks", "padded", "PatchTST"])
+@pytest.mark.parametrize(
+    "name",
+    ["ViT", "Swin v2", "window | global", "causal window, sinks", "padded", "PatchTST", "GPS, pooled", "Graphormer"],
+)
 def test_onnx(name: str) -> None:
     import onnxruntime
 
@@ -134,7 +160,11 @@ def test_jit_trace(name: str) -> None:
     _check(name, traced, model, x)
 
 
-@ALL
+# What these models read of a graph is read when they run.
+READING = {"Graphormer", "Exphormer"}
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in READING])
 def test_shapes_and_operations_on_the_meta_device(name: str) -> None:
     model, x = _made(name)
     with torch.no_grad():
@@ -145,7 +175,7 @@ def test_shapes_and_operations_on_the_meta_device(name: str) -> None:
     assert counted.get_total_flops() > 0
 
 
-@ALL
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in READING | {"GPS, pooled"}])
 def test_one_compiled_graph(name: str) -> None:
     torch._dynamo.reset()
     model, x = _made(name)
@@ -179,3 +209,26 @@ def test_an_exported_window_is_linear_in_tokens() -> None:
     program = export(model, (torch.randn(1, tokens, 8),), strict=False)
     largest = max(node.meta["val"].numel() for node in program.graph.nodes if isinstance(node.meta.get("val"), Tensor))
     assert largest < tokens * tokens / 16
+
+
+def test_the_reference_is_exported_in_double_precision() -> None:
+    model, x = _made("window | global")
+    for layer in model.modules():
+        if isinstance(layer, xf.Attention):
+            layer.kernel = "reference"
+    program = export(model, (x,), strict=False)
+    graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
+    values = [node.meta.get("val") for graph in graphs for node in graph.nodes]
+    assert torch.float64 in {value.dtype for value in values if isinstance(value, Tensor)}
+    with torch.no_grad():
+        assert_close(program.module()(x), model(x), "reference", depth=20)
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_trace_of_edges_says_that_it_keeps_them() -> None:
+    model = graph.GPS(8, 8, 3, 2, 2).eval()
+    x, edges = torch.randn(5, 8), torch.tensor([[0, 1, 2, 3], [1, 2, 3, 4]])
+    with torch.no_grad(), pytest.warns(torch.jit.TracerWarning, match="trace once for each graph"):  # type: ignore[attr-defined]
+        traced = torch.jit.trace(model, (x, edges))
+    with torch.no_grad():
+        assert_close(traced(x, edges.flip(1)), model(x, edges.flip(1)), "other edges", depth=20)

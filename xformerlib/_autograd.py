@@ -35,6 +35,12 @@ def is_jit_tracing() -> bool:
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined]
 
 
+def is_exporting() -> bool:
+    """Check for a trace of ``torch.export`` that runs Python, which can read the data of tensors that are not inputs of the graph."""
+    # ``torch.compiler.is_exporting()`` is also true in the compiler of torch 2.11.
+    return torch.compiler._is_exporting_flag and not torch.compiler.is_dynamo_compiling() and not _REAL[0]
+
+
 def is_leaving(x: Tensor) -> bool:
     """Check for ``torch.export``, ``torch.jit.trace`` and the meta device, under which a graph of torch's own operations is wanted."""
     # ``torch.compiler.is_exporting()`` is also true in the compiler of torch 2.11.

@@ -23,8 +23,8 @@ from .domains._tickets import domain_of
 from .kernels import Plan, Problem, Scores, _sdpa
 from .kernels._merge import gradients, merged_parts
 from .masks._constants import Ingredients, mask_of, number_of
-from .positions import Bias
-from .positions._base import BIASES, PairBias
+from .positions import Bias, PairBias
+from .positions._base import BIASES
 
 # Domains that backward passes may still need, and what lives as long as those do.
 _NEEDED: list[tuple[StorageWeakRef, tuple[Domain, Domain]]] = []
@@ -51,7 +51,7 @@ def run_in_graph(
 ) -> Tensor:
     """The attention, as operators of the graph that is being made."""
     query, key, value, sinks = inputs
-    if _is_plain(problem, kernel):
+    if _is_one_dense_call(problem, kernel):
         predicate = None if problem.is_full else problem.mask.bind(problem.domain, problem.keys)
         scores = scores_of(problem, predicate, biases, scale, softcap, seed)
         with no_autocast(query.device):
@@ -66,17 +66,16 @@ def run_in_graph(
     return out.to(value.dtype)
 
 
-def _is_plain(problem: Problem, kernel: str) -> bool:
-    """Whether it is planned as one dense call for what is in sight here: no mask or a causal one, and nothing but sizes to know."""
+def _is_one_dense_call(problem: Problem, kernel: str) -> bool:
+    """Check that attention is planned as one dense call whatever the data: no mask or a causal one, and nothing but sizes to know."""
     if kernel not in ("auto", "sdpa") or not (problem.is_full or problem.is_causal):
         return False
     if problem.softcap or problem.sinks or (problem.domain.valid is not None and kernel == "auto"):
         return False
     if problem.bias is None and (not problem.dropout_p or problem.device != "cpu"):
         return True  # whatever the length, which may be unknown
-    known = (
-        problem.bias is None or problem.domain.kind != "Graph"
-    )  # what biases know of graphs is found by reading data
+    # Biases read the data of graphs.
+    known = problem.bias is None or problem.domain.kind != "Graph"
     return known and problem.num_queries * problem.num_keys <= _sdpa.SMALL_PAIRS and _sdpa.refuse(problem) is None
 
 

@@ -13,8 +13,7 @@ from ._inputs import BiasLike
 from .kernels import Plan, Problem, Scores
 from .kernels._plan import check_strict
 from .masks._algebra import Predicate
-from .positions import Bias
-from .positions._base import PairBias
+from .positions import Bias, PairBias
 
 MOST_PLANS, MOST_FLEETING_PLANS = 64, 4  # kept on one domain
 

@@ -155,10 +155,10 @@ def reduced(x: Float[Tensor, "*batch tokens dim"], domain: Domain, how: str) -> 
 
 def ordinary(domain: Domain) -> tuple[Int[Tensor, " ordinary"], Int[Tensor, " items"]]:
     """The ordinary tokens of packed items, and where those of each item begin among them."""
-    assert domain.offsets is not None
-    starts = domain.offsets[:-1]
 
     def make() -> tuple[Tensor, Tensor]:
+        assert domain.offsets is not None
+        starts = domain.offsets[:-1]
         tokens = torch.arange(domain.num_tokens, device=starts.device)
         prefix = domain.is_prefix(tokens.new_zeros(()), tokens)
         begin = starts - domain.prefix * torch.arange(len(starts), device=starts.device)

@@ -197,7 +197,7 @@ class Graph(Domain):
     @property
     def degrees(self) -> tuple[Int[Tensor, " nodes"], Int[Tensor, " nodes"]]:
         """The number of edges into each node and out of it; parallel edges and self-loops count."""
-        if is_compiling():
+        if self.is_looked_up():
             size = [2, self.num_nodes]
             table = domain_fact(self.ticket(), "_degree_table", None, size, torch.int64, self.edge_index)
             return table[0], table[1]
@@ -294,7 +294,7 @@ class Graph(Domain):
             tensor([[1., 2., 0.]], dtype=torch.float64)
         """
         k = check_count("k", k)
-        if is_compiling():
+        if self.is_looked_up():
             names, rows = ("_eigenvalues", "_eigenvectors"), (self.sizes.numel(), self.num_nodes)
             values, vectors = (
                 domain_fact(self.ticket(), name, k, [n, k], torch.float64, self.edge_index)
@@ -323,7 +323,7 @@ class Graph(Domain):
             tensor([0.5000, 1.0000, 0.5000], dtype=torch.float64)
         """
         steps = check_count("steps", steps)
-        if is_compiling():
+        if self.is_looked_up():
             size = [self.num_nodes, steps]
             return domain_fact(self.ticket(), "random_walk", steps, size, torch.float64, self.edge_index)
         return self.fact(("random_walk", steps), lambda: return_probabilities(self._topology, steps))

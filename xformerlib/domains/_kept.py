@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import itertools
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakValueDictionary
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from .._autograd import is_compiling, is_transformed, keeping
+from .._autograd import constants, is_compiling, is_exporting, is_transformed, keeping
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -30,6 +32,29 @@ _NUMBERS = itertools.count(2)
 
 # Attributes that no copy has.
 OF_ITS_OWN = ("_bound", "_anchor", "_anchored")
+
+
+def are_known(values: Iterable[Any]) -> bool:
+    """Check that sizes and tensors in ``values``, and in what these hold, are plain ones that do not belong to a trace."""
+    return all(
+        isinstance(x, int) or (type(x) in (Tensor, nn.Parameter) and not x.is_meta)
+        for each in values
+        for x in _sizes_and_tensors(each)
+    )
+
+
+def _sizes_and_tensors(x: Any) -> Iterator[Any]:
+    if isinstance(x, (Tensor, torch.SymInt)):
+        yield x
+    elif isinstance(x, (tuple, list)):
+        for each in x:
+            yield from _sizes_and_tensors(each)
+    elif isinstance(x, dict):
+        yield from _sizes_and_tensors(list(x.values()))
+    elif isinstance(x, Kept):
+        yield from _sizes_and_tensors([value for name, value in vars(x).items() if name not in ("_facts", *OF_ITS_OWN)])
+    elif hasattr(x, "__dataclass_fields__"):
+        yield from _sizes_and_tensors([getattr(x, name) for name in x.__dataclass_fields__])
 
 
 class Kept:
@@ -62,7 +87,8 @@ class Kept:
         """A value that depends on the domain alone: made at the first call, kept for the next ones, and by equal domains."""
         # A compiled graph must neither depend on what is kept nor leave anything behind, unless it is for this domain.
         if is_compiling() and not (self._settled and self._facts is not None and key in self._facts):
-            return make()
+            with constants() if is_exporting() and self.is_known() else nullcontext():
+                return make()
         facts = self._known_facts()
         if key not in facts:
             if self.learned is not None and is_transformed():
@@ -70,6 +96,14 @@ class Kept:
             with keeping():
                 facts[key] = make()
         return facts[key]
+
+    def is_known(self) -> bool:
+        """Check that the domain holds plain numbers and tensors only: no symbolic sizes, no inputs of a graph that is traced."""
+        return are_known([self])
+
+    def is_looked_up(self) -> bool:
+        """Check that facts must be operators of a compiled graph, which look the domain up when the graph runs."""
+        return is_compiling() and not (is_exporting() and self.is_known())
 
     def bound_fact(self, key: Hashable, make: Callable[[Self], Fact]) -> Fact:
         """A value that refers to the domain, such as a plan: made at the first call and kept with the domain, as ``fact`` keeps others.

@@ -134,9 +134,8 @@ class EdgeAttention(Recorded):
         dropout = self.dropout if self.training else 0.0
         if self.edge is None or edge_attr is None:
             return along_edges(q, key, value, edges.pattern, dropout_p=dropout)[0]
-        if not is_plain(
-            self.edge
-        ):  # an adapter or a hook wants the layer called: each edge has a key and a value of its own
+        if not is_plain(self.edge):
+            # An adapter or a hook needs a call of the layer: each edge then has a key and a value of its own.
             more = self._by_head(self.edge(edge_attr.index_select(0, edges.order).to(q.dtype)))
             source, own = edges.pattern.col.long(), edges.keys_of_their_own()
             key, value = (x.index_select(2, source) + more for x in (key, value))

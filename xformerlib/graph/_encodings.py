@@ -16,8 +16,9 @@ from .._projection import dtype_of
 from .._recorded import Recorded
 from ..domains import Domain, Graph, Points
 from ..positions import Bias, PairBias
-from ..positions._base import PlacePair, at_least_fp32, no_meaning, placed
+from ..positions._base import at_least_fp32, no_meaning, placed
 from ..positions._bias import EveryPair, Network, in_blocks
+from ..positions._pairs import PlacePair
 from ..positions._tables import rows_of_batch
 from ._pairs import NodePairBias
 

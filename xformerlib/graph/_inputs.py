@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from .._arguments import shown
+from .._autograd import is_jit_tracing
 from .._projection import check_dtype
 from ..domains import Graph
 from ._edges import Adjacency, as_pairs
@@ -88,6 +90,13 @@ def check_nodes(x: object, embed: nn.Module | None, name: str = "x") -> None:
 def _placed(
     edge_index: Tensor, num_nodes: int, batch: Tensor | None, virtual_nodes: int, num_graphs: int | None
 ) -> Placed:
+    if is_jit_tracing():
+        warnings.warn(
+            "structure that is read from edge_index (masks, encodings, which graph a node is in) becomes a constant of the trace: trace "
+            "once for each graph",
+            torch.jit.TracerWarning,  # type: ignore[attr-defined]
+            stacklevel=2,
+        )
     order = None
     if batch is not None and batch.numel() == num_nodes and bool((batch.diff() < 0).any()):
         order = torch.argsort(batch, stable=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .._arguments import check_count
+from .._autograd import constants, is_exporting, is_jit_tracing, keeping
 
 Made = TypeVar("Made")
 
@@ -64,16 +65,19 @@ def made_once(what: Hashable, given: Sequence[Any], make: Callable[[], Made]) ->
     """Return ``make()``, derived from ``given``; kept beside the first of these tensors, and derived again once one has changed.
 
     Changes in place are seen by torch's count of them and, on the CPU, by what is in the tensors, since ``.data`` and NumPy do not count.
-    Nothing is kept of other things than tensors, or of tensors of inference mode, which have no such count. ``None`` may stand for
-    tensors that are not there, but for the first. What is made must not hold on to the first tensor.
+    Nothing is kept of other things than tensors, of tensors of inference mode, which have no such count, and of inputs of a trace.
+    ``None`` may stand for tensors that are not there, but for the first. What is made must not hold on to the first tensor.
     """
-    if _most == 0 or not all(x is None or (isinstance(x, Tensor) and not x.is_inference()) for x in given):
+    if is_exporting() and all(x is None or (type(x) is Tensor and not x.is_meta) for x in given):
+        with constants():
+            return make()
+    if _most == 0 or is_jit_tracing() or not all(x is None or _can_be_kept(x) for x in given):
         return make()
     first, *rest = given
     entries = _MADE.pop(first, None) or {}
     found = entries.pop(what, None)
     if found is None or not _is_same(found, given):
-        with torch.inference_mode(False):  # what is kept may be needed in training later
+        with keeping():
             versions = [None if x is None else x._version for x in given]
             others: list[Callable[[], Tensor | None]] = [_nothing if x is None else ref(x) for x in rest]
             found = _Entry(versions, [_copy(x) for x in given], others, make())
@@ -85,8 +89,12 @@ def made_once(what: Hashable, given: Sequence[Any], make: Callable[[], Made]) ->
     return found.made
 
 
+def _can_be_kept(x: Any) -> bool:
+    return isinstance(x, Tensor) and not x.is_inference() and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
 def _is_same(found: _Entry, given: Sequence[Tensor | None]) -> bool:
-    """Whether these are the tensors that an entry was made of, unchanged."""
+    """Check that these are the tensors that an entry was made of, unchanged."""
     if any(other() is not x for other, x in zip(found.others, given[1:], strict=True)):
         return False
     if found.versions != [None if x is None else x._version for x in given]:

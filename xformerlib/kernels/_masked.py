@@ -37,13 +37,12 @@ def masked_sums(
 
 
 class _Scores(torch.autograd.Function):
-    @staticmethod
-    def forward(rows: Tensor, columns: Tensor, allowed: Tensor) -> Tensor:
-        return (rows @ columns.mT).masked_fill(~allowed, 0)
+    """``masked_scores``; the derivative in each argument is a ``_Sums``."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+    def forward(ctx: Any, rows: Tensor, columns: Tensor, allowed: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, columns, allowed)
+        return (rows @ columns.mT).masked_fill(~allowed, 0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -53,8 +52,11 @@ class _Scores(torch.autograd.Function):
 
 
 class _Sums(torch.autograd.Function):
+    """``masked_sums``; its derivatives are a ``_Scores`` and a ``_Sums``."""
+
     @staticmethod
-    def forward(weights: Tensor, columns: Tensor, allowed: Tensor) -> Tensor:
+    def forward(ctx: Any, weights: Tensor, columns: Tensor, allowed: Tensor) -> Tensor:
+        ctx.save_for_backward(weights, columns, allowed)
         weights = weights.masked_fill(~allowed, 0)
         out = weights @ columns.nan_to_num(0, 0, 0)
         up, down = columns == torch.inf, columns == -torch.inf
@@ -66,10 +68,6 @@ class _Sums(torch.autograd.Function):
         seen = allowed.expand(weights.shape).to(weights.dtype) @ nan > 0
         out = out + torch.where(rises, torch.inf, 0.0) - torch.where(falls, torch.inf, 0.0)
         return out.masked_fill(seen, torch.nan)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..domains._base import both
 from ..masks._algebra import Predicate
-from ..positions._base import PairBias
+from ..positions import PairBias
 
 Recall = Callable[[PairBias, Callable[[], Tensor]], tuple[Tensor, bool]]
 

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from ..domains._base import both
-from ..positions._base import PairBias
+from ..positions import PairBias
 from ._scores import Pairs, Scores, without_hidden
 
 if TYPE_CHECKING:

@@ -5,7 +5,6 @@ from ._absolute import Learned as Learned, Sinusoidal as Sinusoidal
 from ._base import (
     Bias as Bias,
     Embedding as Embedding,
-    PairBias as PairBias,
     Position as Position,
     Rotation as Rotation,
     Sum as Sum,
@@ -13,5 +12,6 @@ from ._base import (
 from ._bias import ContinuousBias as ContinuousBias, RelativeBias as RelativeBias
 from ._decay import DistanceDecay as DistanceDecay
 from ._graph import RandomWalk as RandomWalk
+from ._pairs import PairBias as PairBias
 from ._rotary import Rotary as Rotary
 from ._scaling import NTK as NTK, Interpolation as Interpolation, Scaling as Scaling, YaRN as YaRN

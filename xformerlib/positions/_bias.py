@@ -16,7 +16,8 @@ from .._arguments import Positive, check_positive, check_size
 from .._autograd import no_autocast
 from .._projection import dtype_of, is_plain
 from ..domains import Domain, Graph, Grid, Points
-from ._base import Bias, PairBias, PlacePair, at_least_fp32, in_steps, no_meaning, placed
+from ._base import Bias, at_least_fp32, in_steps, no_meaning, placed
+from ._pairs import PairBias, PlacePair
 from ._remembered import remembered
 from ._tables import PREFIX_ENTRIES, HopPair, Offsets, StepPair, TablePair, largest_graph, row_in_table, rows_of_batch
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from .._arguments import Positive, check_positive, check_size
 from ..domains import Domain, Grid
-from ._base import Bias, PairBias, PlacePair, at_least_fp32, in_steps
+from ._base import Bias, at_least_fp32, in_steps
+from ._pairs import PairBias, PlacePair
 from ._tables import rows_of_batch
 
 

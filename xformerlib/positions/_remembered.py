@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .._autograd import unwatched
+from .._autograd import keeping, unwatched
 
 # Tables of one network that are kept, and their numbers.
 MOST_TABLES = 4
@@ -38,7 +38,7 @@ def remembered(
     tables = _TABLES.setdefault(owner, {})
     known = tables.get(key)
     if known is None or not all(_same(a, b) for a, b in zip(known.weights, weights, strict=True)):
-        with torch.inference_mode(False), torch.no_grad():
+        with keeping(), torch.no_grad():
             known = _Table(tuple(weight.clone() for weight in weights), make())
         tables.pop(key, None)
         if known.values.numel() <= MOST_NUMBERS:

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..domains import Domain, Graph, Grid, Sequence
-from ._base import PairBias
+from ._pairs import PairBias
 
 # Scores of pairs with prefix tokens: prefix query and ordinary key, ordinary query and prefix key, both prefix.
 PREFIX_ENTRIES = 3
