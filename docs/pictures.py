@@ -222,6 +222,25 @@ def tasks() -> Figure:
     )
 
 
+def forces() -> Figure:
+    """Forces on points, which are the gradient of an energy in their coordinates."""
+    torch.manual_seed(0)
+    angle = torch.linspace(0, 2 * torch.pi, 13)[:-1]
+    places = (torch.stack([angle.cos(), angle.sin()], -1) * (1 + 0.3 * (3 * angle).cos()[:, None])).requires_grad_()
+    position = DistanceDecay(2, learned=True)
+    model = xf.Encoder(16, 2, 2, position=position, mask=Local(1.5), final_norm=False)
+    energy = model(torch.randn(12, 16), xf.Points(places)).square().sum()
+    (gradient,) = torch.autograd.grad(energy, places)
+    domain = xf.Points(places.detach())
+
+    def pull(ax: Axes) -> None:
+        plot.mask_on(Local(1.5), domain, query=0, ax=ax)
+        ax.quiver(*places.detach().T, *-gradient.T, color="tab:red", width=0.008)
+        ax.set_title("forces of neighbours within 1.5")
+
+    return row(lambda ax: plot.bias_on(position, domain, query=0, ax=ax), pull, widths=[1.3, 1.3])
+
+
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
     """scikit-learn's handwritten digits, 8 x 8 pixels from -1 to 1, and which digit each is."""
     from sklearn.datasets import load_digits
@@ -333,6 +352,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {
     "forecast": forecast,
     "tasks": tasks,
     "looked-at": looked_at,
+    "forces": forces,
     "restored": restored,
 }
 
