@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence as SequenceOf
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -47,6 +47,8 @@ def is_leaving(x: Tensor) -> bool:
     return x.is_meta or is_jit_tracing() or torch.compiler._is_exporting_flag
 
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 # How many contexts of ``constants`` are entered.
 _REAL = [0]
 
@@ -54,6 +56,11 @@ _REAL = [0]
 def is_compiling() -> bool:
     """Check for ``torch.compile`` or ``torch.export``, outside of ``constants``."""
     return torch.compiler.is_compiling() and not _REAL[0]
+
+
+def outside_graphs(function: Function, reason: str) -> Function:
+    """The function, left out of graphs of ``torch.compile``, for a reason that ``fullgraph=True`` tells: it reads the data of tensors."""
+    return torch.compiler.disable(function, reason=reason) if torch.compiler.is_dynamo_compiling() else function
 
 
 @contextmanager
@@ -90,6 +97,11 @@ def untraced() -> Iterator[None]:
         yield
     finally:
         torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]
+
+
+def within_operator() -> Any:
+    """A context in which autograd works within a custom operator, where it is out of reach otherwise."""
+    return torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[Any]:

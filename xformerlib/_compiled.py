@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ._autograd import no_autocast
+from ._autograd import no_autocast, within_operator
 from ._inputs import BiasLike
 from ._planned import planned, scores_of
 from .domains import Domain
-from .domains._tickets import domain_of
+from .domains._tickets import domains_of, tickets_of
 from .kernels import Plan, Problem, Scores, _sdpa
 from .kernels._merge import gradients, merged_parts
 from .masks._constants import Ingredients, mask_of, number_of
@@ -59,8 +59,10 @@ def run_in_graph(
     mask, (sizes, reals, mask_tensors) = number_of(problem.mask)
     numbers = [-1 if isinstance(term, Tensor) else _number_of_bias(term) for term in terms]
     tensors = [t for bias in biases for t in ((bias,) if isinstance(bias, Tensor) else bias.tensors)]
+    domains = [problem.domain] if problem.keys is problem.domain else [problem.domain, problem.keys]
+    tickets, domain_tensors = tickets_of(*domains)
     out, _ = attend(
-        query, key, value, sinks, seed, tensors, mask_tensors, problem.domain.ticket(), problem.keys.ticket(), mask, sizes, reals,
+        query, key, value, sinks, seed, tensors, mask_tensors, domain_tensors, tickets[0], tickets[-1], mask, sizes, reals,
         numbers, kernel, problem.bias, scale, softcap, problem.dropout_p,
     )  # fmt: skip
     return out.to(value.dtype)
@@ -105,9 +107,9 @@ class _Work(NamedTuple):
 
 # What both operators are given, besides what only the backward is.
 _ARGUMENTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor? sinks, Tensor? seed, Tensor[] tensors, Tensor[] mask_tensors, SymInt[] ticket, "
-    "SymInt[] key_ticket, SymInt mask, SymInt[] sizes, float[] reals, SymInt[] biases, str kernel, str? bias, float scale, float? softcap, "
-    "float dropout_p"
+    "Tensor query, Tensor key, Tensor value, Tensor? sinks, Tensor? seed, Tensor[] tensors, Tensor[] mask_tensors, "
+    "Tensor[] domain_tensors, SymInt[] ticket, SymInt[] key_ticket, SymInt mask, SymInt[] sizes, float[] reals, SymInt[] biases, "
+    "str kernel, str? bias, float scale, float? softcap, float dropout_p"
 )
 
 
@@ -119,6 +121,7 @@ def _work(
     seed: Tensor | None,
     tensors: SequenceOf[Tensor],
     mask_tensors: SequenceOf[Tensor],
+    domain_tensors: SequenceOf[Tensor],
     ticket: SequenceOf[int],
     key_ticket: SequenceOf[int],
     mask: int,
@@ -132,8 +135,7 @@ def _work(
     dropout_p: float,
 ) -> _Work:
     """What ``_ARGUMENTS`` ask for."""
-    domain = domain_of(ticket)
-    keys = domain if ticket == key_ticket else domain_of(key_ticket)
+    domain, keys = domains_of((ticket, key_ticket), domain_tensors)
     terms = [None if number < 0 else BIASES[number] for number in biases]
     problem = Problem(
         mask=mask_of(mask, Ingredients(list(sizes), list(reals), list(mask_tensors))), domain=domain, keys=keys,
@@ -215,7 +217,7 @@ def attend_backward(grad: Tensor, out: Tensor, lse: Tensor, needed: SequenceOf[b
     """Gradients of query, key, value, the sinks if there are any, and of the tensors of the biases: empty where none is needed."""
     work = _work(*arguments)
     query, _, value, _ = work.inputs
-    with no_autocast(query.device), _differentiable():
+    with no_autocast(query.device), within_operator():
         if work.in_parts:
             parts = work.plan.parts_of(work.scores)
             with torch.no_grad():
@@ -253,29 +255,22 @@ def _differentiated(work: _Work, grad: Tensor, needed: SequenceOf[bool]) -> list
     return [next(found) if x.requires_grad else None for x in (*vectors, *leaves) if x is not None]
 
 
-def _differentiable() -> Any:
-    """Within an operator autograd is out of reach: this brings it back."""
-    return torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
-
-
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, sinks, seed, tensors, mask_tensors, *ctx.rest = inputs
-    ctx.counts = len(tensors), len(mask_tensors)
-    ctx.save_for_backward(*output, query, key, value, sinks, seed, *tensors, *mask_tensors)
+    query, key, value, sinks, seed, *lists, ctx.rest = (*inputs[:8], inputs[8:])
+    ctx.counts = [len(each) for each in lists]
+    ctx.save_for_backward(*output, query, key, value, sinks, seed, *(x for each in lists for x in each))
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad: Tensor | None, lse_grad: Tensor | None) -> tuple[Any, ...]:
-    out, lse, query, key, value, sinks, seed, *lists = ctx.saved_tensors
-    count = ctx.counts[0]
-    # Of masks and options; torch wants a list for a list of tensors, and takes any empty list for one.
-    nothing = [None] * len(lists[count:]), *([] if option == [] else None for option in ctx.rest)
+    out, lse, query, key, value, sinks, seed, *rest = ctx.saved_tensors
+    lists = [[rest.pop(0) for _ in range(count)] for count in ctx.counts]
+    # Of masks, domains and options; torch wants a list for a list of tensors, and takes any empty list for one.
+    nothing = *([None] * len(each) for each in lists[1:]), *([] if option == [] else None for option in ctx.rest)
     if grad is None:
-        return None, None, None, None, None, [None] * count, *nothing
-    needed = list(ctx.needs_input_grad[5]) if count else []
-    found = attend_backward(
-        grad, out, lse, needed, query, key, value, sinks, seed, lists[:count], lists[count:], *ctx.rest
-    )
+        return None, None, None, None, None, [None] * len(lists[0]), *nothing
+    needed = list(ctx.needs_input_grad[5]) if lists[0] else []
+    found = attend_backward(grad, out, lse, needed, query, key, value, sinks, seed, *lists, *ctx.rest)
     more = found[3:] if sinks is None else found[4:]
     of_tensors = [g if need else None for g, need in zip(more, needed, strict=True)]
     return *found[:3], None if sinks is None else found[3], None, of_tensors, *nothing

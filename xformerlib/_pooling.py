@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._arguments import Size
+from ._autograd import outside_graphs
 from ._inputs import place
 from ._options import PoolingOptions, QKNorm
 from ._recorded import Recorded
@@ -120,7 +121,7 @@ class MultiheadPooling(Recorded):
         if x.ndim == 3:
             queries, latent = Sequence(1), self.latent.expand(x.shape[0], 1, -1)
         else:
-            queries = Sequence.packed(torch.ones(domain.num_items, dtype=torch.long, device=x.device))
+            queries = _packed(torch.ones(domain.num_items, dtype=torch.long, device=x.device))
             latent = self.latent.expand(domain.num_items, -1)
         y = self.attention(latent, queries, context=context, context_domain=keys, mask=mask).reshape(-1, x.shape[-1])
         return y + self.feed_forward(self.norm(y))
@@ -167,13 +168,17 @@ def ordinary(domain: Domain) -> tuple[Int[Tensor, " ordinary"], Int[Tensor, " it
     return domain.fact("ordinary", make)
 
 
+def _packed(lengths: Int[Tensor, " items"]) -> Sequence:
+    return outside_graphs(Sequence.packed, "packed sequences are made by reading their lengths")(lengths)
+
+
 def _without_prefix(x: Tensor, domain: Domain) -> tuple[Tensor, Domain, Mask | None]:
     """Ordinary tokens as a plain sequence, since a pooling query asks for no places, and what hides padding."""
     if not domain.prefix:
         return x, domain, None
     if domain.offsets is not None:
         lengths = domain.offsets.diff() - domain.prefix
-        return _unbatched(x, domain).index_select(0, ordinary(domain)[0]), Sequence.packed(lengths), None
+        return _unbatched(x, domain).index_select(0, ordinary(domain)[0]), _packed(lengths), None
     mask = None if domain.valid is None else Keys(domain.valid[:, domain.prefix :])
     return x[..., domain.prefix :, :], Sequence(domain.num_tokens - domain.prefix), mask
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Float64, Int, Integer, Shaped
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from .._arguments import check_count
 from .._autograd import is_compiling
@@ -98,7 +99,9 @@ class Graph(Domain):
         device = self.edge_index.device
         self.edge_attr = check_edge_attr(edge_attr, self.edge_index)
         self.batch, self.sizes = check_batch(batch, num_graphs, self.num_nodes, self.edge_index)
-        self.largest = int(self.sizes.max()) if self.sizes.numel() else 0  # nodes of the largest graph
+        self._told = batch is not None, num_graphs  # for the operators of a compiled graph
+        # Nodes of the largest graph; a compiled graph, which cannot read the sizes, takes the most there may be.
+        self.largest = num_nodes if is_dynamo_compiling() else int(self.sizes.max()) if self.sizes.numel() else 0
         super().__init__(
             num_tokens=self.num_nodes + prefix * self.sizes.numel(), ndim=3, prefix=prefix,
             offsets=offsets_of(self.sizes + prefix), device=device,
@@ -148,6 +151,17 @@ class Graph(Domain):
             "edge_index": self.edge_index, "num_nodes": self.num_nodes, "edge_attr": self.edge_attr, "batch": self.batch,
             "virtual_nodes": self.prefix, "num_graphs": self.num_graphs,
         }  # fmt: skip
+
+    def ticket(self) -> list[int]:
+        if self._number:
+            return super().ticket()
+        has_batch, num_graphs = self._told
+        return [3, self.num_nodes, self.prefix, -1 if num_graphs is None else num_graphs, 1 + has_batch]
+
+    def ticket_tensors(self) -> list[Tensor]:
+        if self._number:
+            return []
+        return [self.edge_index, self.batch] if self._told[0] else [self.edge_index]
 
     # -- nodes and tokens ------------------------------------------------------------------------------------------
 
@@ -199,7 +213,9 @@ class Graph(Domain):
         """The number of edges into each node and out of it; parallel edges and self-loops count."""
         if self.is_looked_up():
             size = [2, self.num_nodes]
-            table = domain_fact(self.ticket(), "_degree_table", None, size, torch.int64, self.edge_index)
+            table = domain_fact(
+                self.ticket(), self.ticket_tensors(), "_degree_table", None, size, torch.int64, self.edge_index
+            )
             return table[0], table[1]
         return self.fact("degrees", self._make_degrees)
 
@@ -297,7 +313,7 @@ class Graph(Domain):
         if self.is_looked_up():
             names, rows = ("_eigenvalues", "_eigenvectors"), (self.sizes.numel(), self.num_nodes)
             values, vectors = (
-                domain_fact(self.ticket(), name, k, [n, k], torch.float64, self.edge_index)
+                domain_fact(self.ticket(), self.ticket_tensors(), name, k, [n, k], torch.float64, self.edge_index)
                 for name, n in zip(names, rows, strict=True)
             )
             return values, vectors
@@ -325,7 +341,9 @@ class Graph(Domain):
         steps = check_count("steps", steps)
         if self.is_looked_up():
             size = [self.num_nodes, steps]
-            return domain_fact(self.ticket(), "random_walk", steps, size, torch.float64, self.edge_index)
+            return domain_fact(
+                self.ticket(), self.ticket_tensors(), "random_walk", steps, size, torch.float64, self.edge_index
+            )
         return self.fact(("random_walk", steps), lambda: return_probabilities(self._topology, steps))
 
     def walks(self, steps: int, dtype: torch.dtype = torch.float64) -> Float[Tensor, "pairs steps"]:

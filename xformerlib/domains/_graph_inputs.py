@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from .._arguments import check_count
 from ._base import as_lengths
@@ -30,7 +31,7 @@ def check_edges(edge_index: Any, num_nodes: int) -> Tensor:
     if type(edge_index) is not Tensor and hasattr(edge_index, "as_tensor"):  # PyTorch Geometric's EdgeIndex
         edge_index = edge_index.as_tensor()
     edge_index = edge_index.long()
-    if edge_index.numel():
+    if not is_dynamo_compiling() and edge_index.numel():
         low, high = (int(end) for end in edge_index.aminmax())
         if low < 0 or high >= num_nodes:
             raise ValueError(
@@ -65,9 +66,13 @@ def check_batch(batch: Any, num_graphs: int | None, num_nodes: int, edge_index: 
             raise ValueError(
                 f"num_graphs must come with batch, which says the graph of each node; got num_graphs={count} without it"
             )
-        return torch.zeros(num_nodes, dtype=torch.long, device=device), torch.tensor([num_nodes], device=device)
+        return torch.zeros(num_nodes, dtype=torch.long, device=device), torch.full((1,), num_nodes, device=device)
     if isinstance(batch, Tensor) and batch.device != device:
         raise ValueError(f"batch must be on the device of edge_index; got {batch.device} and {device}")
+    if is_dynamo_compiling():
+        # A compiled graph cannot read its inputs: the operators that make the graph anew check them. Graphs without nodes do no harm.
+        sizes = batch.new_zeros(num_nodes if count is None else count, dtype=torch.long)
+        return batch.long(), sizes.index_add(0, batch.long(), torch.ones_like(batch, dtype=torch.long))
     batch = as_lengths("batch", batch).to(device)
     if batch.numel() != num_nodes:
         raise ValueError(

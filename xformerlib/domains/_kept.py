@@ -181,3 +181,7 @@ class Kept:
     def ticket(self) -> list[int]:
         """The domain as whole numbers, for operators of compiled graphs: ``domain_of`` gives the domain for it."""
         return [0, self._number]
+
+    def ticket_tensors(self) -> list[Tensor]:
+        """The tensors that go with the ticket, of a domain that is made in the compiled graph."""
+        return []

@@ -108,7 +108,9 @@ def _with_canonical_bases(
         return v
     some = v[multiple]
     # In the basis V, one block of this matrix for each eigenspace.
-    turn, upper = torch.linalg.qr((some.mT @ _probes(some.shape[1], some.shape[2], v)).masked_fill(~together[multiple], 0))
+    turn, upper = torch.linalg.qr(
+        (some.mT @ _probes(some.shape[1], some.shape[2], v)).masked_fill(~together[multiple], 0)
+    )
     signs = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(v)
     v = v.clone()
     v[multiple] = some @ (turn * signs[:, None, :])

@@ -1,5 +1,6 @@
 """Graph Transformers on PyTorch Geometric's interface, with attention that costs what the graph costs."""
 
+from ..domains._made_once import keep_edges as keep_edges
 from ._agnn import AGNN as AGNN
 from ._edge_attention import EdgeAttention as EdgeAttention
 from ._encodings import (
@@ -17,7 +18,6 @@ from ._linear_attention import (
     PolynormerAttention as PolynormerAttention,
     SGFormerAttention as SGFormerAttention,
 )
-from ._made_once import keep_edges as keep_edges
 from ._model import GraphModel as GraphModel, GraphTransformer as GraphTransformer
 from ._readout import EdgeReadout as EdgeReadout
 from ._sampler import NeighborSampler as NeighborSampler

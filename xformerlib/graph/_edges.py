@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from .._along_edges import Pattern
+from .._along_edges import Listed, Pattern, pattern_of
+from .._autograd import is_compiling, is_exporting
 from ..domains import Graph
-from ._made_once import made_once
+from ..domains._made_once import made_once
 
 # As in PyTorch Geometric: (2, edges) with sources above targets, an EdgeIndex, a sparse tensor of (targets, sources); or a Graph.
 Adjacency = Tensor | Graph
@@ -24,13 +25,13 @@ class SortedEdges(NamedTuple):
         order: for each of its entries the edge, as they were given.
     """
 
-    pattern: Pattern
+    pattern: Pattern | Listed
     order: Int[Tensor, " edges"]
 
-    def keys_of_their_own(self) -> Pattern:
+    def keys_of_their_own(self) -> Pattern | Listed:
         """The pattern in which every edge is a key of its own, in the order of the entries."""
         row, every = self.pattern.row.long(), torch.arange(self.order.numel(), device=self.order.device)
-        return Pattern(row, every, self.pattern.num_queries, every.numel())
+        return pattern_of(row, every, self.pattern.num_queries, every.numel())
 
 
 def sorted_edges(edge_index: Adjacency, sources: int, targets: int) -> SortedEdges:
@@ -51,6 +52,8 @@ def as_pairs(edge_index: Adjacency) -> Int[Tensor, "2 edges"]:
         target, source = edge_index.detach().to_sparse_coo().coalesce().indices()
         return torch.stack([source, target])
     _check_shape("edge_index", edge_index)
+    if torch.compiler.is_dynamo_compiling():
+        return edge_index
     # Another object: what is kept beside a tensor must not hold on to it.
     return edge_index.as_subclass(Tensor).detach()
 
@@ -66,6 +69,8 @@ def check_adjacency(edge_index: object) -> None:
 def check_ends(what: str, edge_index: Tensor, sources: int, targets: int) -> None:
     """Raise unless pairs of nodes are (2, pairs) integers that index so many sources and targets."""
     _check_shape(what, edge_index)
+    if is_compiling() and not is_exporting():
+        return  # a graph cannot read its inputs: the operator does when it runs
     for name, index, count in (("sources", edge_index[0], sources), ("targets", edge_index[1], targets)):
         if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < count):
             raise ValueError(
@@ -84,4 +89,4 @@ def _sorted(edge_index: Tensor, sources: int, targets: int) -> SortedEdges:
     check_ends("edge_index", edge_index, sources, targets)
     source, target = edge_index.long()
     order = torch.argsort(target * max(sources, 1) + source, stable=True)
-    return SortedEdges(Pattern(target[order], source[order], targets, sources), order)
+    return SortedEdges(pattern_of(target[order], source[order], targets, sources), order)

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from .._arguments import Count, Size, check_size
-from .._autograd import no_autocast
+from .._autograd import no_autocast, outside_graphs
 from .._options import GraphormerOptions
 from .._sublayers import NormLayer, norm_factory, normed
 from ..blocks import Block
@@ -161,6 +161,9 @@ class Graphormer(GraphModel):
         self, x: Float[Tensor, "tokens channels"], graph: Graph, edge_attr: Shaped[Tensor, "edges *features"] | None
     ) -> Float[Tensor, "tokens channels"]:
         check_edge_features(edge_attr, self.paths is not None)
+        return outside_graphs(self._run, "paths are found by reading the edges")(x, graph, edge_attr)
+
+    def _run(self, x: Tensor, graph: Graph, edge_attr: Tensor | None) -> Tensor:
         hops = self.hops(graph, graph, None)
         table, prefix_table = hops.tensors[0].split([hops.rows, hops.prefix_rows])
         scores = table[_hop_rows(graph, hops.rows)]

@@ -11,11 +11,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._along_edges import Pattern, along_edges
+from .._along_edges import Listed, Pattern, along_edges
 from .._arguments import Size, check_size
 from .._recorded import Recorded
+from ..domains._made_once import made_once
 from ._edges import Adjacency, as_pairs, sorted_edges
-from ._made_once import made_once
 
 EdgeType = tuple[str, str, str]
 
@@ -139,19 +139,22 @@ class HeteroAttention(Recorded):
         gate = torch.sigmoid(self.skip[i])
         return gate * y + (1 - gate) * x
 
-    def _pattern(self, counts: list[int], edge_index_dict: dict[EdgeType, Adjacency]) -> Pattern:
+    def _pattern(self, counts: list[int], edge_index_dict: dict[EdgeType, Adjacency]) -> Pattern | Listed:
         """All edges in one: the queries are all nodes, the keys the sources of each kind of edge, one kind behind the other."""
         edges = {kind: edge_index_dict[kind] for kind in self.edge_types if kind in edge_index_dict}
         what = ("kinds", tuple(self.node_types), tuple(counts), tuple(edges))
         return made_once(what, [*edges.values()], lambda: self._made_pattern(counts, edges))
 
-    def _made_pattern(self, counts: list[int], edges: dict[Any, Adjacency]) -> Pattern:
+    def _made_pattern(self, counts: list[int], edges: dict[Any, Adjacency]) -> Pattern | Listed:
         size, parts, keys = dict(zip(self.node_types, counts, strict=True)), [], 0
         begin = {kind: sum(counts[:i]) for i, kind in enumerate(self.node_types)}
         for (source, relation, target), adjacency in edges.items():
             pairs = as_pairs(adjacency).long()
             for name, ends, count in ((source, pairs[0], size[source]), (target, pairs[1], size[target])):
-                if ends.numel() and not (int(ends.min()) >= 0 and int(ends.max()) < count):
+                if torch.compiler.is_dynamo_compiling():
+                    inside = ((ends >= 0) & (ends < count)).all()
+                    torch._assert_async(inside, f"edges must index the nodes of kind {name!r}")
+                elif ends.numel() and not (int(ends.min()) >= 0 and int(ends.max()) < count):
                     raise ValueError(
                         f"edges of {(source, relation, target)} must index the {count} nodes of kind {name!r}; got indices from "
                         f"{int(ends.min())} to {int(ends.max())}"

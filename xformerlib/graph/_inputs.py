@@ -10,11 +10,11 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from .._arguments import shown
-from .._autograd import is_jit_tracing
+from .._autograd import is_jit_tracing, outside_graphs
 from .._projection import check_dtype
 from ..domains import Graph
+from ..domains._made_once import made_once
 from ._edges import Adjacency, as_pairs
-from ._made_once import made_once
 
 
 class Placed(NamedTuple):
@@ -44,8 +44,12 @@ def place_nodes(
     *,
     virtual_nodes: int = 0,
     num_graphs: int | None = None,
+    by_graph: bool = False,
 ) -> Placed:
-    """Where nodes live, made at the first call with an ``edge_index`` and ``batch`` and kept while they are not changed in place."""
+    """Where nodes live, made at the first call with an ``edge_index`` and ``batch`` and kept while they are not changed in place.
+
+    ``by_graph`` says that results have a row for each graph, so that their number must be known.
+    """
     if isinstance(edge_index, Graph):
         if batch is not None or edge_index.prefix != virtual_nodes:
             raise ValueError(
@@ -59,6 +63,11 @@ def place_nodes(
         not isinstance(batch, Tensor) or batch.ndim != 1 or batch.is_floating_point() or batch.is_complex()
     ):
         raise TypeError(f"batch must be the graph of each node, integers (nodes,); got {shown(batch)}")
+    if torch.compiler.is_dynamo_compiling():
+        place = _placed
+        if batch is not None and num_graphs is None and (virtual_nodes or by_graph):
+            place = outside_graphs(_placed, "the number of graphs is found by reading batch; give num_graphs")
+        return place(as_pairs(edge_index), num_nodes, batch, virtual_nodes, num_graphs)
     return made_once(
         ("placed", num_nodes, virtual_nodes, num_graphs),
         [edge_index, batch],
@@ -98,7 +107,8 @@ def _placed(
             stacklevel=2,
         )
     order = None
-    if batch is not None and batch.numel() == num_nodes and bool((batch.diff() < 0).any()):
+    in_graph = torch.compiler.is_dynamo_compiling()
+    if batch is not None and batch.numel() == num_nodes and (in_graph or bool((batch.diff() < 0).any())):
         order = torch.argsort(batch, stable=True)
         batch, edge_index = batch[order], order.argsort()[edge_index]
     graph = Graph(edge_index, num_nodes, batch=batch, virtual_nodes=virtual_nodes, num_graphs=num_graphs)

@@ -49,10 +49,17 @@ class _Blocks(NamedTuple):
         lengths, device = graph.offsets.diff(), graph.offsets.device
         size = max(graph.num_tokens, 1) if graph.num_graphs == 1 else BLOCK_TOKENS
         counts = (lengths + size - 1).div(size, rounding_mode="floor")
+        blocks = None
+        if (
+            torch.compiler.is_dynamo_compiling()
+        ):  # a graph cannot read how many there are: the last graph gets what is left of the most
+            blocks = graph.num_tokens // size + len(lengths)
+            counts = torch.cat([counts[:-1], blocks - counts[:-1].sum()[None]])
         first = (counts.cumsum(0) - counts) * size - graph.offsets[:-1]
-        item = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
+        graphs = torch.arange(len(lengths), device=device)
+        item = torch.repeat_interleave(graphs, lengths, output_size=graph.num_tokens)
         place = torch.arange(graph.num_tokens, device=device) + first[item]
-        return _Blocks(place, torch.repeat_interleave(torch.arange(len(lengths), device=device), counts), size)
+        return _Blocks(place, torch.repeat_interleave(graphs, counts, output_size=blocks), size)
 
     def spread(self, x: Float[Tensor, "tokens heads dim"]) -> Float[Tensor, "blocks heads rows dim"]:
         """Tokens by block."""

@@ -98,12 +98,15 @@ class GraphModel(Recorded, ABC):
         batch: Int[Tensor, " nodes"] | None = None,
         *,
         edge_label_index: Int[Tensor, "2 pairs"] | None = None,
+        num_graphs: Count | None = None,
     ) -> Float[Tensor, "rows out_channels"]:
         """A row for each node, in the order in which they were given, for each graph, or for each edge.
 
         ``edge_label_index`` names other pairs of nodes than the edges to have rows, as PyTorch Geometric's ``RandomLinkSplit`` does.
+        ``num_graphs`` counts the graphs of ``batch``, if the last ones may have no nodes; ``torch.compile(fullgraph=True)`` needs it for
+        a row for each graph, since it cannot read ``batch``.
         """
-        num_graphs, data = None, None
+        data = None
         if edge_index is None:
             data = _data_of(x)
             if getattr(data, "edge_weight", None) is not None:
@@ -113,14 +116,15 @@ class GraphModel(Recorded, ABC):
                 )
             x, edge_index, edge_attr = data.x, data.edge_index, getattr(data, "edge_attr", None)
             batch = getattr(data, "batch", None)
-            num_graphs = None if batch is None else data.num_graphs
+            num_graphs = None if batch is None else data.num_graphs if num_graphs is None else num_graphs
             if isinstance(self.pool, EdgeReadout) and edge_label_index is None:
                 edge_label_index = getattr(data, "edge_label_index", None)
         check_nodes(x, self.embed, "x" if data is None else "data.x")
         if edge_label_index is not None and not isinstance(self.pool, EdgeReadout):
             raise ValueError("edge_label_index asks for rows of pairs of nodes; build the model with pool='edge'")
         prefix = 0 if self.virtual is None else len(self.virtual)
-        placed = place_nodes(edge_index, len(x), batch, virtual_nodes=prefix, num_graphs=num_graphs)
+        by_graph = isinstance(self.pool, Pooling)
+        placed = place_nodes(edge_index, len(x), batch, virtual_nodes=prefix, num_graphs=num_graphs, by_graph=by_graph)
         graph = placed.graph
         tokens = on_nodes(graph, self.embed(placed.sorted(x)))
         if self.virtual is not None:

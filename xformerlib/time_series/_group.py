@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._arguments import Rate, Size, check_options, check_size
-from .._autograd import is_compiling
+from .._autograd import outside_graphs
 from .._options import EncoderOptions
 from ..blocks import Encoder
 from ..domains import Timeline
@@ -122,7 +122,7 @@ class GroupTransformer(ForecastModel):
         time = torch.arange(first * self.patch, count * self.patch, device=z.device).to(z.dtype) / self.lookback
         time = time.view(-1, self.patch).expand_as(cut.values)
         # How many tokens there are is known only to the data. As a decorator, ``disable`` would load the compiler with the package.
-        encode = torch.compiler.disable(self._encode) if is_compiling() else self._encode
+        encode = outside_graphs(self._encode, "groups are found by reading data")
         encoded = encode(torch.cat([cut.values, cut.known.to(z.dtype), time], -1), cut.exists, first, groups)
         ahead = encoded.unflatten(0, (len(z), self.channels, count))
         y = self.project(ahead).unflatten(-1, (self.patch, -1)).flatten(2, 3)[:, :, : self.horizon]

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._autograd import is_compiling
+from .._autograd import outside_graphs
 from ..domains import Timeline
 from ..domains._base import as_lengths, offsets_of
 from ._checks import check_finite, check_times, check_values, kind, seen_of
@@ -36,9 +36,9 @@ class Packed:
     def domain(self) -> Timeline:
         """Where the steps or patches live."""
         check_finite("times", self.times)
-        # How many steps there are is known only to the data: compiled code makes the domain outside of its graphs.
-        make = torch.compiler.disable(Timeline.packed) if is_compiling() else Timeline.packed
-        return make(self.times, self.lengths)
+        return outside_graphs(Timeline.packed, "the number of steps is found by reading lengths")(
+            self.times, self.lengths
+        )
 
     def patches(self, size: int) -> Packed:
         """Cut every series into patches of ``size`` steps, (all, size, columns); steps beyond its end are missing in the last one."""

@@ -68,6 +68,8 @@ def made_once(what: Hashable, given: Sequence[Any], make: Callable[[], Made]) ->
     Nothing is kept of other things than tensors, of tensors of inference mode, which have no such count, and of inputs of a trace.
     ``None`` may stand for tensors that are not there, but for the first. What is made must not hold on to the first tensor.
     """
+    if torch.compiler.is_dynamo_compiling():
+        return make()
     if is_exporting() and all(x is None or (type(x) is Tensor and not x.is_meta) for x in given):
         with constants():
             return make()

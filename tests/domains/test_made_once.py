@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.closeness import assert_close
 from xformerlib import Graph, graph
-from xformerlib.graph import _made_once
+from xformerlib.domains import _made_once
 from xformerlib.graph._edges import sorted_edges
 from xformerlib.graph._inputs import place_nodes
 
