@@ -326,6 +326,36 @@ def test_functions_and_modules_among_the_arguments() -> None:
     assert repr(again(made)) == repr(made)
 
 
+def _adapted(model: nn.Module) -> None:
+    model.encoder.blocks[0].attention.qkv = nn.Sequential(model.encoder.blocks[0].attention.qkv)
+
+
+REPLACED: dict[str, Callable[[Any], Any]] = {
+    "head": lambda model: setattr(model, "head", nn.Linear(16, 7)),
+    "adapter": _adapted,
+    "removed": lambda model: setattr(model.encoder.blocks[1], "feed_forward", nn.Identity()),
+    "weight norm": lambda model: nn.utils.parametrizations.weight_norm(model.head),
+}
+
+
+@pytest.mark.parametrize("how", REPLACED)
+def test_replaced_parts_are_refused(how: str) -> None:
+    model = vision.ViT(3, size=16, patch=8, dim=16, depth=2, heads=2)
+    state = torch.get_rng_state()
+    model.to_config()
+    assert torch.equal(torch.get_rng_state(), state)
+    REPLACED[how](model)
+    with pytest.raises(TypeError, match="parts were replaced since"):
+        model.to_config()
+
+
+def test_layers_that_wait_for_their_first_call_are_no_replacement() -> None:
+    model = graph.GraphTransformer(-1, 8, 3, 1, 2)
+    before = model.to_config()
+    model(torch.randn(4, 5), torch.tensor([[0, 1], [1, 2]]))
+    assert model.to_config() == before
+
+
 def test_copies_describe_themselves() -> None:
     model = MODELS["ViT"]()
     file = io.BytesIO()

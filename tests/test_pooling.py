@@ -74,3 +74,32 @@ def test_bad_options() -> None:
         xf.Pooling(4, "token")(torch.randn(1, 3, 4))
     with pytest.raises(ValueError, match=r"x must be \(tokens, dim\) on a packed domain"):
         xf.Pooling(4)(torch.randn(1, 3, 4), xf.Sequence.packed([1, 2]))
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("pool", ["mean", "sum", "max", "mean-max", "attention"])
+def test_packed_items_have_the_derivatives_of_each_alone(pool: str) -> None:
+    lengths = [4, 1, 3, 0]
+    layer, domain, x, direction = (
+        xf.Pooling(4, pool),
+        xf.Sequence.packed(lengths),
+        torch.randn(8, 4),
+        torch.randn(8, 4),
+    )
+
+    def energy(x: Tensor) -> Tensor:
+        return layer(x, domain).sin().sum()
+
+    def alone(x: Tensor) -> Tensor:
+        return torch.cat([layer(item[None]) for item in x.split(lengths)]).sin().sum()
+
+    for f in (torch.func.grad, torch.func.jacrev, torch.func.hessian):
+        assert_close(f(energy)(x), f(alone)(x), f.__name__, depth=10, scale=10.0)
+    slopes = [torch.func.jvp(function, (x,), (direction,))[1] for function in (energy, alone)]
+    assert_close(*slopes, "jvp", depth=10, scale=10.0)
+    found = []
+    for function in (energy, alone):
+        leaf = x.clone().requires_grad_()
+        (force,) = torch.autograd.grad(function(leaf), leaf, create_graph=True)
+        found.append([force.detach(), *torch.autograd.grad(force.square().sum(), leaf)])
+    assert_close(*found, "forces and their derivative", depth=10, scale=10.0)

@@ -146,7 +146,7 @@ def shown(value: object) -> str:
 
 def check_names(owner: str, given: Mapping[str, Any], known: collections.abc.Iterable[str]) -> None:
     """Raise unless every keyword is known, with the name that is most like it."""
-    names = set(known)
+    names = set(known) - {"self"}
     for name in given:
         if name not in names:
             close = difflib.get_close_matches(str(name), sorted(names), 1, 0.6)
@@ -418,7 +418,10 @@ def _either(rules: list[Rule]) -> Rule:
                 closest = misfit if misfit.type_fits and not closest.type_fits else closest
         raise closest
 
-    words = list(dict.fromkeys(rule.says.replace("' or '", "', '") for rule in rules))
+    parts = (word for rule in rules for word in rule.says.removesuffix(" or None").split(" or None"))
+    words = list(dict.fromkeys(word.replace("' or '", "', '") for word in parts))
+    if any(rule is _NONE or rule.says.endswith(" or None") for rule in rules):
+        words = [word for word in words if word != "None"] + ["None"]
     return Rule(fit, ", ".join(words[:-1]) + f" or {words[-1]}")
 
 

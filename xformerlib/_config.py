@@ -85,6 +85,9 @@ class Described:
         """The class that the config names."""
         return type(self)
 
+    def _verify(self) -> None:
+        """Raise where the arguments do not describe the value any more."""
+
     @classmethod
     def _rebuilt(cls, arguments: dict[str, Any]) -> Self:
         """The value with these arguments."""
@@ -177,6 +180,8 @@ def _description(value: Described, top: bool) -> dict[str, Any]:
         raise TypeError(
             f"{kind} must be registered by name to be written; got {value!r}. Use xformerlib.register({kind}, name='...')."
         )
+    if top:
+        value._verify()
     version = {VERSION: FORMAT} if top else {}
     return {**version, CLASS: name, **{key: _written(item) for key, item in value._described().items()}}
 

@@ -220,8 +220,8 @@ def check_heads(dim: int, heads: int, kv_heads: int, head_dim: int | None) -> No
         raise ValueError(f"heads must be divisible by kv_heads; got heads={heads} and kv_heads={kv_heads}")
 
 
-def check_position(position: Position | None, heads: int) -> None:
-    """Raise unless the position can act within a layer of so many heads."""
+def check_position(position: Position | None, heads: int, head_dim: int) -> None:
+    """Raise unless the position can act within a layer of so many heads, of so many channels each."""
     if position is None:
         return
     check_is_position(position)
@@ -229,7 +229,7 @@ def check_position(position: Position | None, heads: int) -> None:
         raise ValueError(
             f"{type(embedding).__name__} is added to the tokens once, by the model: give it to an Encoder, or call it on x"
         )
-    check_bias_heads(position, heads)
+    check_widths(position, heads, head_dim)
 
 
 def check_is_position(position: object) -> None:
@@ -240,8 +240,17 @@ def check_is_position(position: object) -> None:
         )
 
 
-def check_bias_heads(position: Position, heads: int) -> None:
-    """Raise unless the biases of a position fit layers of so many heads."""
+def check_widths(position: Position, heads: int, head_dim: int, dim: int | None = None) -> None:
+    """Raise unless a position fits layers of so many heads and channels: biases, rotations, and embeddings where there is a ``dim``."""
+    for rotation in position.rotations:
+        turned = getattr(rotation, "head_dim", head_dim)  # not of rotations of one's own
+        if turned != head_dim:
+            raise ValueError(
+                f"position must turn the channels of a head, head_dim={head_dim}; got {rotation!r}, which turns {turned}"
+            )
+    for embedding in position.embeddings if dim is not None else ():
+        if getattr(embedding, "dim", dim) != dim:
+            raise ValueError(f"position must be added to tokens of dim={dim}; got {embedding!r} of {embedding.dim}")
     for bias in position.biases:
         if bias.heads not in (1, heads):
             raise ValueError(
@@ -249,7 +258,9 @@ def check_bias_heads(position: Position, heads: int) -> None:
             )
 
 
-def positions_of_layers(given: Positions, depth: int, heads: int) -> tuple[Position | None, list[Position | None]]:
+def positions_of_layers(
+    given: Positions, depth: int, heads: int, head_dim: int, dim: int
+) -> tuple[Position | None, list[Position | None]]:
     """The position that all layers share, and that of each alone."""
     several = isinstance(given, (list, tuple))
     every: list[Any] = list(given) if several else [] if given is None else [given]  # type: ignore[arg-type]
@@ -261,11 +272,11 @@ def positions_of_layers(given: Positions, depth: int, heads: int) -> tuple[Posit
             )
     shared = together(*(each for each in every if isinstance(each, Position)))
     if shared is not None:
-        check_bias_heads(shared, heads)
+        check_widths(shared, heads, head_dim, dim)
     makers = [each for each in every if not isinstance(each, Position)]
     own = [[make() for make in makers] for _ in range(depth)]
     for each in (position for positions in own for position in positions):
-        check_position(each, heads)
+        check_position(each, heads, head_dim)
     return shared, [together(*positions) for positions in own]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._arguments import Size
-from ._autograd import outside_graphs
+from ._autograd import is_compiling, is_jit_tracing, is_transformed, outside_graphs, twice_differentiable
 from ._inputs import place
 from ._options import PoolingOptions, QKNorm
 from ._recorded import Recorded
@@ -51,6 +51,7 @@ class Pooling(Recorded):
         if attention and pool != "attention":
             raise ValueError(f"{', '.join(attention)}: for pool='attention' only; got pool={pool!r}")
         self.dim, self.pool = dim, pool
+        attention.setdefault("heads", 1)
         self.attention = MultiheadPooling(dim, **attention) if pool == "attention" else None
 
     def forward(
@@ -140,8 +141,14 @@ def reduced(x: Float[Tensor, "*batch tokens dim"], domain: Domain, how: str) -> 
     """Mean, sum or maximum of the ordinary tokens of each item."""
     if domain.offsets is not None:
         index, starts = ordinary(domain)
+        rows = _unbatched(x, domain)
+        if is_transformed():
+            return _reduced_plainly(rows, index, starts, how)
         # Of all ways to reduce segments, this alone has a fast backward and no atomics.
-        return F.embedding_bag(index, _unbatched(x, domain), starts, mode=how)
+        found = F.embedding_bag(index, rows, starts, mode=how)
+        if is_compiling() or is_jit_tracing():
+            return found
+        return twice_differentiable((found,), lambda rows: (_reduced_plainly(rows, index, starts, how),), (rows,))[0]
     x = (x if x.ndim == 3 else x[None])[:, domain.prefix :]
     if x.shape[1] == 0:
         return x.sum(1)
@@ -152,6 +159,24 @@ def reduced(x: Float[Tensor, "*batch tokens dim"], domain: Domain, how: str) -> 
         return x.masked_fill(~valid, -torch.inf).amax(1).masked_fill(~valid.any(1), 0)
     total = x.masked_fill(~valid, 0).sum(1)
     return total if how == "sum" else total / valid.sum(1).clamp(min=1)
+
+
+def _reduced_plainly(
+    rows: Float[Tensor, "tokens dim"], index: Int[Tensor, " ordinary"], starts: Int[Tensor, " items"], how: str
+) -> Float[Tensor, "items dim"]:
+    """The same by operations that have derivatives of any order."""
+    count = len(starts)
+    lengths = torch.cat([starts[1:], starts.new_full((1,), len(index))]) - starts
+    item = torch.repeat_interleave(torch.arange(count, device=index.device), lengths, output_size=len(index))
+    each, nothing = rows.index_select(0, index), rows.new_zeros(count, rows.shape[1])
+    if how != "max":
+        total = nothing.index_add(0, item, each)
+        return total if how == "sum" else total / lengths.clamp(min=1)[:, None]
+    target, place = item[:, None].expand_as(each), torch.arange(len(index), device=index.device)[:, None]
+    largest = (nothing - torch.inf).scatter_reduce(0, target, each.detach(), "amax").index_select(0, item)
+    place = place.masked_fill(each.detach() < largest, len(index))
+    first = torch.full_like(nothing, len(index), dtype=place.dtype).scatter_reduce(0, target, place, "amin")
+    return torch.cat([each, each.new_zeros(1, each.shape[1])]).gather(0, first)
 
 
 def ordinary(domain: Domain) -> tuple[Int[Tensor, " ordinary"], Int[Tensor, " items"]]:

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ._arguments import fit_arguments
-from ._config import Described, to_config, understood
+from ._config import Described, from_config, to_config, understood
 from ._names import Reference
 
 _RECORD = "_made_with"
@@ -34,6 +35,37 @@ class Recorded(nn.Module, Described):
 
     def _described(self) -> dict[str, Any]:
         return _arguments(type(self), vars(self).get(_RECORD))
+
+    def _verify(self) -> None:
+        """Compare names and shapes of the state with those of a module that is made of the config."""
+        arguments = {name: from_config(to_config(value)) for name, value in self._described().items()}
+        fresh, own = _shapes(_made_empty(type(self), arguments)), _shapes(self)
+        other = [
+            name
+            for name in {**fresh, **own}
+            if name not in fresh or name not in own or (fresh[name] is not None and fresh[name] != own[name])
+        ]
+        if other:
+            raise TypeError(
+                f"{type(self).__name__} cannot be written as the arguments that it was made with: parts were replaced since "
+                f"({', '.join(other[:3])}{', ...' if len(other) > 3 else ''}). Save it whole, with torch.save."
+            )
+
+
+def _made_empty(kind: type[Recorded], arguments: dict[str, Any]) -> Recorded:
+    """The module without memory for its weights, or where its constructor reads data with them."""
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                return kind._rebuilt(arguments)
+        except (NotImplementedError, RuntimeError):
+            return kind._rebuilt(arguments)
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...] | None]:
+    """Shapes of parameters and buffers by name; None where these wait for the first call."""
+    tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    return {name: None if is_lazy(x) else tuple(x.shape) for name, x in tensors.items()}
 
 
 class _Record:
@@ -153,6 +185,7 @@ def _with_config(save: Callable[..., Any]) -> Callable[..., Any]:
     def save_pretrained(self: Recorded, save_directory: Any, *, config: Any = None, **options: Any) -> Any:
         """Save weights and arguments, for ``from_pretrained``; arguments that cannot be written are refused before anything is."""
         if config is None:
+            self._verify()
             config = {name: to_config(value) for name, value in self._described().items()}
         return save(self, save_directory, config=config, **options)
 

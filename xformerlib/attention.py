@@ -218,7 +218,7 @@ class Attention(Recorded):
         check_heads(dim, heads, self.kv_heads, head_dim)
         self.head_dim = dim // heads if head_dim is None else head_dim
         self.mask = None if mask is None else check_mask(mask)
-        check_position(position, self.heads)
+        check_position(position, self.heads, self.head_dim)
         self.position = position
         self.qkv = nn.Linear(dim, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=qkv_bias)
         self.query_norm, self.key_norm = (_qk_norm(qk_norm, self.head_dim, count) for count in (heads, None))

@@ -17,6 +17,7 @@ from ._cache import Cache
 from ._inputs import (
     Masks,
     Positions,
+    check_heads,
     check_last,
     check_mask,
     masks_of_layers,
@@ -200,7 +201,9 @@ class _Stack(Recorded):
             raise ValueError(f"depth must be a whole number >= 1; got depth={depth!r}")
         layer_masks = masks_of_layers(mask, depth)
         self.dim = dim
-        self.position, own = positions_of_layers(position, depth, heads)
+        check_heads(dim, heads, heads, block.get("head_dim"))
+        head_dim = block.get("head_dim") or dim // heads
+        self.position, own = positions_of_layers(position, depth, heads, head_dim, dim)
         self.checkpoint = checkpoint
         self.blocks = nn.ModuleList(
             Block(

@@ -69,7 +69,7 @@ X, CONTEXT = torch.randn(2, 5, 8), torch.randn(2, 3, 8)
         (lambda: xf.Decoder(8, 1, 2)(X, context=CONTEXT[..., :7]), ValueError, r"context must be \(batch, tokens, 8\).*got \(2, 3, 7\)"),
         (lambda: xf.Decoder(8, 1, 2)(X, context=CONTEXT, context_domain=xf.Sequence(4)), ValueError, "context must have as many tokens"),
         (lambda: xf.Decoder(8, 1, 2)(X, context=CONTEXT[:1]), ValueError, "same batch size"),
-        (lambda: xf.Encoder(8, 1, 2, position=positions.Rotary(8))(X), ValueError, "head_dim=8"),
+        (lambda: xf.Encoder(8, 1, 2, position=positions.Rotary(8))(X), ValueError, "head_dim=4; got Rotary"),
         (lambda: xf.Encoder(8, 1, 2, position=positions.Learned(8, 4))(X), ValueError, "Raise size"),
     ],
 )  # fmt: skip

@@ -75,7 +75,9 @@ def test_models_are_one_graph(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BROKEN)
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's, where one graph gives to the next
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # torch's, where one graph gives to the next
 def test_models_that_read_their_inputs_compile_in_several_graphs(name: str) -> None:
     check(name, BROKEN[name])
 

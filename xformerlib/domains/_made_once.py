@@ -73,6 +73,11 @@ def made_once(what: Hashable, given: Sequence[Any], make: Callable[[], Made]) ->
     if is_exporting() and all(x is None or (type(x) is Tensor and not x.is_meta) for x in given):
         with constants():
             return make()
+    if is_exporting():
+        raise ValueError(
+            "edge_index and batch must be known when a model is exported, since what a graph is like is found by reading them; got "
+            "inputs of the export. Make a Graph of them first, keep it in a module, and call the model on it."
+        )
     if _most == 0 or is_jit_tracing() or not all(x is None or _can_be_kept(x) for x in given):
         return make()
     first, *rest = given

@@ -186,6 +186,11 @@ class GPS(GraphModel):
         if num_layers < 1:
             raise ValueError(f"num_layers must be >= 1; got num_layers={num_layers}")
         check_is_position(position)
+        if isinstance(conv, nn.Module):
+            raise TypeError(
+                f"conv must be a function that makes the layer of each layer, such as lambda: GINEConv(...); got the layer "
+                f"{type(conv).__name__}"
+            )
         self.embed_edges = linear_from(edge_dim, hidden_channels) if isinstance(edge_dim, int) else edge_dim
         self.position = position
         if conv is None:

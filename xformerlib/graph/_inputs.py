@@ -51,10 +51,12 @@ def place_nodes(
     ``by_graph`` says that results have a row for each graph, so that their number must be known.
     """
     if isinstance(edge_index, Graph):
-        if batch is not None or edge_index.prefix != virtual_nodes:
+        if batch is not None:
+            raise ValueError(f"a Graph says itself which nodes are in which graph; got {edge_index!r} and batch")
+        if edge_index.prefix != virtual_nodes:
             raise ValueError(
-                f"a Graph says itself which nodes are in which graph, with virtual_nodes={virtual_nodes} here; "
-                f"got {edge_index!r}" + ("" if batch is None else " and batch")
+                f"a Graph says itself how many virtual nodes each graph has, and here there are {virtual_nodes}; got {edge_index!r}. "
+                f"Make it with Graph(..., virtual_nodes={virtual_nodes})."
             )
         return Placed(edge_index, None)
     if not isinstance(edge_index, Tensor):

@@ -98,6 +98,8 @@ class ViT(Classifier):
         **encoder: Unpack[ViTOptions],
     ) -> None:
         super().__init__()
+        if pool == "token" and not class_token:
+            raise ValueError("pool='token' takes the class token; got class_token=False. Use pool='mean'.")
         if distillation and not class_token:
             raise ValueError("distillation adds a token beside the class token; got class_token=False")
         self.embed = PatchEmbed(dim, patch, channels=channels) if embed is None else embed
