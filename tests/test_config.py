@@ -330,10 +330,18 @@ def _adapted(model: nn.Module) -> None:
     model.encoder.blocks[0].attention.qkv = nn.Sequential(model.encoder.blocks[0].attention.qkv)
 
 
+def test_a_list_that_changes_later_is_not_in_the_config() -> None:
+    depths = [1, 1]
+    model = vision.Swin(3, window=4, dim=8, depths=depths, heads=(2, 2))
+    depths.append(5)
+    assert model.to_config()["depths"] == [1, 1]
+
+
 REPLACED: dict[str, Callable[[Any], Any]] = {
     "head": lambda model: setattr(model, "head", nn.Linear(16, 7)),
     "adapter": _adapted,
     "removed": lambda model: setattr(model.encoder.blocks[1], "feed_forward", nn.Identity()),
+    "mask": lambda model: setattr(model.encoder.blocks[0].attention, "mask", masks.Causal()),
     "weight norm": lambda model: nn.utils.parametrizations.weight_norm(model.head),
 }
 

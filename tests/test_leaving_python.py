@@ -78,12 +78,18 @@ MODELS: dict[str, Model] = {
     "PatchTST": Model(lambda: time_series.PatchTST(2, 48, 12, dim=8, depth=2, heads=2, patch=8, stride=4), 2, 48, 2),
     "GraphTransformer, edges": Model(lambda: OnGraph(graph.GraphTransformer(8, 8, 3, 2, 2, mask=masks.Edges())), 9, 8),
     "GPS, pooled": Model(lambda: OnGraph(graph.GPS(8, 8, 3, 2, 2, pool="mean")), 9, 8),
+    "SGFormer": Model(lambda: OnGraph(graph.SGFormer(8, 8, 3)), 9, 8),
+    "AGNN": Model(lambda: OnGraph(graph.AGNN(8, 8, 3)), 9, 8),
+    "GraphTransformer, virtual nodes and walks": Model(
+        lambda: OnGraph(graph.GraphTransformer(8, 8, 3, 2, 2, virtual_nodes=1, position=positions.RandomWalk(8, 3)), 1), 9, 8
+    ),
     "Graphormer": Model(lambda: OnGraph(graph.Graphormer(8, 8, 3, 2, 2), 1), 9, 8),
     "Exphormer": Model(lambda: OnGraph(graph.Exphormer(8, 8, 3, 2, 2), 1), 9, 8),
     "ITransformer": Model(lambda: time_series.ITransformer(3, 24, 6, dim=8, depth=1, heads=2, hidden=16), 2, 24, 3),
 }  # fmt: skip
 # Each row of the batch has a length of its own, or the graphs are given, so that another batch is another domain.
-FIXED_BATCH = {"padded", "GraphTransformer, edges", "GPS, pooled", "Graphormer", "Exphormer"}
+GRAPHS = {name for name, model in MODELS.items() if isinstance(model.make(), OnGraph)}
+FIXED_BATCH = {"padded", *GRAPHS}
 ALL = pytest.mark.parametrize("name", MODELS)
 BATCH = ({0: Dim("batch", min=2, max=64)},)
 
@@ -112,7 +118,7 @@ def test_export(name: str) -> None:
 
 
 # What is found by reading data, which strict export cannot.
-READ = {"expander", "Exphormer", "Graphormer", "GPS, pooled", "GraphTransformer, edges"}
+READ = {"expander", *GRAPHS}
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in READ])
@@ -161,7 +167,7 @@ def test_jit_trace(name: str) -> None:
 
 
 # What these models read of a graph is read when they run.
-READING = {"Graphormer", "Exphormer"}
+READING = {"Graphormer", "Exphormer", "SGFormer"}
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in READING])
@@ -175,7 +181,7 @@ def test_shapes_and_operations_on_the_meta_device(name: str) -> None:
     assert counted.get_total_flops() > 0
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in READING | {"GPS, pooled"}])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in {"Graphormer", "Exphormer"}])
 def test_one_compiled_graph(name: str) -> None:
     torch._dynamo.reset()
     model, x = _made(name)

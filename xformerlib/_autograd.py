@@ -19,6 +19,18 @@ def is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or fwAD._current_level >= 0
 
 
+def check_not_batched(name: str, x: Tensor) -> None:
+    """Raise where ``torch.func.vmap`` makes a batch of ``x``, whose data must be read."""
+    inner = x
+    while torch._C._functorch.is_functorch_wrapped_tensor(inner):
+        if torch._C._functorch.is_batchedtensor(inner):
+            raise ValueError(
+                f"{name} must not be batched by torch.func.vmap, since a domain reads them; got {tuple(x.shape)} for each row. Give a "
+                "batch of coordinates to one domain, (batch, tokens, ndim), or loop over the rows."
+            )
+        inner = torch._C._functorch.get_unwrapped(inner)
+
+
 def unwatched(*tensors: Tensor) -> bool:
     """Check that all are plain CPU tensors, and that no tracer, dispatch mode or transform observes operations."""
     return (

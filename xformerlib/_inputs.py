@@ -84,7 +84,7 @@ def check_inputs(
     sinks: Tensor | None,
     dropout_p: float,
     softcap: float | None,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
 ) -> None:
     """Raise unless query, key and value fit each other, and the options are in range."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -129,7 +129,12 @@ def check_options_of_call(dropout_p: object, softcap: object, scale: object = No
             raise TypeError(f"softcap must be a number > 0; got softcap={shown(softcap)}. Leave it out for no cap.")
         if not 0 < softcap < math.inf:
             raise ValueError(f"softcap must be > 0 and finite; got softcap={softcap}. Leave it out for no cap.")
-    if scale is not None and not isinstance(scale, Tensor):
+    if isinstance(scale, Tensor):
+        if scale.numel() != 1 or not scale.is_floating_point():
+            raise ValueError(
+                f"scale must be one floating-point number; got {scale.dtype} of shape {tuple(scale.shape)}"
+            )
+    elif scale is not None:
         check_number("scale", scale)
 
 

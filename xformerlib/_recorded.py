@@ -37,14 +37,10 @@ class Recorded(nn.Module, Described):
         return _arguments(type(self), vars(self).get(_RECORD))
 
     def _verify(self) -> None:
-        """Compare names and shapes of the state with those of a module that is made of the config."""
+        """Compare the modules, by names, kinds, options and shapes, with those of a module that is made of the config."""
         arguments = {name: from_config(to_config(value)) for name, value in self._described().items()}
-        fresh, own = _shapes(_made_empty(type(self), arguments)), _shapes(self)
-        other = [
-            name
-            for name in {**fresh, **own}
-            if name not in fresh or name not in own or (fresh[name] is not None and fresh[name] != own[name])
-        ]
+        fresh, own = _outline(_made_empty(type(self), arguments)), _outline(self)
+        other = [name for name in {**fresh, **own} if not _agree(fresh.get(name, ""), own.get(name, ""))]
         if other:
             raise TypeError(
                 f"{type(self).__name__} cannot be written as the arguments that it was made with: parts were replaced since "
@@ -62,10 +58,23 @@ def _made_empty(kind: type[Recorded], arguments: dict[str, Any]) -> Recorded:
             return kind._rebuilt(arguments)
 
 
-def _shapes(module: nn.Module) -> dict[str, tuple[int, ...] | None]:
-    """Shapes of parameters and buffers by name; None where these wait for the first call."""
-    tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
-    return {name: None if is_lazy(x) else tuple(x.shape) for name, x in tensors.items()}
+def _outline(module: nn.Module) -> dict[str, Any]:
+    """The kind and options of each module in a module, and the shape of each parameter and buffer; None where these wait for a call."""
+    found: dict[str, Any] = {}
+    for path, part in module.named_modules(remove_duplicate=False):
+        tensors = {**part._parameters, **part._buffers}
+        waits = any(is_lazy(x) for x in tensors.values())
+        found[path or "itself"] = _WAITS if waits else (type(part).__name__, part.extra_repr())
+        for name, x in tensors.items():
+            found[f"{path}.{name}".lstrip(".")] = _WAITS if waits else None if x is None else tuple(x.shape)
+    return found
+
+
+_WAITS = object()  # for the first call, of a lazy layer
+
+
+def _agree(fresh: Any, own: Any) -> bool:
+    return fresh is _WAITS or own is _WAITS or fresh == own
 
 
 class _Record:

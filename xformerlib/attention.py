@@ -52,7 +52,7 @@ def attention(
     bias: BiasLike | SequenceOf[BiasLike] | None = None,
     domain: Domain | None = None,
     key_domain: Domain | None = None,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     dropout_p: float = 0.0,
     softcap: float | None = None,
     sinks: Float[Tensor, " heads"] | None = None,
@@ -72,7 +72,7 @@ def attention(
         mask: who may attend to whom; everybody to everybody if not given.
         bias: added to the scores: a ``positions.Bias``, a tensor that broadcasts to ``(B, H, Tq, Tk)``, or several of these.
         domain, key_domain: where queries and keys live; ``Sequence(T)`` if not given, and the keys where the queries do.
-        scale: factor of the dot products; ``1 / sqrt(dim)`` if not given.
+        scale: factor of the dot products; ``1 / sqrt(dim)`` if not given. A tensor of one number may be learned.
         dropout_p: probability with which each attention weight is dropped.
         softcap: c above, > 0.
         sinks: one logit per head that takes a share of each softmax without having a value (arXiv:2309.17453).
@@ -108,6 +108,8 @@ def attention(
     leaving = is_leaving(query)
     plan = None if leaving or is_compiling() else planned(problem, kernel, query.device)
     biases = bound_biases(problem, terms, query.device)
+    if isinstance(scale, Tensor):
+        query, scale = query * scale.reshape(()).to(query.dtype), 1.0
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     seed = torch.randint(1 << 31, (), device=query.device) if dropout_p else None
     inputs = Inputs(*without_padding(problem, query, key, value), sinks)

@@ -20,6 +20,7 @@ from torch_geometric.nn.models import SGFormer as TheirSGFormer
 import xformerlib as xf
 from tests.closeness import assert_close
 from tests.graph.test_edge_attention import largest, redrawn
+from xformerlib import graph
 from xformerlib.graph import GPSLayer, PerformerAttention, PolynormerAttention, SGFormer, SGFormerAttention
 
 SIZES = (5, 0, 1, 70, 33, 32, 2)  # less than a block of tokens, just one, and several
@@ -167,3 +168,35 @@ def test_sgformer_equals_pytorch_geometrics_on_each_graph_alone(aggregate: Any, 
 def test_bad_input(call: Any, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         call()
+
+
+LINEAR = {
+    "SGFormer": lambda: graph.SGFormerAttention(8, 2),
+    "Performer": lambda: graph.PerformerAttention(8, 2),
+    "Performer, relu": lambda: graph.PerformerAttention(8, 2, features="relu"),
+    "Polynormer": lambda: graph.PolynormerAttention(8, 2),
+}
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("name", LINEAR)
+def test_transforms_give_what_backward_gives(name: str) -> None:
+    layer, x, direction = LINEAR[name](), torch.randn(5, 8), torch.randn(5, 8)
+    where = xf.Graph(torch.tensor([[0, 1, 3], [1, 2, 4]]), 5, batch=torch.tensor([0, 0, 0, 1, 1]))
+
+    def energy(x: torch.Tensor) -> torch.Tensor:
+        return layer(x, where).sin().sum()
+
+    leaf = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(energy(leaf), leaf)
+    assert_close(torch.func.grad(energy)(x), slope, "grad", depth=4)
+    assert_close(torch.func.jvp(energy, (x,), (direction,))[1], (slope * direction).sum(), "jvp", depth=4, scale=1.0)
+    wanted = torch.autograd.functional.hessian(energy, x)
+    assert_close(torch.func.hessian(energy)(x), wanted, "hessian", depth=8, scale=1.0)
+    rows = torch.func.vmap(torch.func.grad(energy))(torch.stack([x, x.flip(0)]))
+    assert_close(rows[0], slope, "vmap of grad", depth=4)
+
+
+def test_models_run_under_autocast() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert graph.SGFormer(8, 8, 3)(torch.randn(3, 8), torch.tensor([[0, 1], [1, 2]])).isfinite().all()

@@ -386,3 +386,48 @@ def test_contexts_of_kernels_end_where_they_began() -> None:
         with xf.using(kernel="reference"):
             pass
         assert xf.plan(None, xf.Sequence(5)).kernel == "chunked"
+
+
+@pytest.mark.parametrize("kernel", ["auto", "windowed", "chunked", "reference"])
+def test_a_scale_can_be_learned(kernel: str) -> None:
+    q, scale, domain = (
+        torch.randn(1, 2, 30, 4, requires_grad=True),
+        torch.tensor(0.7, requires_grad=True),
+        xf.Sequence(30),
+    )
+
+    def found(kernel: str) -> list[Tensor]:
+        out = xf.attention(q, q, q, mask=masks.Local(2), domain=domain, scale=scale, kernel=kernel)
+        return [out, *torch.autograd.grad(out.square().sum(), (q, scale))]
+
+    plain = xf.attention(q, q, q, mask=masks.Local(2), domain=domain, scale=0.7, kernel=kernel)
+    ours = found(kernel)
+    assert_close(ours, found("reference"), "output and gradients", depth=4)
+    assert_close(ours[0], plain, "the same number")
+    with pytest.raises(ValueError, match="scale must be one floating-point number"):
+        xf.attention(q, q, q, scale=torch.ones(2))
+
+
+def test_paths_of_a_graphormer_have_all_derivatives() -> None:
+    model = graph.Graphormer(8, 8, 3, 1, 2, edge_dim=3).eval()
+    x, e = torch.randn(12, 8), torch.randn(9, 3)
+
+    def energy(e: Tensor) -> Tensor:
+        return model(x, GRAPH.edge_index, e).sin().sum()
+
+    leaf = e.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(energy(leaf), leaf)
+    assert_close(grad(energy)(e), slope, "grad", depth=20)
+    assert_close(hessian(energy)(e), torch.autograd.functional.hessian(energy, e), "hessian", depth=40, scale=1.0)
+
+
+@pytest.mark.parametrize("make", [xf.Points, lambda c: xf.Timeline(c[:, 0])], ids=["points", "times"])
+def test_batched_coordinates_are_refused(make: Callable[[Tensor], xf.Domain]) -> None:
+    model = xf.Encoder(12, 1, 2, position=positions.ContinuousBias(2, hidden=6))
+
+    def energy(places: Tensor) -> Tensor:
+        return model(torch.ones(7, 12), make(places)).sum()
+
+    for function in (energy, grad(energy)):
+        with pytest.raises(ValueError, match="must not be batched by"):
+            vmap(function)(torch.randn(2, 7, 3))

@@ -30,6 +30,10 @@ def check_edges(edge_index: Any, num_nodes: int) -> Tensor:
         )
     if type(edge_index) is not Tensor and hasattr(edge_index, "as_tensor"):  # PyTorch Geometric's EdgeIndex
         edge_index = edge_index.as_tensor()
+    if edge_index.is_meta:
+        raise ValueError(
+            "edge_index must hold data, which the domain reads; got a tensor on the meta device. Keep it on the CPU."
+        )
     edge_index = edge_index.long()
     if not is_dynamo_compiling() and edge_index.numel():
         low, high = (int(end) for end in edge_index.aminmax())

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
-from .._autograd import is_transformed
+from .._autograd import check_not_batched, is_transformed
 from ._base import Domain, as_lengths, offsets_of
 from ._sequence import _check_valid
 
@@ -48,6 +48,7 @@ class Points(Domain):
             raise ValueError(
                 f"coordinates must be a tensor (tokens, ndim) or (batch, tokens, ndim) with ndim >= 1; got {shape}"
             )
+        check_not_batched("coordinates", coordinates)
         places = coordinates if coordinates.is_floating_point() else coordinates.double()
         if valid is not None:
             places, valid = _check_valid(places, valid, axes=1)

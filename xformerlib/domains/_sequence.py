@@ -11,7 +11,7 @@ from jaxtyping import Bool, Shaped
 from torch import Tensor
 
 from .._arguments import as_tensor, check_count
-from .._autograd import is_transformed
+from .._autograd import check_not_batched, is_transformed
 from ._base import Domain, as_lengths, offsets_of
 
 
@@ -185,6 +185,7 @@ class Timeline(Domain):
             raise ValueError(
                 f"times must be (tokens,) or (batch, tokens) of real numbers; got {tuple(times.shape)} of {times.dtype}"
             )
+        check_not_batched("times", times)
         prefix = check_count("prefix", prefix)
         times = times if times.is_floating_point() else times.double()
         if valid is not None:

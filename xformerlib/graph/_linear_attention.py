@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._arguments import Rate, Size
+from .._autograd import is_leaving, is_transformed
 from .._dropout import Dropout
 from .._inputs import check_values
 from .._recorded import Recorded
@@ -63,12 +64,22 @@ class _Blocks(NamedTuple):
 
     def spread(self, x: Float[Tensor, "tokens heads dim"]) -> Float[Tensor, "blocks heads rows dim"]:
         """Tokens by block."""
-        rows = _Spread.apply(x, self.place, len(self.graph) * self.size)
+        rows = _spread(x, self.place, len(self.graph) * self.size)
         return rows.unflatten(0, (len(self.graph), self.size)).transpose(1, 2)
 
     def gathered(self, x: Float[Tensor, "blocks heads rows dim"]) -> Float[Tensor, "tokens heads dim"]:
         """Blocks by token."""
-        return _Gathered.apply(x.transpose(1, 2).flatten(0, 1), self.place)
+        rows = x.transpose(1, 2).flatten(0, 1)
+        return (
+            rows.index_select(0, self.place) if is_transformed() or is_leaving(x) else _Gathered.apply(rows, self.place)
+        )
+
+
+def _spread(x: Float[Tensor, "rows *rest"], place: Int[Tensor, " rows"], count: int) -> Float[Tensor, "count *rest"]:
+    if is_transformed() or is_leaving(x):
+        return x.new_zeros(count, *x.shape[1:]).index_copy(0, place, x)
+    spread: Tensor = _Spread.apply(x, place, count)
+    return spread
 
 
 class _Spread(torch.autograd.Function):
@@ -318,9 +329,13 @@ class PolynormerAttention(_LinearAttention):
 
 def _tokens_of_graph(graph: Graph) -> Int[Tensor, " tokens"]:
     """For each token the number of tokens of its graph."""
-    assert graph.offsets is not None
-    lengths = graph.offsets.diff()
-    return graph.fact("tokens of graph", lambda: torch.repeat_interleave(lengths, lengths))
+
+    def make() -> Tensor:
+        assert graph.offsets is not None
+        lengths = graph.offsets.diff()
+        return torch.repeat_interleave(lengths, lengths, output_size=graph.num_tokens)
+
+    return graph.fact("tokens of graph", make)
 
 
 def _largest_of_graph(x: Float[Tensor, "tokens heads features"], graph: Graph) -> Float[Tensor, "#tokens heads 1"]:

@@ -129,12 +129,12 @@ class GraphModel(Recorded, ABC):
         tokens = on_nodes(graph, self.embed(placed.sorted(x)))
         if self.virtual is not None:
             assert graph.offsets is not None
-            front = (graph.offsets[:-1, None] + torch.arange(prefix, device=tokens.device)).flatten()
+            front = (graph.offsets[:-1, None] + torch.arange(prefix, device=graph.device)).flatten().to(tokens.device)
             tokens = tokens.index_copy(0, front, self.virtual.to(tokens.dtype).repeat(graph.num_graphs, 1))
         tokens = self.run(tokens, graph, edge_attr)
         if isinstance(self.pool, Pooling):
             return self.head(self.pool(tokens, graph))
-        nodes = placed.restored(tokens if not prefix else tokens.index_select(0, graph.node_tokens))
+        nodes = placed.restored(tokens if not prefix else tokens.index_select(0, graph.node_tokens.to(tokens.device)))
         if self.pool is None:
             return self.head(nodes)
         features = edge_attr if self.reads_edge_features else None

@@ -9,6 +9,7 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._autograd import is_transformed
 from ..domains import Graph
 from ..domains._neighbours import Neighbours, expand_ranges, neighbours_of
 
@@ -35,6 +36,9 @@ class WeightedSums(NamedTuple):
 
     def __call__(self, table: Float[Tensor, "table heads"]) -> Float[Tensor, "sums heads"]:
         """The sums, in fp32 or fp64."""
+        if is_transformed():
+            entries = table.index_select(0, self.rows.col) * self.weights[:, None].to(table.dtype)
+            return table.new_zeros(self.rows.num_rows, table.shape[1]).index_add(0, self.rows.row, entries)
         return _Summed.apply(table, self)
 
 

@@ -85,7 +85,9 @@ class SGFormer(GraphModel):
         z, g = self._attended(x, graph), self._passed(x, graph)
         if self.aggregate == "cat":
             return torch.cat([z, g], -1)
-        return torch.lerp(z, g, self.graph_weight)
+        return (
+            1 - self.graph_weight
+        ) * z + self.graph_weight * g  # not lerp: under autocast the two have different dtypes
 
     def _attended(self, x: Tensor, graph: Graph) -> Tensor:
         first, *norms = self.attention_norms

@@ -49,7 +49,7 @@ class RandomWalk(Embedding):
     def rows(self, domain: Domain, x: Tensor) -> Float[Tensor, "tokens dim"]:
         if not isinstance(domain, Graph):
             raise no_meaning(self, domain, "Walks need edges; use Sinusoidal(dim), which is defined on every domain.")
-        walks = domain.random_walk(self.steps).to(dtype_of(self.linear))
+        walks = domain.random_walk(self.steps).to(x.device, dtype_of(self.linear))
         return on_nodes(domain, self.linear(walks))
 
     def extra_repr(self) -> str:
@@ -60,7 +60,7 @@ def on_nodes(domain: Graph, rows: Shaped[Tensor, "nodes dim"]) -> Shaped[Tensor,
     """Rows of nodes as rows of tokens; those of virtual nodes are 0."""
     if domain.prefix == 0:
         return rows
-    return rows.new_zeros(domain.num_tokens, rows.shape[1]).index_copy(0, domain.node_tokens, rows)
+    return rows.new_zeros(domain.num_tokens, rows.shape[1]).index_copy(0, domain.node_tokens.to(rows.device), rows)
 
 
 def spectral_axes(domain: Graph, count: int) -> Float64[Tensor, "nodes count"]:
