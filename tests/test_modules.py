@@ -17,6 +17,7 @@ import xformerlib
 from tests.closeness import assert_close
 from tests.modules import CASES, layers_of, tensors_of, total
 from xformerlib import graph, positions, time_series, vision
+from xformerlib._projection import is_plain
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
@@ -68,6 +69,31 @@ def test_every_public_module_is_here() -> None:
         if isinstance(thing, type) and issubclass(thing, nn.Module)
     }
     assert {name.partition(",")[0] for name in CASES} >= public - NOT_BY_THEMSELVES
+
+
+def nothing(*_: Any) -> None:
+    return None
+
+
+WATCHED: dict[str, Callable[[nn.Linear], Any]] = {
+    "forward": lambda layer: layer.register_forward_hook(nothing),
+    "forward pre": lambda layer: layer.register_forward_pre_hook(nothing),
+    "backward": lambda layer: layer.register_full_backward_hook(nothing),
+    "backward pre": lambda layer: layer.register_full_backward_pre_hook(nothing),
+    "forward replaced": lambda layer: setattr(layer, "forward", layer.forward),
+    "compiled": lambda layer: layer.compile(),
+    "parametrised": parametrizations.weight_norm,
+    "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    "on meta": lambda layer: layer.to("meta"),
+}
+
+
+@pytest.mark.parametrize("how", WATCHED)
+def test_a_layer_that_is_watched_is_not_plain(how: str) -> None:
+    layer = nn.Linear(3, 4)
+    assert is_plain(layer)
+    WATCHED[how](layer)
+    assert not is_plain(layer)
 
 
 @ALL

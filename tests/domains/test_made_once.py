@@ -71,6 +71,9 @@ def test_a_batch_that_changes_is_seen() -> None:
     assert place_nodes(edge_index, 4, batch).graph.sizes.tolist() == [2, 2]
     batch[1] = 1
     assert place_nodes(edge_index, 4, batch).graph.sizes.tolist() == [1, 3]
+    batch.data[2] = 2  # which torch does not count
+    batch.data[3] = 2
+    assert place_nodes(edge_index, 4, batch).graph.sizes.tolist() == [1, 1, 2]
 
 
 def test_what_is_derived_is_kept() -> None:

@@ -196,3 +196,14 @@ def test_a_basis_of_an_eigenspace_does_not_depend_on_the_solver(make):
         got = _spectral._with_canonical_signs(_spectral._with_canonical_bases(theta[None], (v @ mixed)[None]))
         assert_close(got, want, "eigenvectors", depth=100, scale=1.0)
         assert_close(got[0] @ torch.diag(theta) @ got[0].mT, v @ torch.diag(theta) @ v.mT, "the matrix", depth=10)
+
+
+def test_close_eigenvalues_keep_their_eigenvectors():
+    """The lowest eigenvalues of a long path lie 1e-5 apart, which is no rounding."""
+    graph = nx.path_graph(700)
+    theta, v = np.linalg.eigh(nx.normalized_laplacian_matrix(graph).todense())
+    values, vectors = undirected(graph).laplacian_eigenvectors(3)
+    assert theta[2] - theta[1] < 1e-4
+    close(values[0].numpy(), theta[1:4], "eigenvalues")
+    products = np.abs((vectors.numpy() * v[:, 1:4]).sum(0))
+    assert_close(torch.from_numpy(products), torch.ones(3, dtype=torch.float64), "the same up to sign", condition=1e4)

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, strategies as st
 from torch import Tensor
 
 import xformerlib as xf
 from tests.closeness import assert_close
 from xformerlib import graph, masks, positions
+from xformerlib.kernels._masked import masked_sums
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -157,3 +159,26 @@ def test_an_infinity_that_leaves_outputs_finite_stays_by_itself(
     spoilt[which][:, :, 8, 0] = bad
     for name, a, b in zip(("output", "query", "key", "value"), found(spoilt), found(clean), strict=True):
         assert_close(a[:, :, :6], b[:, :, :6], name, scale=1.0)
+
+
+@given(st.integers(0, 2**31))
+def test_masked_products_are_products_of_what_counts(seed: int) -> None:
+    """Beside infinities and NaN, in fp64: each sum over the allowed pairs alone, as IEEE has it."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def some(*shape: int) -> Tensor:
+        x = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        which = torch.rand(*shape, generator=generator)
+        return (
+            x.masked_fill(which < 0.1, torch.inf)
+            .masked_fill(which > 0.9, -torch.inf)
+            .masked_fill((which - 0.5).abs() < 0.03, torch.nan)
+        )
+
+    allowed = torch.rand(5, 6, generator=generator) < 0.7
+    weights, columns = torch.randn(5, 6, generator=generator, dtype=torch.float64), some(6, 3)
+    sums = masked_sums(weights.masked_fill(~allowed, 0), columns, allowed)
+    for i, j in itertools.product(range(5), range(3)):
+        kept = allowed[i]
+        want = (weights[i, kept] * columns[kept, j]).sum()
+        assert_close(sums[i, j], want, f"row {i}, column {j}", scale=10.0)

@@ -108,12 +108,10 @@ def _with_canonical_bases(
         return v
     some = v[multiple]
     # In the basis V, one block of this matrix for each eigenspace.
-    turn, upper = torch.linalg.qr(
-        (some.mT @ _probes(some.shape[1], some.shape[2], v)).masked_fill(~together[multiple], 0)
-    )
-    signs = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(v)
+    probes = _probes(some.shape[1], some.shape[2], v)
+    turn = torch.linalg.qr((some.mT @ probes).masked_fill(~together[multiple], 0)).Q
     v = v.clone()
-    v[multiple] = some @ (turn * signs[:, None, :])
+    v[multiple] = some @ turn
     return v
 
 
