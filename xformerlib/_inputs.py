@@ -292,6 +292,7 @@ def masks_of_layers(mask: object, depth: int) -> SequenceOf[Mask | None]:
     if not isinstance(mask, (list, tuple)):
         raise TypeError(
             f"mask must be a mask such as masks.Causal(), or a list of one for each layer; got {type(mask).__name__}"
+            + (". A dict is read as a mask if it is what mask.to_config() gives." if isinstance(mask, dict) else "")
         )
     if len(mask) != depth:
         raise ValueError(f"mask must be one mask, or one for each of the {depth} layers; got {len(mask)}")
