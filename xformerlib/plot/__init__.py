@@ -9,7 +9,7 @@ Every function draws on the axes ``ax``, or on a new figure if there are none, a
 the batch and a head, where these differ. Pictures are for small domains: matrices are Tq x Tk, and the layout of a graph needs the hop
 distances of all its nodes.
 
-matplotlib comes with the extra ``xformerlib[examples]``, and is imported when the first picture is drawn.
+matplotlib comes with the extra ``xformerlib[plot]``, and is imported when the first picture is drawn.
 """
 
 from ._images import attention_on_image as attention_on_image

@@ -28,7 +28,7 @@ def axes_on(ax: Axes | None) -> Axes:
         from matplotlib import pyplot
     except ImportError as error:
         raise ImportError(
-            'xformerlib.plot draws with matplotlib, which is not installed: pip install "xformerlib[examples]"'
+            'xformerlib.plot draws with matplotlib, which is not installed: pip install "xformerlib[plot]"'
         ) from error
     return pyplot.subplots(layout="constrained")[1]
 
