@@ -113,7 +113,7 @@ print(json.dumps(sorted(set(sys.modules) - before)))
 COMPILER = {"torch._dynamo", "torch._inductor", "sympy"}  # the parts of torch that are slow to load
 
 
-@pytest.mark.parametrize("name", ["xformerlib", "xformerlib.vision", "xformerlib.graph"])
+@pytest.mark.parametrize("name", ["xformerlib", "xformerlib.vision", "xformerlib.graph", "xformerlib.time_series"])
 def test_importing_the_package_costs_little_beyond_torch(name: str) -> None:
     command = [sys.executable, "-c", MODULES, name]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
