@@ -185,7 +185,7 @@ def test_half_precision() -> None:
     exact = prob_sparse_attention(*given_, factor=3.0, causal=True)
     low = prob_sparse_attention(*(x.bfloat16() for x in given_), factor=3.0, causal=True)
     assert low.dtype == torch.bfloat16
-    assert_close(low, exact)
+    assert_close(low, exact, dtype=torch.bfloat16)
 
 
 def test_bad_inputs_are_refused() -> None:
