@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import enum
 import io
 import json
 import pickle
@@ -394,6 +395,21 @@ def test_checkpoints_of_arguments_are_only_data(rng: Random) -> None:
 # -- what is refused -------------------------------------------------------------------------------------------------------
 
 LOCAL = masks.Local(3).to_config()
+
+
+class Size(enum.IntEnum):
+    SMALL = 3
+
+
+def test_members_of_enumerations_are_written_as_their_numbers() -> None:
+    written = xf.to_config({"size": Size.SMALL})
+    assert written == {"size": 3} and type(written["size"]) is int
+
+
+def test_tensors_of_eight_bits_keep_infinities() -> None:
+    x = torch.tensor([1.0, float("inf"), -2.0]).to(torch.float8_e5m2)
+    again = xf.from_config(json.loads(json.dumps(xf.to_config(x))))
+    assert again.dtype == x.dtype and torch.equal(again.float(), x.float())
 
 
 @pytest.mark.parametrize(

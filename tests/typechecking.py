@@ -73,7 +73,9 @@ class _Decorate(ast.NodeTransformer):
         return ast.fix_missing_locations(node)
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.ClassDef:
-        node.decorator_list.insert(0, ast.Name("__checked__", ast.Load()))
+        # Right around the constructor that ``dataclass`` makes, so that decorators of the library speak first.
+        made = (i for i, one in enumerate(node.decorator_list) if _name(getattr(one, "func", one)) == "dataclass")
+        node.decorator_list.insert(next(made, 0), ast.Name("__checked__", ast.Load()))
         self.generic_visit(node)
         return node
 

@@ -7,6 +7,7 @@ import difflib
 import functools
 import inspect
 import math
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -149,9 +150,14 @@ def check_names(owner: str, given: Mapping[str, Any], known: collections.abc.Ite
     names = set(known) - {"self"}
     for name in given:
         if name not in names:
-            close = difflib.get_close_matches(str(name), sorted(names), 1, 0.6)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; it takes {', '.join(sorted(names))}"
-            raise TypeError(f"{owner}() got an unexpected keyword argument {name!r}{hint}")
+            raise TypeError(f"{owner}() got an unexpected keyword argument {name!r}{_meant(name, names)}")
+
+
+def _meant(name: object, known: collections.abc.Iterable[str]) -> str:
+    """The end of a message about a name that is not known: the one that is most like it, or all that there are."""
+    names = sorted(known)
+    close = difflib.get_close_matches(str(name), names, 1, 0.6)
+    return f"; did you mean {close[0]!r}?" if close else f"; it takes {', '.join(names) or 'none'}"
 
 
 def check_options(owner: str, options: Mapping[str, Any] | None, kind: type, name: str) -> dict[str, Any]:
@@ -163,9 +169,7 @@ def check_options(owner: str, options: Mapping[str, Any] | None, kind: type, nam
     rules = _rules_of_options(kind)
     for key in options:
         if key not in rules:
-            close = difflib.get_close_matches(str(key), sorted(rules), 1, 0.6)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; it takes {', '.join(sorted(rules))}"
-            raise TypeError(f"{owner}() got an unexpected option {key!r} in {name}{hint}")
+            raise TypeError(f"{owner}() got an unexpected option {key!r} in {name}{_meant(key, rules)}")
     return {key: _fitted(key, value, rules[key]) for key, value in options.items()}
 
 
@@ -194,6 +198,46 @@ def checked_class(kind: Kind) -> Kind:
 
     kind.__init__ = __init__  # type: ignore[misc]
     return kind
+
+
+def checked_names(kind: Kind) -> Kind:
+    """Check the number and names of the arguments of a constructor; a decorator for dataclasses that check values themselves."""
+    init = kind.__init__  # type: ignore[misc]
+    names = [name for name in inspect.signature(init).parameters if name != "self"]
+
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        if not torch.compiler.is_compiling():
+            owner = type(self).__name__
+            check_names(owner, kwargs, names)
+            if len(args) > len(names):
+                takes = f"at most {len(names)}, {', '.join(names)}" if names else "none"
+                raise TypeError(f"{owner}() got {len(args)} arguments by place; it takes {takes}")
+        init(self, *args, **kwargs)
+
+    kind.__init__ = __init__  # type: ignore[misc]
+    return kind
+
+
+def made_by(name: str, maker: Any, *given: Any, kind: Any = torch.nn.Module) -> Any:
+    """Return the module that a function makes of ``given``, or raise an error that names the argument that the function was."""
+    what = "a module" if kind is torch.nn.Module else f"a {kind.__name__}"
+    takes = "one number" if given else "no arguments"
+    rule = f"{name} must be a function of {takes} that makes {what}"
+    if isinstance(maker, torch.nn.Module):
+        raise TypeError(f"{rule}; got the module {type(maker).__name__}. Give its class, or a lambda that makes it.")
+    if not torch.compiler.is_compiling():
+        try:
+            inspect.signature(maker).bind(*given)
+        except ValueError:  # written in C: it has no signature
+            pass
+        except TypeError as error:
+            said = getattr(maker, "__name__", shown(maker))
+            raise TypeError(f"{rule}; got {said}, which cannot be called so: {error}") from None
+    made = maker(*given)
+    if not isinstance(made, kind):
+        raise TypeError(f"{rule}; got {getattr(maker, '__name__', shown(maker))}, which makes {shown(made)}")
+    return made
 
 
 def fit_arguments(
@@ -257,8 +301,6 @@ def _plan(function: Callable[..., Any]) -> _Plan | None:
 @functools.cache
 def _rules_of_options(kind: type) -> dict[str, Rule | None]:
     """The rules of the keys of a ``TypedDict``, those of its bases among them."""
-    import sys
-
     found: dict[str, Rule | None] = {}
     for base in (*getattr(kind, "__orig_bases__", ()), kind):
         if base is not kind and typing.is_typeddict(base):

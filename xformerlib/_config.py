@@ -150,6 +150,8 @@ def _written(value: Any, top: bool = False) -> Any:
     """A value as JSON; ``top`` adds the version of the format to descriptions."""
     if value is None or isinstance(value, (bool, str)) or type(value) is int:
         return value
+    if isinstance(value, int):  # a member of an IntEnum
+        return int(value)
     if isinstance(value, float):
         return value if math.isfinite(value) else {"float": repr(value)}
     if isinstance(value, Described):
@@ -203,7 +205,8 @@ def _tensor_written(value: Tensor) -> dict[str, Any]:
         )
     numbers = value.detach().cpu()
     values = numbers.tolist()
-    if value.is_floating_point() and not bool(numbers.isfinite().all()):
+    wide = numbers.float() if value.dtype.itemsize == 1 else numbers  # float8 knows no isfinite
+    if value.is_floating_point() and not bool(wide.isfinite().all()):
         values = _each(values, lambda number: number if math.isfinite(number) else repr(number))
     return {"tensor": values, "dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
 
@@ -249,14 +252,14 @@ def _read(config: Any, top: bool = False) -> Any:
         if tag in config:
             try:
                 return read(config, top)
-            except (KeyError, AttributeError, IndexError) as error:
+            except (KeyError, AttributeError, IndexError, _Malformed) as error:
                 raise ValueError(f"config must be as to_config writes it; got {config!r}") from error
     return {key: _read(item, top) for key, item in config.items()}
 
 
 def _described_by(config: dict[str, Any], top: bool) -> Any:
     version = config.get(VERSION, None if top else FORMAT)
-    if version != FORMAT or isinstance(version, bool):
+    if type(version) is not int or version != FORMAT:
         raise ValueError(
             f"config must have {VERSION!r}: {FORMAT}, the version of the format that this release reads; got {version!r}. Write it again "
             "with to_config, or use the release that wrote it."
@@ -281,10 +284,41 @@ def _parameters(kind: type) -> dict[str, inspect.Parameter]:
     }
 
 
+class _Malformed(Exception):
+    """What stands for a value is not as ``to_config`` writes it."""
+
+
 def _tensor_read(config: dict[str, Any], top: bool) -> Tensor:
     dtype = _dtype(config["dtype"])
-    values = _each(config["tensor"], lambda number: float(number) if isinstance(number, str) else number)
-    return torch.tensor(values, dtype=dtype).reshape(config["shape"])
+    try:
+        values = _each(config["tensor"], lambda number: float(number) if isinstance(number, str) else number)
+        return torch.tensor(values, dtype=dtype).reshape(config["shape"])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise _Malformed from error
+
+
+def _list_read(items: Any, top: bool) -> list[Any]:
+    if not isinstance(items, (list, tuple)):
+        raise _Malformed
+    return [_read(item, top) for item in items]
+
+
+def _dict_read(config: dict[str, Any], top: bool) -> dict[Any, Any]:
+    items = config["dict"]
+    if not isinstance(items, (list, tuple)) or not all(isinstance(x, (list, tuple)) and len(x) == 2 for x in items):
+        raise _Malformed
+    pairs = [(_read(key), _read(item, top)) for key, item in items]
+    try:
+        return dict(pairs)
+    except TypeError as error:  # a key that has no hash
+        raise _Malformed from error
+
+
+def _float_read(config: dict[str, Any], top: bool) -> float:
+    try:
+        return float(config["float"])
+    except (TypeError, ValueError) as error:
+        raise _Malformed from error
 
 
 def _dtype(name: Any) -> torch.dtype:
@@ -295,17 +329,18 @@ def _dtype(name: Any) -> torch.dtype:
 
 
 def _partial_read(config: dict[str, Any], top: bool) -> Any:
-    return functools.partial(
-        named(config["partial"], "function"), *_read(config["arguments"]), **_read(config["keywords"])
-    )
+    keywords = _read(config["keywords"])
+    if not isinstance(keywords, dict) or not all(isinstance(key, str) for key in keywords):
+        raise _Malformed
+    return functools.partial(named(config["partial"], "function"), *_list_read(config["arguments"], False), **keywords)
 
 
 _READERS: dict[str, Callable[[dict[str, Any], bool], Any]] = {
     "tensor": _tensor_read,  # which has a dtype, too
     "partial": _partial_read,
-    "tuple": lambda config, top: tuple(_read(item, top) for item in config["tuple"]),
-    "dict": lambda config, top: {_read(key): _read(item, top) for key, item in config["dict"]},
-    "float": lambda config, top: float(config["float"]),
+    "tuple": lambda config, top: tuple(_list_read(config["tuple"], top)),
+    "dict": _dict_read,
+    "float": _float_read,
     "dtype": lambda config, top: _dtype(config["dtype"]),
     "function": lambda config, top: named(config["function"], "function"),
 }

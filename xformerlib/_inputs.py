@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._arguments import check_number, shown
+from ._arguments import check_number, made_by, shown
 from .domains import Domain, Sequence
 from .masks import Mask
 from .positions import Bias, Position
@@ -40,6 +40,8 @@ def check_values(name: str, x: object) -> None:
             f"{name} must not be a nested tensor; got one of {x.size(0)} items. Join its items, torch.cat(list({name}.unbind())), and give "
             f"them the domain Sequence.packed(lengths)."
         )
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor; got {name} of {x.layout}. Use {name}.to_dense().")
 
 
 def check_last(last: int, domain: Domain) -> Domain:
@@ -279,7 +281,7 @@ def positions_of_layers(
     if shared is not None:
         check_widths(shared, heads, head_dim, dim)
     makers = [each for each in every if not isinstance(each, Position)]
-    own = [[make() for make in makers] for _ in range(depth)]
+    own = [[made_by("position", make, kind=Position) for make in makers] for _ in range(depth)]
     for each in (position for positions in own for position in positions):
         check_position(each, heads, head_dim)
     return shared, [together(*positions) for positions in own]

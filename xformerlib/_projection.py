@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 
 def is_plain(layer: nn.Module) -> bool:
     """Check that a layer is an ``nn.Linear`` and nothing else, so that its weights may be used without calling it.
@@ -48,8 +50,10 @@ def dtype_of(module: nn.Module) -> torch.dtype:
 
 
 def check_dtype(name: str, x: Tensor, layer: nn.Module, norm: nn.Module | None = None) -> None:
-    """Raise where a linear layer, perhaps behind a layer norm, cannot take the dtype of ``x``; not where either was replaced."""
-    if not isinstance(layer, nn.Linear) or layer.weight.dtype == x.dtype or not is_plain(layer):
+    """Raise where a linear layer or convolution, perhaps behind a layer norm, cannot take the dtype of ``x``; not where it was replaced."""
+    if not isinstance(layer, (nn.Linear, *_CONVOLUTIONS)) or layer.weight.dtype == x.dtype:
+        return
+    if not is_plain(layer) and type(layer) not in _CONVOLUTIONS:
         return
     if norm is not None and type(norm) is not nn.LayerNorm:
         return

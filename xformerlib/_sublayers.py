@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._arguments import Rate, Size, Within, check_number, shown
+from ._arguments import Rate, Size, Within, check_number, made_by, shown
 from ._dropout import Dropout
 from ._projection import check_dtype
 from ._recorded import Recorded
@@ -72,7 +72,7 @@ class FeedForward(Recorded):
         self.gated, self.activation = gated, activation
         self.up = nn.Linear(dim, self.hidden * (2 if gated else 1), bias=bias)
         self.dropout: nn.Dropout = Dropout(dropout)
-        self.norm = nn.Identity() if norm is None else norm_factory(norm)(self.hidden)
+        self.norm = nn.Identity() if norm is None else norm_factory(norm, "norm (hidden_norm of a block)")(self.hidden)
         self.down = nn.Linear(self.hidden, dim, bias=bias)
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
@@ -113,6 +113,8 @@ class DropPath(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch tokens dim"], domain: Domain) -> Float[Tensor, "*batch tokens dim"]:
         """Drop the branch ``x`` of some items."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor of tokens; got x={shown(x)}")
         if self.p == 0 or not self.training:
             return x
         items = domain.items
@@ -197,12 +199,12 @@ def normed(norm: nn.Module, x: Tensor, domain: Domain) -> Tensor:
     return norm(x, domain) if isinstance(norm, TokenNorm) else norm(x)
 
 
-def norm_factory(norm_layer: NormLayer) -> Callable[[int], nn.Module]:
-    """What makes a norm from a number of channels."""
+def norm_factory(norm_layer: NormLayer, name: str = "norm_layer") -> Callable[[int], nn.Module]:
+    """Return what makes a norm from a number of channels; ``name`` is the argument that it was given as."""
     if callable(norm_layer):
-        return norm_layer
+        return partial(made_by, name, norm_layer)
     if norm_layer not in ("layer", "rms"):
         raise ValueError(
-            f"norm_layer must be 'layer', 'rms' or a callable that makes a module from dim; got norm_layer={norm_layer!r}"
+            f"{name} must be 'layer', 'rms' or a callable that makes a module from dim; got {name}={norm_layer!r}"
         )
     return nn.LayerNorm if norm_layer == "layer" else nn.RMSNorm

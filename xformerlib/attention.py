@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from . import kernels
-from ._arguments import Count, Positive, Rate, Size, as_tensor, check_device, checked
+from ._arguments import Count, Positive, Rate, Size, as_tensor, check_device, checked, made_by
 from ._autograd import constants, is_compiling, is_jit_tracing, is_leaving, no_autocast
 from ._cache import Cache
 from ._compiled import Inputs, run_in_graph
@@ -155,6 +155,10 @@ def plan(
         ...
     """
     kernel = kernels.kernel_in_use(kernel)
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point dtype, that of queries; got dtype={dtype}")
+    if heads % (kv_heads or heads):
+        raise ValueError(f"heads must be divisible by kv_heads; got heads={heads} and kv_heads={kv_heads}")
     mask = Full() if mask is None else check_mask(mask)
     key_domain = domain if key_domain is None else key_domain
     mask.bind(domain, key_domain)  # says what is not defined
@@ -224,7 +228,9 @@ class Attention(Recorded):
         self.position = position
         self.qkv = nn.Linear(dim, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=qkv_bias)
         self.query_norm, self.key_norm = (_qk_norm(qk_norm, self.head_dim, count) for count in (heads, None))
-        self.out_norm = nn.Identity() if out_norm is None else norm_factory(out_norm)(self.heads * self.head_dim)
+        self.out_norm = (
+            nn.Identity() if out_norm is None else norm_factory(out_norm, "out_norm")(self.heads * self.head_dim)
+        )
         self.gate = nn.Linear(dim, self.heads * self.head_dim) if gate else None
         self.sinks = nn.Parameter(torch.zeros(self.heads)) if sinks else None
         self.out = nn.Linear(self.heads * self.head_dim, dim, bias=out_bias)
@@ -429,7 +435,8 @@ def _qk_norm(kind: QKNorm | None, head_dim: int, heads: int | None) -> nn.Module
     if kind is None:
         return nn.Identity()
     if callable(kind):
-        return kind(head_dim)
+        made: nn.Module = made_by("qk_norm", kind, head_dim)
+        return made
     if kind == "cosine":
         return Cosine(head_dim, heads)
     if kind not in ("rms", "layer"):

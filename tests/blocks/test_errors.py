@@ -31,7 +31,7 @@ from xformerlib import masks, positions
         (lambda: xf.Encoder(8, 2, 2, mask=["causal", None]), TypeError, "mask must be a mask.*got str"),
         (lambda: xf.Encoder(8, 2, 2, position="rope"), TypeError, "position must be a position, a function.*got str"),
         (lambda: xf.Encoder(8, 2, 2, position=[positions.Rotary(4), "rope"]), TypeError, "or a list of these; got str"),
-        (lambda: xf.Encoder(8, 2, 2, position=lambda: "rope"), TypeError, "position must be a position.*got str"),
+        (lambda: xf.Encoder(8, 2, 2, position=lambda: "rope"), TypeError, "makes a Position; got <lambda>, which makes .rope."),
         (lambda: xf.Encoder(8, 2, 2, position=lambda: positions.Sinusoidal(8)), ValueError, "Sinusoidal is added to the tokens once"),
         (lambda: xf.Encoder(8, 2, 2, position=positions.RelativeBias(4)), ValueError, "as many heads as the layer has, 2; got .* of 4"),
         (lambda: xf.Encoder(8, 2, 2, cross=True), ValueError, "cross is for a Decoder"),

@@ -389,7 +389,9 @@ def test_data_that_is_too_short_is_refused() -> None:
         ValueError, match=r"no series is long enough for validation=0.3: .* needs 8 steps, and the longest has 11"
     ):
         quick().fit(frame({"a": 11, "b": 10}))
-    with pytest.raises(ValueError, match="windows must hold at least one window: give longer series"):
+    with pytest.raises(
+        ValueError, match="no series of df is long enough to train on: it must have 8 steps, and the longest has 7"
+    ):
         quick(validation=0).fit(frame({"a": 7}))
     with pytest.raises(ValueError, match=r"unique_id='a' has 12 steps, and windows=3 of step=4 need more than 12"):
         quick().cross_validate(frame({"a": 12, "b": 90}), windows=3)

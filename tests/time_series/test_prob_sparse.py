@@ -190,7 +190,7 @@ def test_half_precision() -> None:
 
 def test_bad_inputs_are_refused() -> None:
     query, key, value = tensors(2, 2, 10)
-    with pytest.raises(ValueError, match="factor must be > 0; got factor=0"):
+    with pytest.raises(ValueError, match="factor must be a finite number > 0; got factor=0"):
         prob_sparse_attention(query, key, value, factor=0)
     with pytest.raises(ValueError, match="query, key and value must have the same rows, heads and tokens"):
         prob_sparse_attention(query[:, :, 1:], key, value)

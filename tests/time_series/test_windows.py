@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -27,10 +29,10 @@ def test_windows_are_those_of_a_loop(
     lengths: list[int], lookback: int, horizon: int, stride: int, first: int, share: float, columns: int
 ) -> None:
     values, history = series_of(lengths, columns), max(1, int(share * lookback))
-    windows = ts.Windows(
-        values, lookback, horizon, past=columns - 1, first=first, history=history, stride=stride,
-        future=[-value for value in values], static=torch.arange(float(len(values)))[:, None],
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "past": columns - 1, "first": first, "history": history, "stride": stride,
+        "future": [-value for value in values], "static": torch.arange(float(len(values)))[:, None],
+    }  # fmt: skip
     expected = []
     for i, value in enumerate(values):
         for least in (lookback, history):
@@ -40,10 +42,13 @@ def test_windows_are_those_of_a_loop(
             if full:
                 break
         expected += [(i, t) for t in origins]
+    if not expected:
+        with pytest.raises(ValueError, match="values must hold a window"):
+            ts.Windows(values, lookback, horizon, **options)
+        return
+    windows = ts.Windows(values, lookback, horizon, **options)
     assert [*zip(windows.series.tolist(), windows.origin.tolist(), strict=True)] == expected
     assert len(windows) == len(expected)
-    if not expected:
-        return
     batch = windows.batch(range(len(windows)))
     assert batch.future is not None and batch.static is not None
     for row, (i, t) in enumerate(expected):

@@ -150,7 +150,7 @@ class Domain(Kept, Described, ABC):
 
         index = checked_index(self, index)
         rows = torch.arange(self.batch_size or 1, device=index.device)[:, None]
-        return Subset(self.whole, self.token(rows, index))
+        return Subset.of(self.whole, self.token(rows, index))
 
     @property
     def whole(self) -> Domain:

@@ -49,6 +49,10 @@ class Points(Domain):
                 f"coordinates must be a tensor (tokens, ndim) or (batch, tokens, ndim) with ndim >= 1; got {shape}"
             )
         check_not_batched("coordinates", coordinates)
+        if coordinates.is_complex():
+            raise TypeError(
+                f"coordinates must be real numbers; got coordinates of {coordinates.dtype}. Use torch.view_as_real(coordinates)."
+            )
         places = coordinates if coordinates.is_floating_point() else coordinates.double()
         if valid is not None:
             places, valid = _check_valid(places, valid, axes=1)

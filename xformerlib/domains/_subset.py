@@ -33,6 +33,20 @@ class Subset(Domain):
     """
 
     def __init__(self, whole: Domain, index: Int[Tensor, "*batch kept"]) -> None:
+        if not isinstance(whole, Domain) or isinstance(whole, Subset):
+            raise TypeError(
+                f"whole must be a domain, and no subset; got whole={whole!r}. Of a subset, whole.subset(index) makes another."
+            )
+        self._begin_with(whole, checked_index(whole, index))
+
+    @classmethod
+    def of(cls, whole: Domain, index: Int[Tensor, "*batch kept"]) -> Subset:
+        """The tokens ``index`` of ``whole``, not checked: for an index that was, or that was drawn."""
+        made = cls.__new__(cls)
+        made._begin_with(whole, index)
+        return made
+
+    def _begin_with(self, whole: Domain, index: Int[Tensor, "*batch kept"]) -> None:
         self.kind, self.continuous = whole.kind, whole.continuous
         self._whole, self.index = whole, index
         rows = whole.batch_size if index.ndim == 1 else len(index)
@@ -103,10 +117,11 @@ class Subset(Domain):
 
     @classmethod
     def _made_of(cls, arguments: dict[str, Any]) -> Subset:
-        whole, index = arguments.get("whole"), arguments.get("index")
+        whole: Any = arguments.get("whole")
+        index: Any = arguments.get("index")
         if not isinstance(whole, Domain) or arguments.keys() != {"whole", "index"}:
             raise ValueError(f"config of a Subset must have whole, a domain, and index; got {', '.join(arguments)}")
-        return cls(whole, checked_index(whole, index))
+        return cls(whole, index)
 
     def __repr__(self) -> str:
         return f"{self.whole!r}.subset(<{' x '.join(map(str, self.index.shape))} tokens>)"

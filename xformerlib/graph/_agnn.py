@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from .._arguments import Rate, Size
 from .._dropout import Dropout
+from .._inputs import check_mask
 from ..attention import attention
 from ..domains import Graph
 from ..masks import Edges, Mask
@@ -58,7 +59,7 @@ class AGNN(GraphModel):
         if not 0 <= teleport < 1:
             raise ValueError(f"teleport must be in [0, 1); got teleport={teleport}")
         super().__init__(in_channels, hidden_channels, out_channels, pool=pool)
-        self.mask = Edges(self_loops=True) if mask is None else mask
+        self.mask = Edges(self_loops=True) if mask is None else check_mask(mask)
         self.teleport, self.dropout = teleport, Dropout(dropout)
         self.temperature = nn.Parameter(torch.ones(num_layers))
 

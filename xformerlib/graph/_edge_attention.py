@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from .._along_edges import along_edges
 from .._arguments import Rate, Size, shown
+from .._autograd import is_compiling
 from .._projection import is_plain
 from .._recorded import Recorded
+from ..domains import Graph
 from ._edges import Adjacency, SortedEdges, as_pairs, sorted_edges
 from ._inputs import linear_from
 
@@ -118,6 +120,8 @@ class EdgeAttention(Recorded):
             raise TypeError(f"x must be a tensor of node features, or a pair for sources and targets; got {shown(x)}")
         source, target = (x, x) if isinstance(x, Tensor) else x
         self._check(source, target, edge_attr)
+        if edge_attr is not None:
+            _check_rows(edge_attr, edge_index)
         q = self._by_head(self.query(target))
         key, value = (self._by_head(part) for part in self.key_value(source).chunk(2, -1))
         edges = sorted_edges(edge_index, len(source), len(target))
@@ -177,13 +181,24 @@ class EdgeAttention(Recorded):
             if x.ndim != 2 or (x.shape[1] != layer.in_features and not isinstance(layer, nn.LazyLinear)):
                 raise ValueError(f"x must be (nodes, {layer.in_features}) for {name}; got {tuple(x.shape)}")
         if (self.edge is None) != (edge_attr is None):
-            given = "None" if edge_attr is None else tuple(edge_attr.shape)
+            given = tuple(edge_attr.shape) if isinstance(edge_attr, Tensor) else shown(edge_attr)
             raise ValueError(
                 f"edge_attr must be given if and only if the layer has an edge_dim; got edge_attr={given} and "
                 f"edge_dim={None if self.edge is None else self.edge.in_features}"
             )
+        if edge_attr is not None and not isinstance(edge_attr, Tensor):
+            raise TypeError(f"edge_attr must be a tensor of features of edges; got edge_attr={shown(edge_attr)}")
         if self.edge is not None and edge_attr is not None and edge_attr.shape[1:] != (self.edge.in_features,):
             raise ValueError(f"edge_attr must be (edges, {self.edge.in_features}); got {tuple(edge_attr.shape)}")
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, heads={self.heads}, concat={self.concat}"
+
+
+def _check_rows(edge_attr: Tensor, edge_index: Adjacency) -> None:
+    """Raise unless there is a row for each edge; not in a graph, where sizes may be symbols, which a comparison would tie to each other."""
+    if is_compiling() or (isinstance(edge_index, Tensor) and edge_index.layout != torch.strided):
+        return
+    edges = edge_index.num_edges if isinstance(edge_index, Graph) else as_pairs(edge_index).shape[1]
+    if len(edge_attr) != edges:
+        raise ValueError(f"edge_attr must have a row for each of the {edges} edges; got {tuple(edge_attr.shape)}")

@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._along_edges import Listed, Pattern, pattern_of
+from .._arguments import shown
 from .._autograd import is_compiling, is_exporting
 from ..domains import Graph
 from ..domains._made_once import made_once
@@ -76,6 +77,31 @@ def check_ends(what: str, edge_index: Tensor, sources: int, targets: int) -> Non
             raise ValueError(
                 f"{what} must index the {count} {name}; got indices from {int(index.min())} to {int(index.max())}"
             )
+
+
+def check_edge_features(edge_attr: Tensor | None, wanted: bool, edges: int, width: int | None = None) -> None:
+    """Raise unless what has an ``edge_dim``, and nothing else, is given features of edges: a row, of ``width`` if known, for each."""
+    if (edge_attr is not None) != wanted:
+        came = tuple(edge_attr.shape) if isinstance(edge_attr, Tensor) else shown(edge_attr)
+        raise ValueError(
+            f"edge_attr must be given if and only if the model has an edge_dim; got edge_attr={came}"
+            + (". Give graph.edge_attr, too, where the edges are a Graph." if wanted else "")
+        )
+    if edge_attr is None:
+        return
+    if not isinstance(edge_attr, Tensor):
+        raise TypeError(f"edge_attr must be a tensor of features of edges; got edge_attr={shown(edge_attr)}")
+    # Sizes of a graph that is compiled or exported may be symbols, which a comparison would tie to each other.
+    rows_fit = edge_attr.ndim > 0 and (is_compiling() or len(edge_attr) == edges)
+    if not rows_fit or (width is not None and edge_attr.shape[1:] != (width,)):
+        raise ValueError(
+            f"edge_attr must be ({edges}, {'...' if width is None else width}), a row for each edge; got {tuple(edge_attr.shape)}"
+        )
+
+
+def width_of(embed: nn.Module | None) -> int | None:
+    """How many features a linear map takes; None where that is not known."""
+    return embed.in_features if isinstance(embed, nn.Linear) and not isinstance(embed, nn.LazyLinear) else None
 
 
 def _check_shape(what: str, pairs: Tensor) -> None:

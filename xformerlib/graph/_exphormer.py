@@ -9,16 +9,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .._arguments import Count, Rate, Size, check_count
-from .._inputs import check_is_position
+from .._arguments import Count, Rate, Size, made_by, shown
+from .._inputs import check_is_position, check_values
 from .._options import ExphormerOptions
 from .._recorded import Recorded
 from ..domains import Graph
 from ..masks import Expander
 from ..positions import Position
 from ._edge_attention import EdgeAttention
+from ._edges import check_edge_features
 from ._gps import GPS, GPSLayer
-from ._model import check_edge_features
 from ._readout import Readout
 from ._reset import reset
 
@@ -110,16 +110,16 @@ class ExpanderAttention(Recorded):
         channels: Size,
         heads: Size,
         *,
-        edge_dim: int | None = None,
-        degree: int = 4,
-        seed: int = 0,
+        edge_dim: Size | None = None,
+        degree: Size = 4,
+        seed: Count = 0,
         dropout: Rate = 0.0,
     ) -> None:
         super().__init__()
         head_channels, rest = divmod(channels, heads)
         if rest:
             raise ValueError(f"heads must divide channels={channels}; got heads={heads}")
-        self.degree, self.seed = check_count("degree", degree), check_count("seed", seed)
+        self.degree, self.seed = degree, seed
         self.edge_dim = edge_dim
         self.along = EdgeAttention(
             channels, head_channels, heads, edge_dim=(edge_dim or 0) + KINDS, dropout=dropout, root_weight=False
@@ -139,7 +139,10 @@ class ExpanderAttention(Recorded):
         features: Float[Tensor, "links all_features"] | None = None,
     ) -> Float[Tensor, "tokens channels"]:
         """Attend along links. ``features`` are those of the links, where they are worked out once for several layers."""
-        check_edge_features(edge_attr, self.edge_dim is not None)
+        check_values("x", x)
+        if not isinstance(graph, Graph):
+            raise TypeError(f"graph must be a Graph, where the tokens live; got graph={shown(graph)}")
+        check_edge_features(edge_attr, self.edge_dim is not None, graph.num_edges, self.edge_dim)
         found = links(graph, self.degree, self.seed)
         features = found.features(edge_attr) if features is None else features
         return self.out(self.along(x, found.edge_index, features.to(x.dtype)))
@@ -186,8 +189,8 @@ class Exphormer(GPS):
         *,
         conv: Callable[[], nn.Module] | None = None,
         edge_dim: int | nn.Module | None = None,
-        degree: int = 4,
-        seed: int = 0,
+        degree: Size = 4,
+        seed: Count = 0,
         virtual_nodes: Count = 1,
         passing: bool = True,
         position: Position | None = None,
@@ -225,4 +228,4 @@ class Exphormer(GPS):
             seed=self.seed,
             dropout=self._attention_dropout,
         )
-        return _Layer(channels, conv() if self.passing else None, attention=attention, **layer)
+        return _Layer(channels, made_by("conv", conv) if self.passing else None, attention=attention, **layer)

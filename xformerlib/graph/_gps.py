@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from .._arguments import Count, Rate, Size
+from .._arguments import Count, Rate, Size, made_by
 from .._inputs import check_is_position
 from .._options import AttentionOptions, GPSOptions
 from .._recorded import Recorded
@@ -20,9 +20,9 @@ from ..masks import Mask
 from ..positions import Position
 from ..positions._graph import on_nodes
 from ._edge_attention import EdgeAttention
-from ._edges import Adjacency
+from ._edges import Adjacency, check_edge_features, width_of
 from ._inputs import check_nodes, linear_from, place_nodes
-from ._model import GraphModel, check_edge_features
+from ._model import GraphModel
 from ._pairs import worked_out_once
 from ._readout import Readout
 from ._reset import reset
@@ -191,7 +191,9 @@ class GPS(GraphModel):
                 f"conv must be a function that makes the layer of each layer, such as lambda: GINEConv(...); got the layer "
                 f"{type(conv).__name__}"
             )
-        self.embed_edges = linear_from(edge_dim, hidden_channels) if isinstance(edge_dim, int) else edge_dim
+        self.embed_edges = (
+            linear_from(edge_dim, hidden_channels, name="edge_dim") if isinstance(edge_dim, int) else edge_dim
+        )
         self.position = position
         if conv is None:
             head_dim, rest = divmod(hidden_channels, heads)
@@ -206,12 +208,12 @@ class GPS(GraphModel):
 
     def make_layer(self, channels: int, conv: Callable[[], nn.Module], heads: int, **layer: Any) -> GPSLayer:
         """One of the layers."""
-        return GPSLayer(channels, conv(), heads, **layer)
+        return GPSLayer(channels, made_by("conv", conv), heads, **layer)
 
     def run(
         self, x: Float[Tensor, "tokens channels"], graph: Graph, edge_attr: Shaped[Tensor, "edges *features"] | None
     ) -> Float[Tensor, "tokens channels"]:
-        check_edge_features(edge_attr, self.embed_edges is not None)
+        check_edge_features(edge_attr, self.embed_edges is not None, graph.num_edges, width_of(self.embed_edges))
         edges = None if self.embed_edges is None else self.embed_edges(edge_attr)
         for embedding in () if self.position is None else self.position.embeddings:
             x = embedding(x, graph)
@@ -246,7 +248,7 @@ def _norm_factory(norm: GraphNorm) -> Callable[[int], nn.Module]:
         raise ValueError(
             f"norm must be 'batch', 'layer', 'rms', None or a callable that makes a module; got norm={norm!r}"
         )
-    make = norm_factory(norm)  # type: ignore[arg-type]
+    make = norm_factory(norm, "norm")  # type: ignore[arg-type]
 
     def made(channels: int) -> nn.Module:
         module = make(channels)

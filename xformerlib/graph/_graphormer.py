@@ -16,7 +16,8 @@ from ..blocks import Block
 from ..domains import Domain, Graph
 from ..positions import Bias, Learned, PairBias, RelativeBias
 from ..positions._base import at_least_fp32, no_meaning
-from ._model import GraphModel, check_edge_features
+from ._edges import check_edge_features, width_of
+from ._model import GraphModel
 from ._pairs import NodePairBias, NodePairs
 from ._paths import shortest_paths, size_of_pairs
 from ._readout import Readout
@@ -160,7 +161,7 @@ class Graphormer(GraphModel):
     def run(
         self, x: Float[Tensor, "tokens channels"], graph: Graph, edge_attr: Shaped[Tensor, "edges *features"] | None
     ) -> Float[Tensor, "tokens channels"]:
-        check_edge_features(edge_attr, self.paths is not None)
+        check_edge_features(edge_attr, self.paths is not None, graph.num_edges, width_of(self.embed_edges))
         return outside_graphs(self._run, "paths are found by reading the edges")(x, graph, edge_attr)
 
     def _run(self, x: Tensor, graph: Graph, edge_attr: Tensor | None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._along_edges import Listed, Pattern, along_edges
-from .._arguments import Size, check_size
+from .._arguments import Size, check_size, shown
+from .._inputs import check_values
 from .._recorded import Recorded
 from ..domains._made_once import made_once
 from ._edges import Adjacency, as_pairs, sorted_edges
@@ -164,6 +165,9 @@ class HeteroAttention(Recorded):
         return sorted_edges(torch.cat(parts, 1), keys, sum(counts)).pattern
 
     def _check(self, x_dict: dict[str, Tensor], edge_index_dict: dict[EdgeType, Adjacency]) -> None:
+        for name, given in (("x_dict", x_dict), ("edge_index_dict", edge_index_dict)):
+            if not isinstance(given, Mapping):
+                raise TypeError(f"{name} must be a dict of tensors by kind; got {name}={shown(given)}")
         missing = [kind for kind in self.node_types if kind not in x_dict]
         if missing:
             raise ValueError(f"x_dict must have every kind of nodes; got none of kind {missing[0]!r}")
@@ -171,6 +175,7 @@ class HeteroAttention(Recorded):
         if unknown:
             raise ValueError(f"edge_index_dict must be of the kinds of edges {self.edge_types}; got {unknown[0]}")
         for kind, width in zip(self.node_types, self.in_channels, strict=True):
+            check_values(f"x_dict[{kind!r}]", x_dict[kind])
             if x_dict[kind].ndim != 2 or x_dict[kind].shape[1] != width:
                 raise ValueError(f"x_dict[{kind!r}] must be (nodes, {width}); got {tuple(x_dict[kind].shape)}")
 

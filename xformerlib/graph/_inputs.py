@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from .._arguments import shown
+from .._arguments import check_size, shown
 from .._autograd import is_jit_tracing, outside_graphs
 from .._projection import check_dtype
 from ..domains import Graph
@@ -117,8 +117,10 @@ def _placed(
     return Placed(graph, order)
 
 
-def linear_from(in_channels: int, out_channels: int, *, bias: bool = True) -> nn.Linear:
+def linear_from(in_channels: int, out_channels: int, *, bias: bool = True, name: str = "in_channels") -> nn.Linear:
     """A linear map; of -1 channels, as in PyTorch Geometric, one that takes as many as come at the first call."""
+    if check_size(name, in_channels, least=-1) == 0:
+        raise ValueError(f"{name} must be >= 1, or -1 for as many as come at the first call; got {name}=0")
     if in_channels == -1:
         return nn.LazyLinear(out_channels, bias=bias)
     return nn.Linear(in_channels, out_channels, bias=bias)

@@ -170,16 +170,6 @@ def _readout(pool: Readout, channels: int, heads: int) -> Pooling | EdgeReadout 
     return Pooling(channels, pool, heads=heads) if pool == "attention" else Pooling(channels, pool)
 
 
-def check_edge_features(edge_attr: Tensor | None, wanted: bool) -> None:
-    """Raise unless a model that has an ``edge_dim``, and no other, is given features of edges."""
-    if (edge_attr is not None) != wanted:
-        came = "None" if edge_attr is None else tuple(edge_attr.shape)
-        raise ValueError(
-            f"edge_attr must be given if and only if the model has an edge_dim; got edge_attr={came}"
-            + (". Give graph.edge_attr, too, where the edges are a Graph." if wanted else "")
-        )
-
-
 class GraphTransformer(GraphModel):
     """A Transformer whose tokens are nodes: who attends to whom, and where nodes are, is what it is given (Dwivedi and Bresson 2020,
     arXiv:2012.09699).

@@ -8,9 +8,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._arguments import Size
+from .._arguments import Size, shown
+from .._autograd import unwatched
+from .._inputs import check_values
 from .._pooling import Pool
 from .._recorded import Recorded
+from ._edges import check_edge_features, check_ends, width_of
 
 EdgePool = Literal["edge"]
 
@@ -60,11 +63,12 @@ class EdgeReadout(Recorded):
     ) -> Float[Tensor, "edges dim"]:
         """A row for each pair of nodes in ``edge_index``."""
         if (self.edge is None) != (edge_attr is None):
-            came = "None" if edge_attr is None else tuple(edge_attr.shape)
+            came = tuple(edge_attr.shape) if isinstance(edge_attr, Tensor) else shown(edge_attr)
             raise ValueError(
                 f"edge_attr must be given if and only if the readout has an edge_dim, and for the edges of the graph alone; got "
                 f"edge_attr={came}"
             )
+        self._check(x, edge_index, edge_attr)
         source, target = edge_index
         ends = self.ends(x)
         first, second = (ends, ends) if self.symmetric else ends.chunk(2, -1)
@@ -73,6 +77,17 @@ class EdgeReadout(Recorded):
         if self.edge is not None and edge_attr is not None:
             y = y + self.edge(edge_attr.to(y.dtype))
         return F.relu(y)
+
+    def _check(self, x: Tensor, edge_index: Tensor, edge_attr: Tensor | None) -> None:
+        check_values("x", x)
+        if x.ndim != 2 or x.shape[1] != self.dim:
+            raise ValueError(f"x must be (nodes, dim={self.dim}); got {tuple(x.shape)}")
+        if not isinstance(edge_index, Tensor):
+            raise TypeError(f"edge_index must be a tensor (2, edges) of pairs of nodes; got {shown(edge_index)}")
+        if unwatched(edge_index):  # elsewhere its values are not read
+            check_ends("edge_index", edge_index, len(x), len(x))
+        width = width_of(self.edge)
+        check_edge_features(edge_attr, width is not None, edge_index.shape[-1], width)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, symmetric={self.symmetric}"

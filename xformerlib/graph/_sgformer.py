@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from .._arguments import Rate, Size
+from .._arguments import Count, Rate, Size, made_by
 from .._dropout import Dropout
 from ..domains import Graph
 from ._inputs import linear_from
@@ -48,10 +48,10 @@ class SGFormer(GraphModel):
         in_channels: int | nn.Module,
         hidden_channels: Size,
         out_channels: Size | None,
-        trans_num_layers: int = 2,
+        trans_num_layers: Count = 2,
         trans_num_heads: Size = 1,
         trans_dropout: Rate = 0.5,
-        gnn_num_layers: int = 3,
+        gnn_num_layers: Count = 3,
         gnn_dropout: Rate = 0.5,
         graph_weight: float = 0.5,
         aggregate: Aggregate = "add",
@@ -74,7 +74,7 @@ class SGFormer(GraphModel):
             SGFormerAttention(hidden_channels, trans_num_heads, hidden_channels) for _ in range(trans_num_layers)
         )
         self.attention_norms = nn.ModuleList(nn.LayerNorm(hidden_channels) for _ in range(trans_num_layers + 1))
-        self.convs = nn.ModuleList(conv() for _ in range(gnn_num_layers))
+        self.convs = nn.ModuleList(made_by("conv", conv) for _ in range(gnn_num_layers))
         self.conv_norms = nn.ModuleList(nn.BatchNorm1d(hidden_channels) for _ in range(gnn_num_layers + 1))
         self.attention_dropout, self.conv_dropout = Dropout(trans_dropout), Dropout(gnn_dropout)
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from .._arguments import check_size, checked_class
+from .._arguments import check_size, checked_class, shown
 from ..domains import Graph
 from ..positions._graph import random_signs
 
@@ -177,7 +177,12 @@ class FlipSigns:
 
     def __call__(self, data: Data) -> Data:
         """A copy of the graph, or of a batch of graphs, with other signs."""
-        rows, flipped = getattr(data, self.attr_name), copy.copy(data)
+        _check_edges(data)
+        rows, flipped = getattr(data, self.attr_name, None), copy.copy(data)
+        if not isinstance(rows, Tensor) or rows.ndim != 2:
+            raise ValueError(
+                f"data.{self.attr_name} must be an encoding, a tensor (nodes, k), as AddLaplacian makes it; got {shown(rows)}"
+            )
         signs = random_signs(Graph.from_pyg(data), rows.shape[1])
         setattr(flipped, self.attr_name, rows * signs.to(rows))
         return flipped
@@ -214,9 +219,13 @@ def _checked_name(name: str | None) -> str | None:
     return name
 
 
-def _check_graph(data: Any) -> None:
+def _check_edges(data: Any) -> None:
     if getattr(data, "edge_index", None) is None:
         raise TypeError(f"data must have edge_index and num_nodes; got {type(data).__name__} without edge_index")
+
+
+def _check_graph(data: Any) -> None:
+    _check_edges(data)
     if getattr(data, "edge_weight", None) is not None:
         raise ValueError(
             "edge_weight has no part in these encodings; take it out of the graph, or put it into edge_attr"

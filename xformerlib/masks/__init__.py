@@ -1,6 +1,6 @@
 """Who may look at whom: small frozen values that combine with ``&``, ``|`` and ``~``."""
 
-from .._config import from_config as from_config, register as register
+from .._config import register as register
 from ._algebra import And as And, Full as Full, Mask as Mask, Not as Not, Or as Or
 from ._general import (
     Dense as Dense,
@@ -13,3 +13,5 @@ from ._general import (
 from ._graph import Edges as Edges, Expander as Expander
 from ._grid import Axial as Axial
 from ._sequence import Causal as Causal, Dilated as Dilated, Local as Local, Windows as Windows
+
+from_config = Mask.from_config

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from .._arguments import check_count
+from .._arguments import check_count, checked_names, shown
 from .._config import Described
 from ..domains import Domain
 from ..domains._base import both
@@ -223,6 +223,7 @@ class Leaf(Mask):
         return False
 
 
+@checked_names
 @dataclass(frozen=True)
 class Full(Leaf):
     """Every query may attend to every key of its item that exists.
@@ -253,6 +254,15 @@ class _Combination(Mask):
     parts: tuple[Mask, ...]
     symbol: ClassVar[str]
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.parts, (tuple, list)):
+            raise TypeError(
+                f"parts must be a tuple of masks; got parts={shown(self.parts)}. Combine masks with & and |."
+            )
+        if not self.parts:
+            raise ValueError("parts must be a tuple of at least one mask; got parts=()")
+        object.__setattr__(self, "parts", tuple(_check_part("each of parts", part) for part in self.parts))
+
     @classmethod
     def _flat(cls, masks: tuple[Mask, ...]) -> tuple[Mask, ...]:
         flat: list[Mask] = []
@@ -279,7 +289,7 @@ class _Combination(Mask):
         parts = arguments.get("parts")
         if arguments.keys() != {"parts"} or not isinstance(parts, list) or len(parts) < 2:
             raise ValueError(f"config of {cls.__name__} must have parts, a list of at least two masks; got {arguments}")
-        return cls(tuple(map(_check_part, parts)))  # type: ignore[call-arg]
+        return cls(tuple(parts))  # type: ignore[call-arg]
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and set(self.parts) == set(other.parts)
@@ -302,9 +312,9 @@ class _Combination(Mask):
         return type(self)(tuple(part.without_keys(count) for part in self.parts))  # type: ignore[call-arg]
 
 
-def _check_part(part: object) -> Mask:
+def _check_part(name: str, part: object) -> Mask:
     if not isinstance(part, Mask):
-        raise TypeError(f"a mask must be made of masks; got {type(part).__name__}")
+        raise TypeError(f"{name} must be a mask, such as masks.Causal(); got {type(part).__name__}")
     return part
 
 
@@ -317,6 +327,7 @@ def _agreed(what: str, sizes: list[int | None], mask: Mask) -> int | None:
     return max(varying) if varying else None
 
 
+@checked_names
 @dataclass(frozen=True, eq=False, repr=False)
 class And(_Combination):
     """What all parts allow. Made by ``&``."""
@@ -358,6 +369,7 @@ class And(_Combination):
         return " & ".join(f"({part!r})" if isinstance(part, Or) else repr(part) for part in self.parts)
 
 
+@checked_names
 @dataclass(frozen=True, eq=False, repr=False)
 class Or(_Combination):
     """What any part allows. Made by ``|``."""
@@ -395,6 +407,7 @@ class Or(_Combination):
         return " | ".join(f"({part!r})" if isinstance(part, And) else repr(part) for part in self.parts)
 
 
+@checked_names
 @dataclass(frozen=True, repr=False)
 class Not(Mask):
     """What ``part`` forbids, among the pairs that the domain allows at all. Made by ``~``."""
@@ -402,7 +415,7 @@ class Not(Mask):
     part: Mask
 
     def __post_init__(self) -> None:
-        _check_part(self.part)
+        _check_part("part", self.part)
 
     def __invert__(self) -> Mask:
         return self.part

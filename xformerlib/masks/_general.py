@@ -10,13 +10,14 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
-from .._arguments import check_count
+from .._arguments import check_count, checked_names
 from .._autograd import is_compiling
 from ..domains import Domain
 from ._algebra import Extent, Leaf, Mask, Predicate
 from ._outline import Between, Outline, Tiling
 
 
+@checked_names
 @dataclass(frozen=True, init=False, repr=False)
 class Global(Leaf):
     """Some tokens attend to all and are attended by all: query i or key j is one of them.
@@ -87,6 +88,7 @@ class Global(Leaf):
         return f"Global({list(self.tokens) if isinstance(self.tokens, tuple) else self.tokens})"
 
 
+@checked_names
 @dataclass(frozen=True)
 class Prefix(Leaf):
     """Every query may attend to the first ``n`` keys of its item; ``Causal() | Prefix(n)`` is a prefix language model's mask (T5,
@@ -127,6 +129,7 @@ class _TensorLeaf(Leaf):
                 )
 
 
+@checked_names
 @dataclass(frozen=True, eq=False, repr=False)
 class Segments(_TensorLeaf):
     """A query may attend to the keys with the same label: ``ids[i] == ids[j]``; packed documents, objects, communities of a graph.
@@ -146,9 +149,9 @@ class Segments(_TensorLeaf):
     key_ids: Int[Tensor, "*batch keys"] | None = None
 
     def __post_init__(self) -> None:
-        for name, ids in (("ids", self.ids), ("key_ids", self.key_ids)):
-            if ids is not None:
-                _check_table(name, ids, "integers")
+        _check_table("ids", self.ids, "integers")
+        if self.key_ids is not None:
+            _check_table("key_ids", self.key_ids, "integers")
 
     @property
     def device(self) -> torch.device:
@@ -183,6 +186,7 @@ class Segments(_TensorLeaf):
         return f"Segments(<{' x '.join(map(str, self.ids.shape))} ids>)"
 
 
+@checked_names
 @dataclass(frozen=True, eq=False, repr=False)
 class Keys(_TensorLeaf):
     """Every query may attend to the keys where ``valid`` is True: ``valid[j]``.
@@ -229,6 +233,7 @@ class Keys(_TensorLeaf):
         return f"Keys(<{' x '.join(map(str, self.valid.shape))} valid>)"
 
 
+@checked_names
 @dataclass(frozen=True, eq=False, repr=False)
 class Dense(_TensorLeaf):
     """The mask as a tensor, where no rule describes it.
@@ -279,6 +284,7 @@ class Dense(_TensorLeaf):
         return f"Dense(<{' x '.join(map(str, self.allowed.shape))}>)"
 
 
+@checked_names
 @dataclass(frozen=True)
 class Where(Leaf):
     """A predicate of your own, ``fn(b, h, q_index, k_index) -> bool``, as FlexAttention's ``mask_mod``.
@@ -313,9 +319,20 @@ class Where(Leaf):
                 raise TypeError(
                     f"fn must return a bool tensor; got {getattr(result, 'dtype', type(result).__name__)} from {self.fn!r}"
                 )
+            if not is_compiling():
+                _check_shape(result, torch.broadcast_shapes(b.shape, h.shape, q.shape, k.shape), self.fn)
             return result
 
         return checked
+
+
+def _check_shape(result: Tensor, shape: torch.Size, fn: Predicate) -> None:
+    """Raise unless what a predicate returns broadcasts to the shape that its indices have together."""
+    given = result.shape
+    if len(given) > len(shape) or any(n not in (1, m) for n, m in zip(reversed(given), reversed(shape), strict=False)):
+        raise ValueError(
+            f"fn must return a tensor that broadcasts to the shape of its indices, {tuple(shape)}; got {tuple(given)} from {fn!r}"
+        )
 
 
 def _check_table(name: str, table: Tensor, what: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._arguments import check_count
+from .._arguments import check_count, checked_names
 from ..domains import Domain
 from ..domains._base import either
 from ..domains._neighbours import Neighbours, neighbours_from_sorted
@@ -16,6 +16,7 @@ from ._outline import Between, Outline, Tiling
 from ._regular import regular_pattern
 
 
+@checked_names
 @dataclass(frozen=True)
 class Edges(Leaf):
     """On a graph, a query may attend to the sources of the edges into it: there is an edge j -> i.
@@ -65,6 +66,7 @@ class Edges(Leaf):
         return self.self_loops
 
 
+@checked_names
 @dataclass(frozen=True)
 class Expander(Leaf):
     """A query may attend to itself and to ``degree`` others of its item, picked once at random and mutually.
@@ -74,7 +76,7 @@ class Expander(Leaf):
     padding, packing, the rest of the batch and the device change nothing. Prefix tokens are not constrained.
 
     Args:
-        degree: links of each token, >= 0. An odd degree becomes one more in an item with an odd number of tokens (no graph is regular of
+        degree: links of each token, >= 1. An odd degree becomes one more in an item with an odd number of tokens (no graph is regular of
             odd degree on those); an item of no more than ``degree + 1`` tokens is linked completely.
         seed: another number gives other links.
 
@@ -95,7 +97,7 @@ class Expander(Leaf):
     relates_places = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "degree", check_count("degree", self.degree))
+        object.__setattr__(self, "degree", check_count("degree", self.degree, least=1))
         object.__setattr__(self, "seed", check_count("seed", self.seed))
 
     def check(self, domain: Domain, keys: Domain) -> None:

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .._arguments import check_count
+from .._arguments import check_count, checked_names
 from ..domains import Domain
 from ._outline import Between, Outline, Tiling
 from ._sequence import SpatialLeaf
 
 
+@checked_names
 @dataclass(frozen=True)
 class Axial(SpatialLeaf):
     """A query may attend along one axis: all coordinates equal but the ``axis``-th (Ho et al. 2019, arXiv:1912.12180).

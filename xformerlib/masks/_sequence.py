@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .._arguments import as_number, shown
+from .._arguments import as_number, checked_names, shown
 from ..domains import Domain
 from ..domains._base import either
 from ._algebra import Leaf, Predicate
@@ -45,6 +45,7 @@ class SpatialLeaf(Leaf):
         return tiling.unknown()
 
 
+@checked_names
 @dataclass(frozen=True)
 class Causal(Leaf):
     """A query may attend to what is not later than itself.
@@ -102,6 +103,7 @@ class Causal(Leaf):
         return True
 
 
+@checked_names
 @dataclass(frozen=True, repr=False)
 class Local(SpatialLeaf):
     """A query may attend to keys at distance at most ``radius``, in both directions: ``d(i, j) <= radius``.
@@ -200,6 +202,7 @@ class Local(SpatialLeaf):
         return f"Local({self.radius!r})" if self.border == "cut" else f"Local({self.radius!r}, border='clamp')"
 
 
+@checked_names
 @dataclass(frozen=True)
 class Dilated(SpatialLeaf):
     """A query may attend to every ``step``-th key out to ``radius`` steps: ``i - j = m * step`` with ``|m| <= radius``, on every axis.
@@ -225,6 +228,7 @@ class Dilated(SpatialLeaf):
     def __post_init__(self) -> None:
         object.__setattr__(self, "radius", check_sizes("radius", self.radius, least=0, whole=True))
         object.__setattr__(self, "step", check_sizes("step", self.step, least=1, whole=True))
+        _check_lengths("radius", self.radius, "step", self.step)
 
     def check(self, domain: Domain, keys: Domain) -> None:
         super().check(domain, keys)
@@ -268,6 +272,7 @@ class Dilated(SpatialLeaf):
         return self.radius * self.step
 
 
+@checked_names
 @dataclass(frozen=True)
 class Windows(SpatialLeaf):
     """A query may attend to the keys of its own window: ``floor((coordinate - shift) / size)`` equal on every axis.
@@ -297,6 +302,7 @@ class Windows(SpatialLeaf):
     def __post_init__(self) -> None:
         object.__setattr__(self, "size", check_sizes("size", self.size, least=0, above=True))
         object.__setattr__(self, "shift", check_sizes("shift", self.shift))
+        _check_lengths("size", self.size, "shift", self.shift)
 
     def check(self, domain: Domain, keys: Domain) -> None:
         super().check(domain, keys)
@@ -357,6 +363,14 @@ def check_sizes(name: str, value: object, *, least: float | None = None, above: 
     if whole and not isinstance(number, int):
         raise TypeError(f"{name} must be an integer; got {name}={value!r}")
     return number
+
+
+def _check_lengths(name: str, value: Sizes, other: str, also: Sizes) -> None:
+    """Raise where both have one number for each axis, of different numbers of axes."""
+    if isinstance(value, tuple) and isinstance(also, tuple) and len(value) != len(also):
+        raise ValueError(
+            f"{name} and {other} must have one number each, or one per axis of the same axes; got {name}={value} and {other}={also}"
+        )
 
 
 def per_axis(name: str, value: Sizes, domain: Domain) -> tuple[int | float, ...]:

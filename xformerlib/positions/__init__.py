@@ -1,6 +1,6 @@
 """Where tokens are, told to a Transformer: embeddings, rotations and biases, which combine with ``+``."""
 
-from .._config import from_config as from_config, register as register
+from .._config import register as register
 from ._absolute import Learned as Learned, Sinusoidal as Sinusoidal
 from ._base import (
     Bias as Bias,
@@ -15,3 +15,5 @@ from ._graph import RandomWalk as RandomWalk
 from ._pairs import PairBias as PairBias
 from ._rotary import Rotary as Rotary
 from ._scaling import NTK as NTK, Interpolation as Interpolation, Scaling as Scaling, YaRN as YaRN
+
+from_config = Position.from_config

@@ -177,6 +177,8 @@ class Sum(Position):
     def __init__(self, *positions: Position) -> None:
         super().__init__()
         wrong = [position for position in positions if not isinstance(position, Position)]
+        if not positions:
+            raise ValueError("positions must be at least one position; got none. Leave the position out, or give None.")
         if wrong:
             raise TypeError(f"Sum takes positions; got {type(wrong[0]).__name__}")
         self.terms = nn.ModuleList(part for position in positions for part in position.parts)

@@ -15,6 +15,14 @@ def check_values(x: object) -> None:
         raise TypeError(f"x must be a floating-point tensor; got {kind(x)}")
 
 
+def check_series(x: object) -> None:
+    """Raise unless ``x`` is (batch, steps, channels) real numbers."""
+    check_values(x)
+    assert isinstance(x, Tensor)
+    if x.ndim != 3:
+        raise ValueError(f"x must be (batch, steps, channels); got {tuple(x.shape)}")
+
+
 def seen_of(x: Float[Tensor, "*shape"], observed: Bool[Tensor, "*shape"] | None) -> Bool[Tensor, "*shape"]:
     """Where a value was observed: it is not NaN, and ``observed`` does not say otherwise."""
     seen = ~x.isnan()

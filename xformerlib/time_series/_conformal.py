@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .._arguments import checked_class
+from .._arguments import checked_class, shown
 
 TENTHS = 1000  # widths are kept for each tenth of a percent
 
@@ -37,9 +37,19 @@ class Conformal:
 
     widths: Float[Tensor, "999 horizon"]
 
+    def __post_init__(self) -> None:
+        if not self.widths.is_floating_point() or self.widths.ndim != 2 or len(self.widths) != TENTHS - 1:
+            raise ValueError(
+                f"widths must be floating-point ({TENTHS - 1}, horizon); got {shown(self.widths)}. Conformal.of(errors) makes them."
+            )
+
     @classmethod
     def of(cls, errors: Float[Tensor, "windows horizon channels"]) -> Conformal:
         """From errors, NaN where none could be seen; channels count alike."""
+        if not isinstance(errors, Tensor) or not errors.is_floating_point():
+            raise TypeError(f"errors must be a floating-point tensor; got errors={shown(errors)}")
+        if errors.ndim != 3 or not errors.numel():
+            raise ValueError(f"errors must be (windows, horizon, channels), and not empty; got {tuple(errors.shape)}")
         by_step = errors.abs().transpose(1, 2).flatten(0, 1)  # (errors, horizon)
         count = (~by_step.isnan()).sum(0)
         rising = by_step.nan_to_num(nan=torch.inf).sort(0).values

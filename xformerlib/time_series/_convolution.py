@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
-from .._arguments import Rate, Size, check_size
+from .._arguments import Rate, Size, check_size, shown
 from .._dropout import Dropout
 from ._inputs import ForecastModel, Inputs, Series
 from ._steps import Advance, DirectOutput, Steps, StepwiseModel, steps_of, width_of
@@ -38,7 +38,8 @@ class CausalConvolution(nn.Conv1d):
     """
 
     def __init__(self, inputs: int, outputs: int, kernel_size: Size, *, dilation: int = 1) -> None:
-        check_size("kernel_size", kernel_size)
+        inputs, outputs = check_size("inputs", inputs), check_size("outputs", outputs)
+        kernel_size = check_size("kernel_size", kernel_size)
         super().__init__(inputs, outputs, kernel_size, dilation=check_size("dilation", dilation))
 
     @property
@@ -50,6 +51,10 @@ class CausalConvolution(nn.Conv1d):
         self, input: Float[Tensor, "batch inputs steps"], *, only_taps: bool = False
     ) -> Float[Tensor, "batch outputs _"]:
         """Convolve; with ``only_taps`` the input holds the steps at the taps of one output and no others, (B, inputs, kernel_size)."""
+        if not isinstance(input, Tensor) or not input.is_floating_point():
+            raise TypeError(f"input must be a floating-point tensor; got input={shown(input)}")
+        if input.ndim not in (2, 3) or input.shape[-2] != self.in_channels:
+            raise ValueError(f"input must be (batch, inputs={self.in_channels}, steps); got {tuple(input.shape)}")
         if only_taps:
             return F.conv1d(input, self.weight, self.bias)
         return super().forward(F.pad(input, (self.reach, 0)))

@@ -66,14 +66,14 @@ def fit(
     """Train a model on all but the last steps of each series, so many of each, and validate it on those."""
     seen = panel.without(held_out) if any(held_out) else panel
     covariates = Covariates.of(seen, calendar)
-    windows, validation = _windows(model, seen, covariates), None
+    validation = None
     if any(held_out):
         first = [length - count for length, count in zip(panel.lengths, held_out, strict=True)]
         as_seen = replace(panel, level=seen.level, scale=seen.scale)
         validation = _windows(model, as_seen, covariates, first=first)
     evaluations = []
     if any(p.requires_grad for p in model.parameters()):
-        evaluations = train(model, windows, validation, progress=progress, **training)
+        evaluations = train(model, _windows(model, seen, covariates), validation, progress=progress, **training)
     model.eval()
     conformal = None
     if validation is not None and isinstance(model.head, Point):

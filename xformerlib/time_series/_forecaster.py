@@ -11,7 +11,7 @@ import torch
 from .._arguments import ELSEWHERE, NonNegative, Size, check_device, check_size, checked_class
 from ._arrays import read_arrays
 from ._fitting import Fitted, fit, forecast, least_history
-from ._frames import read_frame
+from ._frames import checked_freq, read_frame
 from ._heads import Head
 from ._inputs import ForecastModel
 from ._levels import checked_levels
@@ -95,7 +95,7 @@ class Forecaster:
                 f"model must be the class of a forecasting model, such as PatchTST, and no instance; got {model!r}"
             )
         self.model_class, self.lookback, self.horizon = model, lookback, horizon
-        self.freq, self.calendar, self.head = freq, tuple(calendar), head
+        self.freq, self.calendar, self.head = None if freq is None else checked_freq(freq), tuple(calendar), head
         self.past, self.future, self.static = (
             _names(name, given) for name, given in (("past", past), ("future", future), ("static", static))
         )
@@ -300,6 +300,12 @@ class Forecaster:
         calendar = 2 * len(self.calendar)
         model = self.build(panel.values[0].shape[1] - _count(self.past))
         held_out = self._held_out(panel.lengths)
+        rest = least_history(self.lookback, self.horizon) + self.horizon
+        if max(panel.lengths) < rest and any(p.requires_grad for p in model.parameters()):
+            raise ValueError(
+                f"no series of df is long enough to train on: it must have {rest} steps, and the longest has {max(panel.lengths)}. Give "
+                "longer series, or a shorter horizon"
+            )
         return fit(model, panel, held_out, calendar=calendar, training=self.training, progress=self.progress)
 
     def _held_out(self, lengths: list[int]) -> list[int]:

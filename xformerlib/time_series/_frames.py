@@ -248,6 +248,23 @@ def _index(times: pd.Series[Any]) -> Any:
     return pd.Index(times) if pd.api.types.is_integer_dtype(times) else pd.DatetimeIndex(times)
 
 
+def checked_freq(freq: str | int) -> str | int:
+    """A step from one row to the next: a whole number, or a string that pandas, if it is installed, knows."""
+    if not isinstance(freq, str):
+        return check_size("freq", freq)
+    try:
+        import pandas as pd
+    except ImportError:  # it is an extra, without which there are no frames
+        return freq
+    try:
+        pd.tseries.frequencies.to_offset(freq)
+    except ValueError:
+        raise ValueError(
+            f"freq must be a step of pandas such as 'h', 'D' or 'MS', or a whole number; got freq={freq!r}"
+        ) from None
+    return freq
+
+
 def _freq(freq: str | int | None, spans: list[Any]) -> str | int:
     """The step from one row to the next, checked, or found in the longest series."""
     import pandas as pd

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Iterable, Sequence as SequenceOf
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from .._arguments import ELSEWHERE, Within, check_number, checked, shown
 from ._student_t import StudentTForecast
 
+_SHARE = Within(0, 1, above=True)
 
+
+@checked
 def mse(
     forecast: Float[Tensor, "*shape"], target: Float[Tensor, "*shape"], observed: Bool[Tensor, "*shape"] | None = None
 ) -> Float[Tensor, ""]:
@@ -24,6 +29,7 @@ def mse(
     return _mean((forecast - target).square(), seen)
 
 
+@checked
 def mae(
     forecast: Float[Tensor, "*shape"], target: Float[Tensor, "*shape"], observed: Bool[Tensor, "*shape"] | None = None
 ) -> Float[Tensor, ""]:
@@ -37,10 +43,11 @@ def mae(
     return _mean((forecast - target).abs(), seen)
 
 
+@checked
 def quantile_loss(
     forecast: Float[Tensor, "*shape levels"],
     target: Float[Tensor, "*shape"],
-    levels: SequenceOf[float],
+    levels: Annotated[SequenceOf[float], ELSEWHERE],
     observed: Bool[Tensor, "*shape"] | None = None,
 ) -> Float[Tensor, ""]:
     """Quantile (pinball) loss, the mean over levels q of ``2 max(q (y - f), (q - 1) (y - f))`` over what was observed.
@@ -52,8 +59,15 @@ def quantile_loss(
         >>> quantile_loss(torch.tensor([[0.0, 1.0]]), torch.tensor([1.0]), levels=(0.5, 0.9))
         tensor(0.5000)
     """
-    q = torch.as_tensor(levels, dtype=forecast.dtype, device=forecast.device)
-    if q.ndim != 1 or len(q) != forecast.shape[-1]:
+    _check_forecast(forecast)
+    given: Any = levels
+    if isinstance(given, str) or not isinstance(given, Iterable) or forecast.ndim == 0:
+        raise TypeError(
+            f"levels must be a list of numbers in (0, 1), one for each of the last axis of the forecast; got levels={shown(levels)} and "
+            f"a forecast of shape {tuple(forecast.shape)}"
+        )
+    q = torch.tensor([check_number("levels", level, _SHARE) for level in given]).to(forecast)
+    if len(q) != forecast.shape[-1]:
         raise ValueError(
             f"levels must be one for each of the {forecast.shape[-1]} numbers of the forecast; got levels={levels}"
         )
@@ -62,6 +76,7 @@ def quantile_loss(
     return _mean(2 * torch.maximum(q * error, (q - 1) * error).mean(-1), seen)
 
 
+@checked
 def negative_log_likelihood(
     forecast: StudentTForecast,
     target: Float[Tensor, "*shape"],
@@ -80,6 +95,11 @@ def negative_log_likelihood(
 
 def _observed(forecast: Tensor, target: Tensor, observed: Tensor | None) -> tuple[Tensor, Tensor]:
     """The target with 0 where it is missing, so that no NaN reaches a gradient, and where it is not."""
+    _check_forecast(forecast)
+    if target.is_complex() or target.dtype == torch.bool:
+        raise TypeError(f"target must be a tensor of real numbers; got {target.dtype}")
+    if observed is not None and observed.dtype != torch.bool:
+        raise TypeError(f"observed must be a bool tensor, False where a value is missing; got {observed.dtype}")
     for name, tensor in (("target", target), ("observed", observed)):
         if tensor is not None and tensor.shape != forecast.shape:
             raise ValueError(
@@ -87,6 +107,11 @@ def _observed(forecast: Tensor, target: Tensor, observed: Tensor | None) -> tupl
             )
     seen = ~target.isnan() if observed is None else observed & ~target.isnan()
     return target.masked_fill(~seen, 0), seen
+
+
+def _check_forecast(forecast: Tensor) -> None:
+    if not forecast.is_floating_point():
+        raise TypeError(f"forecast must be a floating-point tensor; got {forecast.dtype}")
 
 
 def _mean(errors: Tensor, seen: Tensor) -> Tensor:

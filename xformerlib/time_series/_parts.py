@@ -12,8 +12,9 @@ from jaxtyping import Bool, Float, Float64, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._arguments import check_size
+from .._arguments import NonNegative, Size, check_size, checked
 from .._recorded import Recorded
+from ._checks import check_series, seen_of
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no truth value, nor a hash by what is in them
@@ -36,11 +37,12 @@ class Affine:
         return Affine(self.level[..., :channels], self.scale[..., :channels])
 
 
+@checked
 def instance_norm(
     x: Float[Tensor, "batch steps channels"],
     observed: Bool[Tensor, "batch steps channels"] | None = None,
     *,
-    eps: float = 1e-5,
+    eps: NonNegative = 1e-5,
 ) -> tuple[Float[Tensor, "batch steps channels"], Affine]:
     """Take every series off its own level and scale, and return with it the inverse, for the forecasts.
 
@@ -56,7 +58,8 @@ def instance_norm(
         >>> z.flatten().round(decimals=3), inverse(z).flatten()
         (tensor([-1.,  1.,  0.]), tensor([1., 3., 2.]))
     """
-    seen = ~x.isnan() if observed is None else observed & ~x.isnan()
+    check_series(x)
+    seen = seen_of(x, observed)
     dtype = torch.promote_types(x.dtype, torch.float32)
     values = x.masked_fill(~seen, 0).to(dtype)
     count = seen.sum(1, keepdim=True).clamp(min=1)
@@ -66,6 +69,7 @@ def instance_norm(
     return (centred / scale).to(x.dtype), Affine(level.to(x.dtype), scale.to(x.dtype))
 
 
+@checked
 def fill_forward(
     x: Float[Tensor, "batch steps channels"], observed: Bool[Tensor, "batch steps channels"]
 ) -> Float[Tensor, "batch steps channels"]:
@@ -76,14 +80,17 @@ def fill_forward(
         >>> fill_forward(x, torch.tensor([[[False], [True], [False], [True], [False]]])).flatten()
         tensor([1., 1., 1., 2., 2.])
     """
+    check_series(x)
+    seen_of(x, observed)  # checks it
     steps = torch.arange(x.shape[1], device=x.device)[None, :, None]
     last = torch.where(observed, steps, -1).cummax(1).values
     first = torch.where(observed, steps, x.shape[1] - 1).amin(1, keepdim=True)
     return x.masked_fill(~observed, 0).gather(1, torch.where(last < 0, first, last))
 
 
+@checked
 def patches(
-    x: Shaped[Tensor, "*series steps"], size: int, stride: int, *, pad_end: bool = False
+    x: Shaped[Tensor, "*series steps"], size: Size, stride: Size, *, pad_end: bool = False
 ) -> Shaped[Tensor, "*series patches size"]:
     """Cut series into patches of ``size`` steps, one every ``stride``; with ``pad_end`` the last value is repeated by ``stride`` first.
 
@@ -99,9 +106,7 @@ def patches(
                 [2., 3., 4., 5.],
                 [4., 5., 5., 5.]])
     """
-    check_size("size", size)
-    check_size("stride", stride)
-    if x.shape[-1] < size:
+    if x.ndim == 0 or x.shape[-1] < size:
         raise ValueError(f"x must hold at least one patch of {size} steps; got {tuple(x.shape)}")
     if pad_end:
         x = torch.cat([x, x[..., -1:].expand(*x.shape[:-1], stride)], -1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .._arguments import Rate, Size, check_options, check_size
 from .._autograd import is_compiling
 from .._dropout import Dropout
+from .._inputs import check_values
 from .._options import EncoderOptions
 from .._sublayers import TokenNorm
 from ..blocks import Encoder
@@ -36,6 +37,9 @@ class TokenBatchNorm(nn.BatchNorm1d, TokenNorm):
 
     def forward(self, x: Float[Tensor, "*batch dim"], domain: Domain | None = None) -> Float[Tensor, "*batch dim"]:
         """Normalise; in evaluation by running statistics, so that no item depends on another."""
+        check_values("x", x)
+        if x.ndim == 0 or x.shape[-1] != self.num_features:
+            raise ValueError(f"x must have {self.num_features} channels on its last axis; got {tuple(x.shape)}")
         valid = None if domain is None else domain.valid
         if valid is None or not (self.training or self.running_mean is None):
             return super().forward(x.reshape(-1, x.shape[-1])).view(x.shape)
@@ -126,6 +130,10 @@ class PatchTST(ForecastModel):
         self.patch, self.stride = check_size("patch", patch), check_size("stride", stride)
         if patch > lookback:
             raise ValueError(f"patch must be <= lookback; got patch={patch} and lookback={lookback}")
+        if stride > patch:
+            raise ValueError(
+                f"stride must be <= patch, or steps between patches are lost; got stride={stride} and patch={patch}"
+            )
         tokens = (lookback - patch) // stride + 2
         self.embed = nn.Linear(patch, dim)
         self.position = Learned(dim, tokens)

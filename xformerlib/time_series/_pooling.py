@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .._arguments import Size, check_size
+from .._arguments import Size, check_size, shown
+from .._inputs import check_values
 from .._recorded import Recorded
 from ..attention import attention
 from ..domains import Sequence
@@ -53,6 +54,12 @@ class AttentionPooling(Recorded):
         lengths: Int[Tensor, " series"] | None = None,
     ) -> Float[Tensor, "series dim"]:
         """Pool states."""
+        check_values("h", h)
+        if h.ndim == 0 or h.shape[-1] != len(self.theta):
+            raise ValueError(f"h must have dim={len(self.theta)} channels on its last axis; got {tuple(h.shape)}")
+        for name, given in (("valid", valid), ("lengths", lengths)):
+            if given is not None and not isinstance(given, Tensor):
+                raise TypeError(f"{name} must be a tensor; got {name}={shown(given)}")
         if (lengths is None) == (h.ndim == 2) or (lengths is not None and valid is not None):
             raise ValueError(
                 "h must be (B, T, dim), with valid or without, or packed (N, dim) with lengths and without valid; "

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from .._arguments import Positive, checked
+from .._inputs import check_values
 from ..attention import attention
 from ..domains import Sequence
 from ..masks import Causal, Dense, Full, Keys, Mask
@@ -15,12 +17,13 @@ from ..masks import Causal, Dense, Full, Keys, Mask
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
+@checked
 def prob_sparse_attention(
     query: Float[Tensor, "batch heads tokens dim"],
     key: Float[Tensor, "batch heads tokens dim"],
     value: Float[Tensor, "batch heads tokens value_dim"],
     *,
-    factor: float = 5.0,
+    factor: Positive = 5.0,
     causal: bool = False,
     visible: Bool[Tensor, "batch tokens"] | None = None,
     random: bool = False,
@@ -79,6 +82,14 @@ def prob_sparse_attention(
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_values(name, tensor)
+        if tensor.ndim != 4:
+            raise ValueError(f"{name} must be (batch, heads, tokens, dim); got {tuple(tensor.shape)}")
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(f"key must have the dim of query, {query.shape[-1]}; got {key.shape[-1]}")
+    if visible is not None and visible.dtype != torch.bool:
+        raise TypeError(f"visible must be a bool tensor, False where a token may not be seen; got {visible.dtype}")
     if not query.shape[:3] == key.shape[:3] == value.shape[:3]:
         raise ValueError(
             "query, key and value must have the same rows, heads and tokens; got query "

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .._arguments import shown
 from ._arrays import ArrayLabels
 from ._conformal import Conformal
 from ._fitting import Covariates, Fitted
@@ -54,7 +55,7 @@ def save(forecaster: Forecaster, path: str | os.PathLike[str]) -> None:
         "conformal": None if fitted.conformal is None else fitted.conformal.widths,
     }
     weights = {name: value.cpu() for name, value in fitted.model.state_dict().items()}
-    with _replacing(Path(path)) as beside:
+    with _replacing(Path(_checked_path(path))) as beside:
         torch.save({"about": json.dumps(about), "weights": weights, "tensors": tensors}, beside)
 
 
@@ -95,7 +96,7 @@ class Saved:
 
 def load(path: str | os.PathLike[str], absent: dict[str, Any]) -> Saved:
     """Read a file; ``absent`` are the arguments that could not be written."""
-    file = torch.load(path, map_location="cpu", weights_only=True)
+    file = torch.load(_checked_path(path), map_location="cpu", weights_only=True)
     about = json.loads(file["about"]) if isinstance(file, dict) and "about" in file else {}
     if about.get("format") != FORMAT:
         raise ValueError(f"path must be a file that Forecaster.save has written, of format {FORMAT}; got {path}")
@@ -111,6 +112,12 @@ def load(path: str | os.PathLike[str], absent: dict[str, Any]) -> Saved:
     if "head" in about["named"]:
         arguments["head"] = _head(*about["named"]["head"])
     return Saved(arguments, about, file["weights"], file["tensors"])
+
+
+def _checked_path(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be the path of a file, a string or a pathlib.Path; got path={shown(path)}")
+    return path
 
 
 def _arguments(forecaster: Forecaster) -> dict[str, Any]:

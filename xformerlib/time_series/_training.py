@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from .._arguments import NonNegative, Positive, Size, check_size, checked
+from .._arguments import Count, NonNegative, Positive, Size, check_size, checked
 from ._inputs import ForecastModel
 from ._windows import Batch, Windows
 
@@ -92,7 +92,7 @@ def train(
     eval_every: Size = 100,
     patience: Size | None = None,
     eval_batch_size: Size = 256,
-    seed: int = 0,
+    seed: Count = 0,
     progress: bool = False,
     log: Callable[[Evaluation], None] | None = None,
 ) -> list[Evaluation]:
@@ -133,7 +133,7 @@ def train(
         >>> [evaluation.step for evaluation in evaluations]
         [20, 40, 60]
     """
-    _check(model, windows, validation, patience)
+    _check(model, validation, patience)
     for name, size in (("steps", steps), ("batch_size", batch_size), ("eval_every", eval_every)):
         check_size(name, size)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -197,18 +197,13 @@ class _Course:
         self.model.eval()
 
 
-def _check(model: ForecastModel, windows: Windows, validation: Windows | None, patience: int | None) -> None:
+def _check(model: ForecastModel, validation: Windows | None, patience: int | None) -> None:
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"model must have weights to train; {type(model).__name__} has none: it forecasts as it is")
     if patience is not None:
         check_size("patience", patience)
         if validation is None:
             raise ValueError(f"patience counts evaluations on validation windows: give some; got patience={patience}")
-    for name, part in (("windows", windows), ("validation", validation)):
-        if part is not None and len(part) == 0:
-            raise ValueError(
-                f"{name} must hold at least one window: give longer series, or a shorter look-back or horizon; got {part}"
-            )
 
 
 def _step(model: ForecastModel, batch: Batch, optimizer: AdamW, clip: float | None) -> Tensor:

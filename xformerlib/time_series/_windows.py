@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._arguments import check_size, checked_class
+from .._arguments import Count, Size, check_size, checked_class
 
 
 @dataclass(frozen=True)
@@ -80,26 +80,25 @@ class Windows:
     def __init__(
         self,
         values: SequenceOf[Float[Tensor, "_ columns"]] | Float[Tensor, "_ columns"],
-        lookback: int,
-        horizon: int,
+        lookback: Size,
+        horizon: Size,
         *,
-        past: int = 0,
+        past: Count = 0,
         future: SequenceOf[Float[Tensor, "_ known"]] | Float[Tensor, "_ known"] | None = None,
         static: Float[Tensor, "series constants"] | None = None,
-        first: int | SequenceOf[int] = 0,
-        history: int | None = None,
-        stride: int = 1,
+        first: Count | SequenceOf[Count] = 0,
+        history: Size | None = None,
+        stride: Size = 1,
     ) -> None:
-        self.lookback, self.horizon = check_size("lookback", lookback), check_size("horizon", horizon)
-        history = lookback if history is None else check_size("history", history)
+        self.lookback, self.horizon = lookback, horizon
+        history = lookback if history is None else history
         if history > lookback:
             raise ValueError(f"history must be <= lookback; got history={history} and lookback={lookback}")
-        check_size("stride", stride)
         for name, given in (("values", values), ("future", future)):
             if isinstance(given, Tensor) and given.ndim == 0:
                 raise ValueError(f"{name} must be (steps, columns), or a list of such; got a 0-dim tensor")
         parts = _series("values", values)
-        self.channels = parts[0].shape[1] - check_size("past", past, least=0)
+        self.channels = parts[0].shape[1] - past
         if self.channels < 1:
             raise ValueError(
                 f"values must have targets beside the {past} past covariates; got columns={parts[0].shape[1]}"
@@ -107,10 +106,19 @@ class Windows:
         firsts = [first] * len(parts) if isinstance(first, int) else list(first)
         if len(firsts) != len(parts):
             raise ValueError(f"first must be one step for each of {len(parts)} series; got {len(firsts)}")
+        for i, (begin, part) in enumerate(zip(firsts, parts, strict=True)):
+            if begin > len(part) and not isinstance(first, int):
+                raise ValueError(f"first must be <= {len(part)}, the steps of series {i}; got first={begin}")
         origins = [
             _origins(len(part), self.lookback, self.horizon, begin, history, stride)
             for part, begin in zip(parts, firsts, strict=True)
         ]
+        if not any(origins):
+            longest = max(map(len, parts))
+            raise ValueError(
+                f"values must hold a window of lookback={lookback} and horizon={horizon} steps that begins its forecast at first={first} "
+                f"or later; got series of up to {longest} steps. Give longer ones, or history= for less of a look-back."
+            )
         missing = [max(self.lookback - own[0], 0) if own else 0 for own in origins]
         self._values = _joined(parts, missing, torch.nan)
         self._future = None if future is None else _joined(_covariates(future, parts), missing, 0.0)

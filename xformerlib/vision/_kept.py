@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .._arguments import Rate
+from .._arguments import Rate, shown
 from .._recorded import Recorded
 from ..domains import Grid, Subset
 
@@ -53,7 +53,7 @@ class Features(NamedTuple):
         """The tokens ``index`` alone, as drawn by ``random_tokens``: not checked."""
         x = self.tokens
         tokens = x[index] if index.ndim == 1 else x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
-        return Features(tokens, Subset(self.domain, index))
+        return Features(tokens, Subset.of(self.domain, index))
 
 
 class PatchDropout(Recorded):
@@ -79,6 +79,10 @@ class PatchDropout(Recorded):
 
     def forward(self, features: Features) -> Features:
         """What is left of the tokens; in evaluation, and with a share of 0, all."""
+        if not isinstance(features, Features):
+            raise TypeError(
+                f"features must be Features(tokens, domain), of a ViT's tokens; got features={shown(features)}"
+            )
         if not self.training or self.share == 0:
             return features
         return features.kept(random_tokens(features, self.share))

@@ -12,10 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .._arguments import check_names, shown
 from ..attention import Attention
 from ..blocks import Block
 from ..domains import Grid, Subset
 from ._patches import Images
+from ._tokens import places_among
 
 OPTIONS = inspect.signature(Attention.weights).parameters
 
@@ -77,10 +79,15 @@ def attention_maps(
         >>> last.weights.shape, last.of(0).shape
         (torch.Size([2, 4, 65, 65]), torch.Size([2, 4, 8, 8]))
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module made of blocks, such as a ViT; got model={shown(model)}")
+    known = inspect.signature(model.forward).parameters
+    if all(one.kind is not one.VAR_KEYWORD for one in known.values()):
+        check_names(f"{type(model).__name__}.forward", inputs, known)
     blocks = [module for module in model.modules() if isinstance(module, Block)]
-    asked = list(range(len(blocks))) if layers is None else [layer + len(blocks) * (layer < 0) for layer in layers]
-    if not asked or min(asked) < 0 or max(asked) >= len(blocks):
-        raise ValueError(f"layers must be indices of the {len(blocks)} blocks; got {layers}")
+    if not blocks:
+        raise ValueError(f"model must be made of blocks, xformerlib.Block; got {type(model).__name__}, which has none")
+    asked = places_among("layers", "blocks", layers, len(blocks))
     found: dict[int, AttentionMap] = {}
 
     def look(index: int, attention: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -125,6 +132,8 @@ def rollout(maps: SequenceOf[AttentionMap]) -> AttentionMap:
         >>> rollout(attention_maps(model, torch.randn(2, 3, 32, 32))).of(0).shape
         torch.Size([2, 1, 8, 8])
     """
+    if not isinstance(maps, SequenceOf) or not all(isinstance(layer, AttentionMap) for layer in maps):
+        raise TypeError(f"maps must be a list of maps, as attention_maps returns them; got maps={shown(maps)}")
     if not maps:
         raise ValueError("maps must be those of at least one layer; got none")
     shapes = {tuple(layer.weights.shape[2:]) for layer in maps}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._arguments import Size
+from .._projection import check_dtype
 from .._recorded import Recorded
 from .._sublayers import NormLayer, norm_factory
 
@@ -71,7 +72,10 @@ class Tokenizer(Recorded, ABC):
                 -1: " Add the batch axis, images[None]." if batched else "",
                 1: "" if batched else " A list holds images one by one.",
             }
-            hint = hints.get(x.ndim - self.ndim - 1 - batched, "")
+            missing = self.ndim + 1 + batched - x.ndim
+            hint = hints.get(-missing, "")
+            if batched and missing == 1 and shape[0] == self.channels and x.shape[0] != self.channels:
+                hint = f" The batch is there, but an axis of the images is not: they have {self.ndim}."
             raise ValueError(f"images must be ({axes}); got {tuple(x.shape)} as x.{hint}")
 
 
@@ -116,7 +120,7 @@ class PatchEmbed(Tokenizer):
             raise ValueError(f"patch must be one size >= 1 for each of 1 to 3 axes; got patch={patch}")
         self.dim, self.channels, self.ndim = dim, channels, len(self.patch)
         self.proj = nn.Linear(channels * math.prod(self.patch), dim, bias=bias)
-        self.norm = nn.Identity() if norm is None else norm_factory(norm)(dim)
+        self.norm = nn.Identity() if norm is None else norm_factory(norm, "norm")(dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -132,12 +136,14 @@ class PatchEmbed(Tokenizer):
 
     def forward(self, x: Float[Tensor, "batch channels *sizes"]) -> Float[Tensor, "batch *grid dim"]:
         self.check(x, batched=True)
+        check_dtype("images", x, self.proj)
         self.grid(x.shape[2:])
         return self.norm(self.proj(self._patches(x)))
 
     def packed(self, images: SequenceOf[Float[Tensor, "channels ..."]]) -> Float[Tensor, "tokens dim"]:
         for image in images:
             self.check(image, batched=False)
+            check_dtype("images", image, self.proj)
             self.grid(image.shape[1:])
         patches = torch.cat([self._patches(image[None]).flatten(0, -2) for image in images])
         return self.norm(self.proj(patches))
@@ -217,6 +223,7 @@ class ConvStem(Tokenizer):
 
     def forward(self, x: Float[Tensor, "batch channels *sizes"]) -> Float[Tensor, "batch *grid dim"]:
         self.check(x, batched=True)
+        check_dtype("images", x, self.convolutions[0])
         pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[self.ndim - 1]
         for convolution in self.convolutions:
             x = F.relu(convolution(x))

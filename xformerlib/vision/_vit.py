@@ -123,7 +123,7 @@ class ViT(Classifier):
             dim, depth, heads, position=every, norm_layer=norm_layer, dropout=dropout,  # type: ignore[arg-type]
             final_norm=final_norm and not after, **encoder,
         )  # fmt: skip
-        self.embed_norm = nn.Identity() if embed_norm is None else norm_factory(embed_norm)(dim)
+        self.embed_norm = nn.Identity() if embed_norm is None else norm_factory(embed_norm, "embed_norm")(dim)
         self.pool_norm = norm_factory(norm_layer)(dim) if final_norm and after else nn.Identity()
         self.position_dropout, self.head_dropout = Dropout(position_dropout), Dropout(head_dropout)
         self.patch_dropout = PatchDropout(patch_dropout)
