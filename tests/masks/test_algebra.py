@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 
 import pytest
@@ -154,3 +155,12 @@ def test_masks_on_nothing(kind):
     for mask in (Full(), Local(1), Global(1) | Prefix(1), ~Local(1)):
         assert mask.dense(empty).shape == (0, 0)
     assert empty.coordinates.shape[-2] == 0
+
+
+def test_a_mask_of_ones_own_says_what_it_allows() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Nothing(masks.Mask):
+        n: int = 1
+
+    with pytest.raises(TypeError, match="abstract"):
+        Nothing()  # type: ignore[abstract]

@@ -1,7 +1,7 @@
 """Who may look at whom: small frozen values that combine with ``&``, ``|`` and ``~``."""
 
 from .._config import register as register
-from ._algebra import And as And, Full as Full, Mask as Mask, Not as Not, Or as Or
+from ._algebra import And as And, Full as Full, Leaf as Leaf, Mask as Mask, Not as Not, Or as Or
 from ._general import (
     Dense as Dense,
     Global as Global,
@@ -12,6 +12,12 @@ from ._general import (
 )
 from ._graph import Edges as Edges, Expander as Expander
 from ._grid import Axial as Axial
-from ._sequence import Causal as Causal, Dilated as Dilated, Local as Local, Windows as Windows
+from ._sequence import (
+    Causal as Causal,
+    Dilated as Dilated,
+    Local as Local,
+    SpatialLeaf as SpatialLeaf,
+    Windows as Windows,
+)
 
 from_config = Mask.from_config

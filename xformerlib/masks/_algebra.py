@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -32,7 +32,7 @@ class Extent(NamedTuple):
     heads: int | None = None
 
 
-class Mask(Described):
+class Mask(Described, ABC):
     """Which query may attend to which key: True = may attend.
 
     A mask is a value. It is written once, without reference to any length, printed, compared, hashed and pickled, and gets its meaning
