@@ -111,7 +111,7 @@ class ExpanderAttention(Recorded):
         heads: Size,
         *,
         edge_dim: Size | None = None,
-        degree: Size = 4,
+        degree: Count = 4,
         seed: Count = 0,
         dropout: Rate = 0.0,
     ) -> None:
@@ -189,7 +189,7 @@ class Exphormer(GPS):
         *,
         conv: Callable[[], nn.Module] | None = None,
         edge_dim: int | nn.Module | None = None,
-        degree: Size = 4,
+        degree: Count = 4,
         seed: Count = 0,
         virtual_nodes: Count = 1,
         passing: bool = True,

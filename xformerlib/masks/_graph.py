@@ -76,7 +76,7 @@ class Expander(Leaf):
     padding, packing, the rest of the batch and the device change nothing. Prefix tokens are not constrained.
 
     Args:
-        degree: links of each token, >= 1. An odd degree becomes one more in an item with an odd number of tokens (no graph is regular of
+        degree: links of each token, >= 0. An odd degree becomes one more in an item with an odd number of tokens (no graph is regular of
             odd degree on those); an item of no more than ``degree + 1`` tokens is linked completely.
         seed: another number gives other links.
 
@@ -97,7 +97,7 @@ class Expander(Leaf):
     relates_places = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "degree", check_count("degree", self.degree, least=1))
+        object.__setattr__(self, "degree", check_count("degree", self.degree))
         object.__setattr__(self, "seed", check_count("seed", self.seed))
 
     def check(self, domain: Domain, keys: Domain) -> None:
