@@ -126,6 +126,9 @@ def test_a_new_head_is_part_of_the_config() -> None:
     assert model.head.weight.dtype == torch.float64
     read = xf.from_config(model.to_config())
     assert read.head.out_features == 3 and read.pool.pool == "mean"
+    read.double().load_state_dict(model.state_dict())
+    images = torch.randn(2, 3, 32, 32).double()
+    assert torch.equal(read.eval()(images), model.eval()(images))
     with pytest.raises(TypeError, match="taken over from timm"):
         from_timm(made("vit_tiny_patch16_224")).to_config()
 

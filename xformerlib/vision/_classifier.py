@@ -107,6 +107,8 @@ class Classifier(Recorded, ABC):
         changed: dict[str, Any] = {"classes": num_classes or None}
         if global_pool is not None:
             changed["pool"] = self._repool(global_pool)
+            if hasattr(self, "pool_norm"):  # which stays where it is
+                changed["pool_norm"] = not isinstance(self.pool_norm, nn.Identity)
         weight = next(p for p in self.parameters() if p.is_floating_point())
         for name in self._heads():
             head: nn.Module = nn.Identity()
