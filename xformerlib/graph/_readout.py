@@ -87,7 +87,7 @@ class EdgeReadout(Recorded):
         if unwatched(edge_index):  # elsewhere its values are not read
             check_ends("edge_index", edge_index, len(x), len(x))
         width = width_of(self.edge)
-        check_edge_features(edge_attr, width is not None, edge_index.shape[-1], width)
+        check_edge_features(edge_attr, self.edge is not None, edge_index.shape[-1], width)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, symmetric={self.symmetric}"
