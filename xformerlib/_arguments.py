@@ -379,6 +379,7 @@ def rule_of(annotation: Any) -> Rule | None:
         return _instance(annotation.array_type)
     if (
         inspect.isclass(annotation)
+        and origin is None  # type[...] is a class to Python 3.10
         and not getattr(annotation, "_is_protocol", False)
         and not typing.is_typeddict(annotation)
     ):

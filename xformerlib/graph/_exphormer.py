@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .._arguments import Count, Rate, Size, made_by, shown
+from .._autograd import outside_graphs
 from .._inputs import check_is_position, check_values
 from .._options import ExphormerOptions
 from .._recorded import Recorded
@@ -51,7 +52,8 @@ class Links(NamedTuple):
 
 def links(graph: Graph, degree: int, seed: int) -> Links:
     """The links of a graph, found once for all layers."""
-    return graph.fact(("links", degree, seed), lambda: _links(graph, degree, seed))
+    find = outside_graphs(_links, "an expander is found by reading how many nodes each graph has")
+    return graph.fact(("links", degree, seed), lambda: find(graph, degree, seed))
 
 
 def _links(graph: Graph, degree: int, seed: int) -> Links:
