@@ -207,7 +207,7 @@ def checked_names(kind: Kind) -> Kind:
 
     @functools.wraps(init)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and (kwargs or len(args) > len(names)):
             owner = type(self).__name__
             check_names(owner, kwargs, names)
             if len(args) > len(names):
@@ -252,7 +252,7 @@ def fit_arguments(
     plan = _plan(function)
     if plan is None:
         return args, kwargs
-    if not plan.open_ended:
+    if not plan.open_ended and not kwargs.keys() <= plan.named.keys():
         check_names(owner, kwargs, plan.named)
     found = [_fitted(name, value, rule) for (name, rule), value in zip(plan.positional, args, strict=False)]
     if plan.rest is not None:
