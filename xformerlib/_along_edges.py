@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ._autograd import is_compiling, is_exporting, no_autocast, within_operator
+from ._autograd import no_autocast, within_operator
 from .kernels import kernel_in_use
 from .kernels._pattern import Pattern as Pattern
 from .kernels._scores import Scores
@@ -28,8 +28,8 @@ class Listed(NamedTuple):
 
 def pattern_of(row: Int[Tensor, " entries"], col: Int[Tensor, " entries"], queries: int, keys: int) -> Pattern | Listed:
     """Edges from keys ``col`` to queries ``row``, in rising order of queries."""
-    in_graph = is_compiling() and not is_exporting()
-    return Listed(row, col, queries, keys) if in_graph else Pattern(row, col, queries, keys)
+    kind = Listed if torch.compiler.is_dynamo_compiling() else Pattern
+    return kind(row, col, queries, keys)
 
 
 def along_edges(

@@ -234,8 +234,6 @@ class Attention(Recorded):
         self.gate = nn.Linear(dim, self.heads * self.head_dim) if gate else None
         self.sinks = nn.Parameter(torch.zeros(self.heads)) if sinks else None
         self.out = nn.Linear(self.heads * self.head_dim, dim, bias=out_bias)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1); got dropout={dropout}")
         if kernel != "auto" and kernel not in kernels.KERNELS:
             raise ValueError(
                 f"kernel must be 'auto' or one of {', '.join(map(repr, kernels.KERNELS))}; got kernel={kernel!r}"

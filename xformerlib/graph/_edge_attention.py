@@ -72,8 +72,6 @@ class EdgeAttention(Recorded):
         super().__init__()
         if beta and not root_weight:
             raise ValueError("beta gates between the edges and the node itself, which root_weight=False leaves out")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1); got dropout={dropout}")
         if not isinstance(in_channels, int) and len(in_channels) != 2:
             raise ValueError(f"in_channels must be one number, or a pair for sources and targets; got {in_channels}")
         self.in_channels = (in_channels, in_channels) if isinstance(in_channels, int) else in_channels

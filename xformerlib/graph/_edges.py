@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .._along_edges import Listed, Pattern, pattern_of
 from .._arguments import shown
-from .._autograd import is_compiling, is_exporting
+from .._autograd import is_compiling
 from ..domains import Graph
 from ..domains._made_once import made_once
 
@@ -70,7 +70,7 @@ def check_adjacency(edge_index: object) -> None:
 def check_ends(what: str, edge_index: Tensor, sources: int, targets: int) -> None:
     """Raise unless pairs of nodes are (2, pairs) integers that index so many sources and targets."""
     _check_shape(what, edge_index)
-    if is_compiling() and not is_exporting():
+    if torch.compiler.is_dynamo_compiling():
         return  # a graph cannot read its inputs: the operator does when it runs
     for name, index, count in (("sources", edge_index[0], sources), ("targets", edge_index[1], targets)):
         if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < count):
